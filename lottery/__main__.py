@@ -1,0 +1,3 @@
+from lottery.cli import app
+
+app(prog_name="lottery")

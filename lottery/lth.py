@@ -1,0 +1,119 @@
+"""The Lottery Ticket Hypothesis. Frankle & Carbin, ICLR 2019, arXiv 1803.03635v5; late rewinding from 1903.01611.
+
+Iterative magnitude pruning (section 2, "Strategy 1" of appendix B): draw θ₀; train m ⊙ θ for J iterations;
+remove the fraction s of the surviving weights with the smallest |θ_J|; reset the survivors to θ₀; repeat.
+After r rounds the mask m_r keeps P_m ≈ (1 − s)^r of the weights and m_r ⊙ θ₀ is the ticket of level r.
+
+* One-shot pruning is one round with s = p (section 1).
+* Continued training ("Strategy 2") goes on from m ⊙ θ_J between rounds; only the ticket of a level is reset.
+* Rewinding to k resets survivors to θ_k and trains the remaining J − k iterations (1903.01611, algorithm 1).
+
+Differs from the authors' code in:
+    the count: round_half_even(s·n) of n survivors go, exactly; their code takes one more in every layer;
+    the biases: restored with the weights; their code zero-initialises them afresh, which is the same θ₀.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from lottery import masks as M
+
+VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
+
+
+class Level(NamedTuple):
+    """One level: the trained network is on the model while the level is being looked at."""
+
+    round: int
+    masks: dict[str, torch.Tensor]
+    density: float
+
+
+def prune(model, rate, scope="layer", masks=None):
+    """Magnitude pruning of the survivors: the masks of the next level.
+
+    Args:
+        model: scored by |effective weight|, in its current state; left as it is.
+        rate: fraction of the surviving weights to remove, 0 <= rate < 1; `{layer: rate}` for layer-wise rates,
+            and then only these layers are ranked and counted.
+        scope: "layer" ranks every weight tensor by itself (LeNet, Conv), "global" pools them (ResNet, VGG).
+        masks: the current masks; default: those on the model, all ones where there is none.
+
+    Returns `{layer: BoolTensor}`: of n survivors exactly round_half_even(rate · n) are gone, none has come back.
+
+    Raises ValueError: a rate out of range or so high that nothing is kept, NaN weights.
+    """
+    weights = {name: layer.weight.detach() for name, layer in M.prunable(model).items()}
+    if isinstance(rate, dict):
+        weights = {name: w for name, w in weights.items() if name in rate} or weights
+    on = M.read(model) if masks is None else masks
+    m = {name: on.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
+    rate = M.per_layer(rate, weights, scope, "rate")
+
+    survivors = {name: int(m[name].sum()) for name in m}
+    if isinstance(rate, dict):
+        k = {name: _keep(survivors[name], rate[name], f"layer {name!r}") for name in m}
+    else:
+        k = _keep(sum(survivors.values()), rate, "the model")
+    return M.keep({name: w.abs() for name, w in weights.items()}, k, within=m)
+
+
+def _keep(survivors, rate, where):
+    if not 0 <= rate < 1:
+        raise ValueError(f"Invalid rate {rate}: give the fraction of surviving weights to remove, 0 <= rate < 1.")
+    k = survivors - round(rate * survivors)
+    if k < 1:
+        raise ValueError(f"Rate {rate} leaves none of the {survivors} weights of {where}: lower it, or prune less often.")
+    return k
+
+
+def imp(
+    model,
+    train: Callable,
+    rounds: int,
+    rate=0.2,
+    scope: str = "layer",
+    strategy: str = "reset",
+    rewind_to: int = 0,
+) -> Iterator[Level]:
+    """Iterative magnitude pruning, level by level; `rounds=1` is one-shot pruning.
+
+    Args:
+        model: initialised to θ₀; trained and masked in place.
+        train: `train(model, start, stop)` trains in place from iteration `start` to `stop` (None: to the end J).
+        rounds: train–prune cycles; `rounds + 1` levels are yielded, from the dense one.
+        rate, scope: as in `prune`.
+        strategy: "reset" (Strategy 1) or "continue" (Strategy 2: every level is trained twice, once from θ₀ to be
+            looked at and once from the weights before, to be pruned).
+        rewind_to: k; survivors return to θ_k and train J − k iterations from schedule position k.
+
+    Yields a `Level` after each level's training, while the trained ticket is on the model.
+    """
+    if strategy not in ("reset", "continue"):
+        raise ValueError(f"Invalid strategy {strategy!r}: give 'reset' or 'continue'.")
+    M.attach(model)
+    if rewind_to:
+        train(model, 0, rewind_to)
+    theta_k = theta_J = M.state(model)
+    for r in range(rounds + 1):
+        M.restore(model, theta_k)
+        train(model, rewind_to, None)
+        m = M.read(model)
+        yield Level(r, m, M.density(m))
+        if strategy == "continue" and r > 0:
+            M.restore(model, theta_J)
+            train(model, rewind_to, None)
+        theta_J = M.state(model)
+        if r < rounds:
+            M.attach(model, prune(model, rate, scope))
+
+
+def random_masks(masks, generator=None):
+    """The random-sparsity control: each layer's mask shuffled, so that its density stays (1903.01611, figure 3)."""
+    shuffled = {}
+    for name, m in masks.items():
+        order = torch.randperm(m.numel(), generator=generator)
+        shuffled[name] = m.flatten().cpu()[order].view(m.shape).to(m.device)
+    return shuffled
