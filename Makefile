@@ -1,0 +1,40 @@
+.PHONY: help setup book notebooks test lint lock clean
+unexport PYTHONHOME PYTHONPATH
+
+# The first Python on the path that fits; `make PYTHON=/path/to/python3.12 book` names another.
+PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done),python3)
+RUN = .venv/bin/python
+
+help:
+	@echo "make book       re-run every notebook, compare with what is committed, build the book"
+	@echo "make test       run the tests and check the notebooks' outputs"
+	@echo "make notebooks  re-run every notebook and keep the new outputs"
+	@echo "make lint       ruff"
+	@echo "make lock       resolve requirements.lock and environment.yml anew"
+	@echo "make clean      remove what make built"
+
+setup:
+	@$(PYTHON) .ci/venv.py
+
+book: setup
+	@$(RUN) book/rebuild.py
+
+notebooks: setup
+	@$(RUN) book/rebuild.py notebooks
+
+test: setup
+	@$(RUN) -m pytest
+	@$(RUN) book/rebuild.py nbval
+
+lint: setup
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+
+lock: setup
+	@$(RUN) -m uv pip compile pyproject.toml --upgrade --universal --all-extras --fork-strategy fewest \
+	  --generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet --output-file requirements.lock
+	@$(RUN) .ci/environment.py > environment.yml
+
+clean:
+	@rm -rf .venv book/_build build dist .pytest_cache .hypothesis .ruff_cache
