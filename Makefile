@@ -1,9 +1,11 @@
 .PHONY: help setup book notebooks test lint lock clean
 unexport PYTHONHOME PYTHONPATH
 
-# The first Python on the path that fits; `make PYTHON=/path/to/python3.12 book` names another.
+# The first Python on the path that fits, or the one named by `make PYTHON=/path/to/python3.12 book`.
+FITS = import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit("This needs Python 3.11 or 3.12, not %s: \
+make PYTHON=/path/to/python3.12" % sys.version.split()[0])
 PYTHON ?= $(or $(shell for p in python3 python3.12 python3.11; do \
-  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done),python3)
+  $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done),python3)
 RUN = .venv/bin/python
 
 help:
@@ -15,7 +17,7 @@ help:
 	@echo "make clean      remove what make built"
 
 setup:
-	@$(PYTHON) .ci/venv.py
+	@python="$(PYTHON)"; "$$python" -c '$(FITS)' && "$$python" .ci/venv.py
 
 book: setup
 	@$(RUN) book/rebuild.py

@@ -1,7 +1,7 @@
-"""Make .venv what requirements.lock says: `python3 .ci/venv.py`, called by every make target, in a moment once it is done.
+"""Make .venv what requirements.lock says: every make target calls this; once it is done, it takes a moment.
 
-Standard library only. The venv's own file `.lottery` holds a fingerprint of what it was made from: the same fingerprint
-means nothing to do (and no network), an empty file an interrupted set-up, which starts again from nothing.
+Standard library only. The file `.venv/.lottery` holds a fingerprint of what the venv was made from. The same fingerprint
+means nothing to do, so no network; an empty file means that a set-up was interrupted, so it starts from nothing.
 """
 
 import hashlib
@@ -15,65 +15,70 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".lottery"
 LOCK = ROOT / "requirements.lock"
-BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)  # outside any activated venv
+BASE = getattr(sys, "_base_executable", sys.executable)  # the Python below an activated venv
 
 
 def fingerprint() -> str:
-    """Hash of the lock, the package's metadata and the clone's path (scripts in a venv name it)."""
+    """Hash of the lock, the package's metadata and the clone's path, which the scripts in a venv name."""
     parts = [LOCK.read_bytes(), (ROOT / "pyproject.toml").read_bytes(), os.fsencode(ROOT)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def call(*command: object, **options) -> None:
-    subprocess.run([str(word) for word in command], check=True, **options)
+def call(*command: object) -> None:
+    subprocess.run([str(word) for word in command], check=True)
 
 
-def find_uv(scratch: Path) -> str:
-    """The user's uv, else the lock's, fetched by pip into a scratch folder."""
+def find_pip(scratch: Path) -> list[object]:
+    """The command that runs pip; a Python without it gets one in a scratch venv."""
+    if subprocess.run([BASE, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return [BASE, "-m", "pip", "--disable-pip-version-check"]
+    call(BASE, "-m", "venv", scratch / "pip")
+    return [scratch / "pip" / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+
+
+def find_uv(scratch: Path, pip: list[object]) -> str:
+    """The user's uv, else the one that the lock pins, in the scratch folder."""
     if uv := shutil.which("uv"):
         return uv
-    pin = re.search(r"^uv==.*?(?=^\S|\Z)", LOCK.read_text(), re.MULTILINE | re.DOTALL)[0]
+    pin = re.search(r"^uv==.*?(?=^\S)", LOCK.read_text(), re.MULTILINE | re.DOTALL)[0]
     (scratch / "uv.lock").write_text(pin)
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--target", scratch / "uv"]
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
-        call(sys.executable, "-m", "venv", scratch / "pip")  # a Python whose pip lives only in its venvs
-        install[0] = scratch / "pip" / "bin" / "python"
-    call(*install, "--requirement", scratch / "uv.lock")
+    call(*pip, "install", "--quiet", "--require-hashes", "--target", scratch / "uv", "-r", scratch / "uv.lock")
     return str(scratch / "uv" / "bin" / "uv")
 
 
-def install(uv: str) -> None:
-    """The pinned packages, then this clone itself, editable; its build tool is one of the pins, so nothing is fetched."""
-    python = VENV / "bin" / "python"
-    if not python.exists():
-        call(uv, "venv", "--quiet", "--allow-existing", "--no-project", "--seed", "--python", BASE_PYTHON, VENV)
+def install(scratch: Path) -> None:
+    """The pinned packages, then this clone, editable; its build tool is one of the pins, so that step fetches nothing."""
+    pip = find_pip(scratch)
     try:
-        call(uv, "pip", "install", "--python", python, "--require-hashes", "--requirement", LOCK)
-    except subprocess.CalledProcessError:
-        print("uv could not install the packages; trying pip, which may know another index or certificate.", flush=True)
-        call(python, "-m", "pip", "install", "--require-hashes", "--requirement", LOCK)
-    call(uv, "pip", "install", "--quiet", "--python", python, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+        call(find_uv(scratch, pip), "pip", "install", "--python", PYTHON, "--require-hashes", "-r", LOCK)
+    except subprocess.CalledProcessError:  # uv does not read pip's settings: another index, a certificate, a proxy
+        print("uv could not install the packages, pip tries.", flush=True)
+        call(*pip, "--python", PYTHON, "install", "--require-hashes", "-r", LOCK)
+    call(*pip, "--python", PYTHON, "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
-def main() -> str | None:
-    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return f"Python {sys.version.split()[0]} at {sys.executable}: this project needs Python 3.11 or 3.12 (make PYTHON=...)."
+def main() -> None:
     want = fingerprint()
-    if STAMP.exists():
-        if STAMP.read_text() == want and (VENV / "bin" / "python").exists():
-            return None
-        if not STAMP.read_text():
-            shutil.rmtree(VENV)
+    made = STAMP.read_text() if STAMP.exists() else None
+    if made == want and PYTHON.exists():
+        return
+    if made == "":
+        shutil.rmtree(VENV)
     VENV.mkdir(exist_ok=True)
     STAMP.write_text("")
-    print("Setting up .venv (several GB with PyTorch; the next call re-uses it)", flush=True)
+    print("Setting up .venv: several GB with PyTorch. The next call re-uses it.", flush=True)
+    if not PYTHON.exists():
+        call(BASE, "-m", "venv", "--without-pip", VENV)
     with tempfile.TemporaryDirectory() as scratch:
-        install(find_uv(Path(scratch)))
+        install(Path(scratch))
     STAMP.write_text(want)
-    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"The set-up of .venv failed at: {error.cmd[0]} ... (exit {error.returncode}). The next call tries again.")
