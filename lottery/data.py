@@ -158,7 +158,7 @@ def _find(name, root):
     cls, folder = SETS[name].torchvision
     if any((root / name).glob("*.parquet")):
         shards = [_shards(root / name, part) for part in ("train", "test")]
-        return sum(shards, []), lambda: _read_parquet(name, root / name, shards)
+        return [f for files in shards for f in files], lambda: _read_parquet(name, root / name, shards)
     if files := _complete(root / folder, FILES[cls]):
         if FILES[cls] is IDX:
             return files, lambda: [_read_idx(f) for f in files]
@@ -335,7 +335,7 @@ def _download(name, root):
             with contextlib.suppress(OSError):  # another process was first
                 (Path(tmp) / folder).rename(root / folder)
     except Exception as e:  # each library below torchvision has its own way to say that there is no network
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         raise FileNotFoundError(
             f"No {name} under {root} and no download ({reason}): set LOTTERY_DATA to a folder with "
             f"{name}/train-*.parquet and {name}/test-*.parquet (Hugging Face layout), or put torchvision's files into "
