@@ -1,7 +1,7 @@
-"""Make .venv what requirements.lock says: every make target calls this; once it is done, it takes a moment.
+"""Make .venv what requirements.lock says. Every make target calls this; once it is done, it takes a moment.
 
-Standard library only. The file `.venv/.lottery` holds a fingerprint of what the venv was made from. The same fingerprint
-means nothing to do, so no network; an empty file means that a set-up was interrupted, so it starts from nothing.
+Standard library only. The file `.venv/.lottery` holds a fingerprint of what the venv was made from: the same one
+means nothing to do and no network, an empty file that a set-up was interrupted and has to start from nothing.
 """
 
 import hashlib
@@ -33,10 +33,11 @@ def call(*command: object) -> None:
 
 def find_pip(scratch: Path) -> list[object]:
     """The command that runs pip; a Python without it gets one in a scratch venv."""
-    if subprocess.run([BASE, "-m", "pip", "--version"], capture_output=True).returncode == 0:
-        return [BASE, "-m", "pip", "--disable-pip-version-check"]
-    call(BASE, "-m", "venv", scratch / "pip")
-    return [scratch / "pip" / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+    python = BASE
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode != 0:
+        call(python, "-m", "venv", scratch / "pip")
+        python = scratch / "pip" / "bin" / "python"
+    return [python, "-m", "pip", "--disable-pip-version-check", "--root-user-action=ignore"]
 
 
 def find_uv(scratch: Path, pip: list[object]) -> str:
@@ -50,7 +51,7 @@ def find_uv(scratch: Path, pip: list[object]) -> str:
 
 
 def install(scratch: Path) -> None:
-    """The pinned packages, then this clone, editable; its build tool is one of the pins, so that step fetches nothing."""
+    """The pinned packages, then this clone, editable: its build tool is one of the pins, so nothing is fetched."""
     pip = find_pip(scratch)
     try:
         call(find_uv(scratch, pip), "pip", "install", "--python", PYTHON, "--require-hashes", "-r", LOCK)
@@ -81,4 +82,4 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(f"The set-up of .venv failed at: {error.cmd[0]} ... (exit {error.returncode}). The next call tries again.")
+        sys.exit(f"The set-up of .venv failed at: {error.cmd[0]} ... (exit {error.returncode}). Try again.")
