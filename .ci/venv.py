@@ -37,7 +37,7 @@ def find_pip(scratch: Path) -> list[object]:
     if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode != 0:
         call(python, "-m", "venv", scratch / "pip")
         python = scratch / "pip" / "bin" / "python"
-    return [python, "-m", "pip", "--disable-pip-version-check", "--root-user-action=ignore"]
+    return [python, "-m", "pip"]
 
 
 def find_uv(scratch: Path, pip: list[object]) -> str:
@@ -62,6 +62,7 @@ def install(scratch: Path) -> None:
 
 
 def main() -> None:
+    os.environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     want = fingerprint()
     made = STAMP.read_text() if STAMP.exists() else None
     if made == want and PYTHON.exists():
