@@ -14,14 +14,14 @@ import contextlib
 import gzip
 import hashlib
 import io
-import math
 import os
 import re
 import socket
 import tempfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
     if isinstance(split_seed, bool) or not isinstance(split_seed, int) or not 0 <= split_seed < 2**32:
         raise ValueError(f"Invalid split_seed {split_seed!r}: give a whole number, 0 <= split_seed < 2**32.")
 
-    arrays, fingerprint = _digits() if name == "digits" else _images(name, _root(root))
+    arrays, fingerprint = _arrays(name, root)
     x, y = arrays["train_x"], arrays["train_y"]
     first, rest = _split(y, valid, facts.classes if balanced else None, split_seed)
     return Data(
@@ -143,9 +143,8 @@ def _user_cache() -> Path:
 
 
 def _root(root) -> Path:
-    origin = "root" if root is not None else "LOTTERY_DATA"
-    given = root if root is not None else os.environ.get("LOTTERY_DATA")
-    if not given:
+    origin, given = ("root", root) if root is not None else ("LOTTERY_DATA", os.environ.get("LOTTERY_DATA"))
+    if root is None and not given:
         return _user_cache() / "data"
     folder = Path(given).expanduser()
     if not folder.is_dir():
@@ -158,11 +157,9 @@ def _find(name, root):
     cls, folder = SETS[name].torchvision
     if any((root / name).glob("*.parquet")):
         shards = [_shards(root / name, part) for part in ("train", "test")]
-        return [f for files in shards for f in files], lambda: _read_parquet(name, root / name, shards)
+        return [f for files in shards for f in files], lambda: _read_parquet(name, shards)
     if files := _complete(root / folder, FILES[cls]):
-        if FILES[cls] is IDX:
-            return files, lambda: [_read_idx(f) for f in files]
-        return files, lambda: _read_cifar(cls, root)
+        return files, lambda: [_read_idx(f) for f in files] if FILES[cls] is IDX else _read_cifar(cls, root)
     if name == "fashion_mnist" and (files := _complete(DEBIAN, IDX)):
         return files, lambda: [_read_idx(f) for f in files]
     return None
@@ -192,49 +189,56 @@ def _shards(folder, part):
 # From files to tensors ------------------------------------------------------------------------------------------------
 
 
-def _images(name, root):
+def _arrays(name, root):
     """The unsplit set as {train_x, train_y, test_x, test_y, mean, std} and its fingerprint, from cache if possible."""
-    source = _find(name, root)
-    if source is None:
-        _download(name, root)
-        source = _find(name, root)
-    files, decode = source
-    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((CACHE_FORMAT, stats)).encode()).hexdigest()[:16]
+    if name == "digits":
+        source, decode = version("scikit-learn"), _read_digits  # cached as well: importing scikit-learn takes seconds
+    else:
+        folder = _root(root)
+        files, decode = _find(name, folder) or _download(name, folder)
+        source = [(str(f.resolve()), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((CACHE_FORMAT, source)).encode()).hexdigest()[:16]
     cache = _user_cache() / "decoded" / f"{name}-{key}.safetensors"
-    return _read_cache(cache) or _write_cache(cache, *_check(name, files[0].parent, decode()))
+    if cached := _read_cache(cache):
+        return cached
+    where = "scikit-learn" if name == "digits" else files[0].parent
+    try:
+        parts = decode()
+    except Exception as e:  # on damaged bytes the decoders raise whatever they like
+        raise ValueError(f"Unreadable data in {where}: {_last_line(e)}") from None
+    arrays = _check(name, where, *parts)
+    fingerprint = _fingerprint(arrays)
+    _write_cache(cache, arrays, fingerprint)
+    return arrays, fingerprint
 
 
-def _check(name, folder, parts):
-    facts = SETS[name]
-    arrays = {}
+def _check(name, where, *parts):
+    """The decoded parts (train images and labels, then test) as tensors, if they are what the set must be."""
+    facts, arrays = SETS[name], {}
     for part, n, x, y in (("train", facts.n_train, *parts[:2]), ("test", facts.n_test, *parts[2:])):
         if len(x) != n or len(y) != n:
-            raise ValueError(f"Wrong data in {folder}: {len(x)} {part} images, {len(y)} labels; {name} has {n}.")
-        x, y = np.ascontiguousarray(x).reshape(n, *facts.shape), np.asarray(y, dtype=np.int64)
+            raise ValueError(f"Wrong data in {where}: {len(x)} {part} images, {len(y)} labels; {name} has {n}.")
+        if x.size != n * prod(facts.shape):
+            raise ValueError(f"Wrong data in {where}: {part} images of shape {x.shape[1:]}; {name} has {facts.shape}.")
         if y.min() < 0 or y.max() >= facts.classes:
-            raise ValueError(f"Wrong data in {folder}: {part} labels {y.min()}..{y.max()}, not 0..{facts.classes - 1}.")
+            raise ValueError(f"Wrong data in {where}: {part} labels {y.min()}..{y.max()}, not 0..{facts.classes - 1}.")
+        x, y = np.ascontiguousarray(x).reshape(n, *facts.shape), np.asarray(y, dtype=np.int64)
         if name == "cifar100":  # the one canonical order; a label fits in a byte
             rows = np.concatenate([x.reshape(n, -1), y[:, None].astype(np.uint8)], axis=1)
             order = np.argsort(rows.view(f"V{rows.shape[1]}").ravel(), kind="stable")
             x, y = x[order], y[order]
         arrays |= {f"{part}_x": torch.tensor(x), f"{part}_y": torch.tensor(y)}
-    return _finish(arrays)
+    arrays["mean"], arrays["std"] = _moments(arrays["train_x"])
+    return arrays
 
 
-def _finish(arrays):
-    x = arrays["train_x"]
-    counts = torch.stack([torch.stack([c.bincount(minlength=256) for c in image]) for image in _chunks(x)]).sum(0)
-    values = torch.arange(256, dtype=torch.float64) / 255
+def _moments(x):
+    """Mean and standard deviation of each channel, float64, exact because they come from counts of the 256 values."""
+    counts = sum(torch.stack([c.flatten().bincount(minlength=256) for c in part.unbind(1)]) for part in x.split(5_000))
     share = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
+    values = torch.arange(256, dtype=torch.float64) / 255
     mean = share @ values
-    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return arrays | {"mean": mean, "std": std}, _fingerprint(arrays)
-
-
-def _chunks(x):
-    """Pieces of the images as [C, n], small enough for bincount's 64-bit copies."""
-    return (chunk.transpose(0, 1).flatten(1) for chunk in x.split(5_000))
+    return mean, (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
 
 
 def _fingerprint(arrays):
@@ -245,83 +249,69 @@ def _fingerprint(arrays):
     return digest.hexdigest()
 
 
-def _digits():
+def _read_digits():
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    x = torch.tensor(digits.images * 15, dtype=torch.uint8)[:, None]
-    y = torch.tensor(digits.target, dtype=torch.int64)
-    n = SETS["digits"].n_train
-    return _finish({"train_x": x[:n], "train_y": y[:n], "test_x": x[n:], "test_y": y[n:]})
+    digits, n = load_digits(), SETS["digits"].n_train
+    x = (digits.images * 15).astype(np.uint8)
+    return x[:n], digits.target[:n], x[n:], digits.target[n:]
 
 
-def _read_parquet(name, folder, shards):
+def _read_parquet(name, shards):
     import pyarrow
     import pyarrow.parquet as pq
 
     parts = []
     for files in shards:
-        try:
-            table = pyarrow.concat_tables([pq.read_table(f) for f in files])
-        except (pyarrow.ArrowException, OSError) as e:
-            raise ValueError(f"Unreadable data in {folder}: {str(e).splitlines()[0]}") from None
-        image, label = (next((c for c in cs if c in table.column_names), None)
-                        for cs in (("image", "img"), ("fine_label", "label")))  # fmt: skip
-        if image is None or label is None:
-            raise ValueError(f"Wrong data in {folder}: columns {table.column_names} have no image or no label.")
-        parts += [_decode(name, folder, table[image].to_pylist()), table[label].to_numpy()]
+        table = pyarrow.concat_tables([pq.read_table(f) for f in files])
+        columns = {"img": "image", "fine_label": "label"}
+        table = table.rename_columns([columns.get(c, c) for c in table.column_names])
+        parts += [_decode(SETS[name].shape, table["image"].to_pylist()), table["label"].to_numpy()]
     return parts
 
 
-def _decode(name, folder, images):
-    """Pixels, uint8 [N, C, H, W], of the encoded images (PNG, WebP: Pillow finds out); a thread per core."""
-    from PIL import Image, UnidentifiedImageError
+def _decode(shape, images):
+    """Pixels, uint8 [N, C, H, W], of encoded images (PNG, WebP: Pillow finds out); Pillow works outside the GIL."""
+    from PIL import Image
 
-    channels, height, width = SETS[name].shape
+    channels, height, width = shape
     pixels = np.empty((len(images), height, width, channels), np.uint8)
 
-    def decode(i):
-        for j in range(i, min(i + 500, len(images))):
-            image = Image.open(io.BytesIO(images[j]["bytes"]))
-            if image.size != (width, height):
-                raise ValueError(f"image {j} is {image.size[0]}x{image.size[1]}, not {width}x{height}")
-            pixels[j] = np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(pixels.shape[1:])
+    def decode(start):
+        for i in range(start, min(start + 500, len(images))):
+            image = Image.open(io.BytesIO(images[i]["bytes"])).convert("L" if channels == 1 else "RGB")
+            pixels[i] = np.asarray(image).reshape(pixels.shape[1:])
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        try:
-            list(pool.map(decode, range(0, len(images), 500)))
-        except (UnidentifiedImageError, OSError, ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"Unreadable data in {folder}: {e}") from None
+        list(pool.map(decode, range(0, len(images), 500)))
     return pixels.transpose(0, 3, 1, 2)
 
 
 def _read_idx(file):
-    """The array in one file of the format of http://yann.lecun.com/exdb/mnist, gzipped or not."""
-    try:
-        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"Unreadable data in {file}: {e}") from None
-    sizes = np.frombuffer(raw[4 : 4 + 4 * raw[3]], ">u4").tolist() if raw[:3] == b"\0\0\x08" else []
-    if not sizes or len(raw) != 4 + 4 * len(sizes) + math.prod(sizes):
-        raise ValueError(f"Unreadable data in {file}: not a complete IDX file of bytes.")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes)
+    """The array in one file of MNIST's own format: 0, 0, 8 (bytes), number of sizes, sizes (big-endian), values."""
+    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    start = 4 + 4 * raw[3]
+    sizes = np.frombuffer(raw[4:start], ">u4").tolist()
+    if raw[:3] != b"\0\0\x08" or len(raw) != start + prod(sizes):
+        raise ValueError(f"{file.name} is not a complete IDX file of bytes")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
 
 
 def _read_cifar(cls, root):
     import torchvision.datasets
 
-    parts = []
-    for train in (True, False):
-        try:  # torchvision compares md5 sums before it unpickles
-            part = getattr(torchvision.datasets, cls)(root, train=train)
-        except RuntimeError as e:
-            raise ValueError(f"Unreadable data in {root / SETS[cls.lower()].torchvision[1]}: {e}") from None
-        parts += [part.data.transpose(0, 3, 1, 2), np.array(part.targets)]
-    return parts
+    try:  # torchvision unpickles only files with the published md5 sums
+        train, test = (getattr(torchvision.datasets, cls)(root, train=part) for part in (True, False))
+    except RuntimeError:
+        raise ValueError("md5 sums differ from the published ones") from None
+    return [a for part in (train, test) for a in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
 
 
 def _download(name, root):
-    """Let torchvision fetch the set, then move it into the root in one step, so that parallel loads are safe."""
+    """Let torchvision fetch the set, then move it into the root in one step, so that parallel loads are safe.
+
+    Returns what _find then finds.
+    """
     import torchvision.datasets
 
     cls, folder = SETS[name].torchvision
@@ -335,14 +325,18 @@ def _download(name, root):
             with contextlib.suppress(OSError):  # another process was first
                 (Path(tmp) / folder).rename(root / folder)
     except Exception as e:  # each library below torchvision has its own way to say that there is no network
-        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         raise FileNotFoundError(
-            f"No {name} under {root} and no download ({reason}): set LOTTERY_DATA to a folder with "
+            f"No {name} under {root} and no download ({_last_line(e)}): set LOTTERY_DATA to a folder with "
             f"{name}/train-*.parquet and {name}/test-*.parquet (Hugging Face layout), or put torchvision's files into "
             f"{root / folder}, or run once with network access."
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+    return _find(name, root)
+
+
+def _last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 # The cache of decoded sets --------------------------------------------------------------------------------------------
@@ -365,4 +359,3 @@ def _write_cache(file, arrays, fingerprint):
         with tempfile.TemporaryDirectory(dir=file.parent) as tmp:
             save_file(arrays, Path(tmp) / file.name, {"fingerprint": fingerprint})
             os.replace(Path(tmp) / file.name, file)
-    return arrays, fingerprint
