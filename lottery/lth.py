@@ -65,7 +65,7 @@ def _keep(survivors, rate, where):
         raise ValueError(f"Invalid rate {rate}: give the fraction of surviving weights to remove, 0 <= rate < 1.")
     k = survivors - round(rate * survivors)
     if k < 1:
-        raise ValueError(f"Rate {rate} leaves none of the {survivors} weights of {where}: lower it, or prune less often.")
+        raise ValueError(f"Rate {rate} leaves none of the {survivors} weights of {where}: lower the rate.")
     return k
 
 

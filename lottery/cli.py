@@ -1,0 +1,146 @@
+"""The command line: `lottery run | status | merge | scorecard`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+PAPERS = ("lth",)
+
+ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
+Scale = Annotated[str, typer.Option(help="paper, laptop or smoke.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def kind_errors(command):
+    """Bad input is one line on stderr and exit status 2, never a traceback."""
+    import functools
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, FileNotFoundError) as error:
+            typer.echo(f"lottery: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.command()
+@kind_errors
+def run(
+    paper: Annotated[str, typer.Argument(help="lth")],
+    items: Annotated[list[str] | None, typer.Argument(help="fig3, fig4, …; default: all that the paper has.")] = None,
+    scale: Scale = "laptop",
+    trials: Annotated[int | None, typer.Option(help="Seeds 0 … trials − 1; default: the scale's.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads of one training; more trainings run side by side.")] = 1,
+    budget: Annotated[
+        str | None, typer.Option(help="Such as 90s, 20m, 2h: starts nothing expected to end later.")
+    ] = None,
+    results_dir: ResultsDir = None,
+):
+    """Train what the store does not have yet of a paper's figures and tables. Interrupt and repeat at will."""
+    from lottery import experiments
+
+    module, at = _setting(paper, scale, trials)
+    runs, store = module.runs(items, at), experiments.Store(results_dir)
+    seconds = None if budget is None else _seconds(budget)
+    _check_device(device, threads)
+    before = len(experiments.load(runs, store))
+    left = experiments.run(runs, budget=seconds, store=store, device=device, threads=threads)
+    typer.echo(
+        f"{len(runs)} runs: {before} were stored, {len(runs) - before - len(left)} trained now, {len(left)} left."
+    )
+
+
+@app.command()
+@kind_errors
+def status(as_json: Json = False, results_dir: ResultsDir = None):
+    """What is stored, per paper, item and scale."""
+    from lottery import experiments
+
+    store = experiments.Store(results_dir)
+    lines = []
+    for paper in PAPERS:
+        module = getattr(experiments, paper)
+        for scale in module.SCALES:
+            for item in module.ITEMS:
+                runs = module.runs(item, scale)
+                rows = [row for r in runs if (row := store.get(r))]
+                iterations = sum(r.recipe.iterations for r in runs)
+                line = {"paper": paper, "item": item, "scale": scale, "stored": len(rows), "runs": len(runs)}
+                line |= {"iterations": iterations, "diverged": sum(row["status"] == "diverged" for row in rows)}
+                lines.append(line)
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "stored": len(store.rows()), "items": lines}))
+        return
+    typer.echo(f"{len(store.rows())} runs are stored in {store.dir}.")
+    for line in lines:
+        more = f", {line['diverged']} diverged" if line["diverged"] else ""
+        typer.echo(
+            f"{line['paper']} {line['item']:6} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs{more}"
+        )
+
+
+@app.command()
+@kind_errors
+def merge(
+    source: Annotated[Path | None, typer.Argument(help="Another store; default: this store's own spool.")] = None,
+    results_dir: ResultsDir = None,
+):
+    """Pack finished runs into shards that can be committed."""
+    from lottery import experiments
+
+    if source is not None and not source.is_dir():
+        raise FileNotFoundError(f"No folder {source}: name the results folder to take runs from.")
+    store = experiments.Store(results_dir)
+    typer.echo(f"{store.merge(source)} runs packed into {store.dir}.")
+
+
+@app.command()
+@kind_errors
+def scorecard(
+    paper: Annotated[str | None, typer.Option(help="lth; default: all.")] = None,
+    as_json: Json = False,
+    results_dir: ResultsDir = None,
+):
+    """Every claim: the paper's value, ours, interval, verdict."""
+    from lottery import claims, experiments
+
+    card = claims.scorecard(paper, experiments.Store(results_dir))
+    typer.echo(json.dumps(card, allow_nan=False) if as_json else claims.text(card))
+
+
+def _setting(paper, scale, trials):
+    """The paper's experiments module and its Setting at a scale, with another number of trials."""
+    import dataclasses
+
+    from lottery import experiments
+
+    if paper not in PAPERS:
+        raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(PAPERS)}.")
+    module = getattr(experiments, paper)
+    at = module.setting(scale)
+    return module, at if trials is None else dataclasses.replace(at, trials=trials)
+
+
+def _seconds(text):
+    """'90s', '20m', '2h' → seconds."""
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)):
+        raise ValueError(f"Invalid budget {text!r}: give a number and s, m or h, such as 20m.")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _check_device(device, threads):
+    import torch
+
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"Invalid device {device!r}: give cpu, or cuda where a GPU is present.")
+    if threads < 1:
+        raise ValueError(f"Invalid threads {threads}: give a whole number from 1.")

@@ -1,0 +1,282 @@
+"""The engine: trains the runs that the store does not have, parents first, on any `concurrent.futures.Executor`."""
+
+import concurrent.futures as futures
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lottery import data, lth, models, training
+from lottery import masks as M
+from lottery.experiments.store import Store, now, pack_masks, versions
+
+
+def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, progress=True):
+    """Train what is missing of `runs` and of the parents they need; returns the runs left undone.
+
+    Args:
+        runs: Runs, most decisive first; long chains are kept busy before their side branches.
+        executor: any `concurrent.futures.Executor` whose workers see the store's folder; default: one process per
+            `threads` cores on the CPU, this process on a GPU or for a single run.
+        budget: seconds; no run starts that is expected to end after it.
+        device, threads: of one training.
+
+    A run is kept the moment it ends; an interrupt waits for the trainings under way, a second one abandons them.
+    """
+    store = store or Store()
+    todo = missing(runs, store)
+    parents = {r.parent for r in todo} | {r.parent for r in runs}
+    slots = getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
+    slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
+    clock = _Clock(budget, store)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_bar(len(todo), progress))
+        if executor is None:
+            executor = stack.enter_context(_pool(slots))
+        under_way = {}
+        try:
+            while todo or under_way:
+                ready = (r for r in todo if r.parent not in todo and r.parent not in under_way.values())
+                for r in list(ready)[: max(0, slots - len(under_way))]:
+                    todo.remove(r)
+                    if clock.allows(r):
+                        job = executor.submit(execute, r, store.dir, store.also, r in parents, device, threads)
+                        under_way[job] = r
+                if not under_way:
+                    break
+                done, _ = futures.wait(under_way, return_when=futures.FIRST_COMPLETED)
+                for job in done:
+                    clock.finished(under_way.pop(job), job.result())
+                    bar.update()
+        except KeyboardInterrupt:
+            bar.write(f"Stopping: {len(under_way)} trainings under way will be kept; interrupt again to abandon them.")
+            futures.wait(under_way)
+    return missing(runs, store)
+
+
+def missing(runs, store):
+    """Runs to train so that all of `runs` are stored, longest chain first: a missing run needs its parent's weights."""
+    todo = {}
+
+    def need(r, weights=False):
+        if r in todo or (store.get(r) and not (weights and not store.artifact(r.key).exists())):
+            return
+        if r.parent:
+            need(r.parent, weights=True)
+        todo[r] = None
+
+    for r in runs:
+        need(r)
+    depth = dict.fromkeys(todo, 0)
+    for r in reversed(list(todo)):
+        if r.parent in depth:
+            depth[r.parent] = max(depth[r.parent], depth[r] + 1)
+    return sorted(todo, key=lambda r: -depth[r])
+
+
+def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1):
+    """Train one run and keep it in the store at `results_dir`; returns its wall time in seconds.
+
+    The process's own numbers of threads and warning filters are left as they were.
+    """
+    store, started, before = Store(results_dir, also), now(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        images = training.take(_images(r.dataset, r.valid, r.split_seed), r.train_fraction)
+        model, theta = initialise(r, images, store, device)
+        order = int(r.key[:15], 16)
+        start = r.rewind_to if r.init == "rewind" and r.rewind_schedule == "continue" else 0
+        history = training.fit(model, images, r.recipe, seed=order, start=start)
+    finally:
+        torch.set_num_threads(before)
+    weights_sha = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep_weights else None
+    certificate = {
+        "versions": versions(),
+        "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "device": _device_name(device),
+        "threads": threads,
+        "group": [r.key],
+        "compile": False,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "started": started,
+        "wall_s": round(history.wall_s, 3),
+        "code": _code(),
+        "theta0": theta,
+        "weights": weights_sha,
+        "parent_weights": _sha(store.artifact(r.parent.key)) if r.parent else None,
+    }
+    store.put(_row(r, images, model, history, certificate))
+    return history.wall_s
+
+
+def initialise(r, images, store, device="cpu"):
+    """The network of a run before its training: m ⊙ θ on the model, and the sha256 of θ."""
+    create = functools.partial(models.create, r.model, in_shape=tuple(images.train.x.shape[1:]), classes=images.classes)
+    model = M.attach(create(seed=r.seed))
+    if r.parent:
+        trained = _load_artifact(store, r.parent)
+        m = {name.removeprefix("mask/"): t.bool() for name, t in trained.items() if name.startswith("mask/")}
+        trained = {name: t for name, t in trained.items() if not name.startswith("mask/")}
+        theta_0 = M.state(model)
+        M.attach(M.restore(model, trained), m)
+        m = lth.prune(model, r.rate if r.scope == "global" else rates(model, r), r.scope)
+        fresh = int(r.key[15:], 16) % 2**31
+        if r.init == "random":
+            m = lth.random_masks(m, torch.Generator().manual_seed(fresh))
+        M.attach(model, m)
+        if r.init in ("reinit", "random"):
+            M.restore(model, M.state(create(seed=fresh)))
+        elif r.init in ("reset", "rewind"):
+            M.restore(model, theta_0)
+    if r.init == "rewind" and r.rewind_to:
+        dense = M.attach(create(seed=r.seed)).to(device)
+        training.fit(dense, images, r.root.recipe, seed=int(r.root.key[:15], 16), stop=r.rewind_to)
+        M.restore(model, M.state(dense))
+    theta = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in M.state(model).values())).hexdigest()
+    return model.to(device), theta
+
+
+def rates(model, r):
+    """`{layer: rate}` of a layer-wise run: Linear, Conv, and the last layer by its own."""
+    layers = M.prunable(model)
+    conv = r.rate if r.rate_conv is None else r.rate_conv
+    each = {name: r.rate if isinstance(layer, torch.nn.Linear) else conv for name, layer in layers.items()}
+    if r.rate_output is not None:
+        each[list(layers)[-1]] = r.rate_output
+    return each
+
+
+def _row(r, images, model, history, certificate):
+    m = M.read(model)
+    row = {
+        "key": r.key,
+        "parent": r.parent and r.parent.key,
+        "model": r.model,
+        "dataset": r.dataset,
+        "fingerprint": images.fingerprint,
+        "init": r.init,
+        "status": history.status,
+        "started": certificate["started"],
+        "device": certificate["device"],
+        "seed": r.seed,
+        "level": r.level,
+        "draw": r.draw,
+        "iterations": r.recipe.iterations,
+        "n_valid": len(images.valid.y),
+        "n_test": len(images.test.y),
+        "density": M.density(m),
+        "wall_s": certificate["wall_s"],
+        "censored": history.censored,
+        "step": history.step,
+        "val_loss": history.val_loss,
+        "val_acc": history.val_acc,
+        "test_acc": [None if np.isnan(a) else a for a in history.test_acc],
+        "mask": pack_masks(m),
+        "spec": json.dumps(r.spec(), sort_keys=True),
+        "layers": json.dumps({name: [int(t.sum()), t.numel()] for name, t in m.items()}),
+        "train_loss": json.dumps(history.train_loss),
+        "certificate": json.dumps(certificate, sort_keys=True),
+    }
+    for name, at in (("early_stop", history.early_stop), ("last", history.last)):
+        if at:
+            row |= {f"{name}_{f}": getattr(at, f) for f in ("step", "val_loss", "val_acc", "test_acc", "train_acc")}
+            row[f"{name}_correct"] = np.packbits(at.correct).tobytes()
+    return row
+
+
+class _Clock:
+    """Expected duration of a run: seconds per iteration of the last like it, in this call or in the store."""
+
+    def __init__(self, budget, store):
+        self.end = None if budget is None else time.monotonic() + budget
+        self.pace = {}
+        if budget is not None:
+            for row in sorted(store.rows().values(), key=lambda row: row["started"]):
+                self.pace[row["model"], row["dataset"]] = row["wall_s"] / row["iterations"]
+
+    def allows(self, r):
+        expected = self.pace.get((r.model, r.dataset), 0) * r.recipe.iterations
+        return self.end is None or time.monotonic() + expected <= self.end
+
+    def finished(self, r, wall_s):
+        self.pace[r.model, r.dataset] = wall_s / r.recipe.iterations
+
+
+class _Here(futures.Executor):
+    """Runs at once, in this process."""
+
+    _max_workers = 1
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = futures.Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _pool(slots):
+    if slots == 1:
+        return _Here()
+    context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
+    return futures.ProcessPoolExecutor(slots, mp_context=context, initializer=_worker)
+
+
+def _worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def _bar(total, progress):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="run", disable=None if progress else True)
+
+
+@functools.lru_cache(maxsize=2)
+def _images(name, valid, split_seed):
+    return data.load(name, valid=valid, split_seed=split_seed)
+
+
+def _load_artifact(store, parent):
+    from safetensors.torch import load_file
+
+    return load_file(store.artifact(parent.key))
+
+
+def _prefixed(masks):
+    return {f"mask/{name}": m for name, m in masks.items()}
+
+
+def _sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _device_name(device):
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def _code():
+    """Commit and hash of the package's source: information only, neither makes a run stale."""
+    folder = Path(__file__).parents[1]
+    with warnings.catch_warnings(), contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
+        return {"commit": commit, "source": hashlib.sha256(source).hexdigest()[:16]}
+    return {"commit": None}

@@ -1,0 +1,105 @@
+"""A Run: one training of one network, named by everything that determines it and by nothing else."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from lottery.training import Recipe
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Defaults are the lottery ticket paper's LeNet; a published default never changes.
+
+    model, dataset, valid, split_seed, train_fraction: as in `models.create`, `data.load` and `training.take`.
+    seed: the trial; it draws θ₀. The data order comes from the key, so no two trainings share one.
+    parent: the training whose final weights are pruned to make this one's mask; None for a dense network.
+    rate, rate_conv, rate_output: fraction of survivors removed from Linear, Conv and the last layer
+        (None: as Linear). scope: "layer" | "global" (one rate for all).
+    init: the survivors' values: "reset" θ₀ | "rewind" θ_k | "reinit" a fresh θ₀′ | "random" a fresh θ₀′ under the
+        mask shuffled layer by layer | "continue" the parent's final weights.
+    rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
+    draw: tells repetitions of a fresh draw apart.
+    """
+
+    model: str = "lenet_300_100"
+    dataset: str = "mnist"
+    recipe: Recipe = field(default_factory=Recipe)
+    seed: int = 0
+    parent: "Run | None" = None
+    rate: float = 0.2
+    rate_conv: float | None = None
+    rate_output: float | None = 0.1
+    scope: str = "layer"
+    init: str = "reset"
+    rewind_to: int = 0
+    rewind_schedule: str = "continue"
+    draw: int = 0
+    valid: int | None = None
+    split_seed: int = 0
+    train_fraction: float = 1.0
+
+    def __post_init__(self):
+        if self.init not in (inits := ("reset", "rewind", "reinit", "random", "continue")):
+            raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(inits)}.")
+        if self.rewind_schedule not in ("continue", "restart"):
+            raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
+        if not 0 <= self.rewind_to < self.recipe.iterations:
+            raise ValueError(f"Invalid rewind_to {self.rewind_to}: give 0 <= iteration < {self.recipe.iterations}.")
+        for name in ("rate", "rate_conv", "rate_output"):
+            if (rate := getattr(self, name)) is not None and not 0 <= rate < 1:
+                raise ValueError(f"Invalid {name} {rate}: give the fraction of survivors to remove, 0 <= {name} < 1.")
+        if self.parent is None and self.init != "reset":
+            raise ValueError(f"Invalid init {self.init!r} without a parent: a dense network starts from its own θ₀.")
+        for name in ("model", "dataset", "seed", "split_seed", "valid") if self.parent else ():
+            mine, its = getattr(self, name), getattr(self.parent, name)
+            if mine != its:
+                raise ValueError(f"Invalid parent: its {name} is {its!r}, not {mine!r}.")
+
+    @property
+    def level(self):
+        """Rounds of pruning before this training."""
+        return self.parent.level + 1 if self.parent else 0
+
+    @property
+    def root(self):
+        """The dense training at the start of the chain."""
+        return self.parent.root if self.parent else self
+
+    @functools.cached_property
+    def key(self):
+        """Hash of canonical JSON of the schema, the fields that differ from their defaults, and the parent's key.
+
+        Leaving defaults out lets a field be added without renaming every run.
+        """
+        text = json.dumps([SCHEMA, _fields(self, all=False), self.parent and self.parent.key], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def spec(self):
+        """Every field as JSON types; the parent by its key."""
+        return {**_fields(self, all=True), "parent": self.parent and self.parent.key}
+
+    def __str__(self):
+        what = f"level {self.level}" + (f" {self.init} {self.draw}" if self.init in ("reinit", "random") else "")
+        return f"{self.model}/{self.dataset} seed {self.seed} {what} ({self.recipe.iterations} iterations)"
+
+
+def _fields(spec, all):
+    """Fields of a dataclass as JSON types, floats as floats whatever was given; without the defaults unless `all`."""
+    fields = {}
+    for f in dataclasses.fields(spec):
+        value = getattr(spec, f.name)
+        if f.name == "parent":
+            continue
+        if dataclasses.is_dataclass(value):
+            value = _fields(value, all)
+            if value or all:
+                fields[f.name] = value
+        elif all or value != f.default:
+            is_float = f.type in (float, float | None) and value is not None
+            fields[f.name] = float(value) if is_float else list(value) if isinstance(value, tuple) else value
+    return fields

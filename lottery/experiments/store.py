@@ -1,0 +1,272 @@
+"""The store: finished runs as data, append-only, readable with pandas.
+
+`results/ours/*.parquet` are the shards, one row a run, committed. Beside them, ignored by git, lie `.spool/` (a file
+per finished run, written by rename, until `merge` packs it into a shard) and `.artifacts/` (final weights, as
+safetensors, that a child still needs). A run is found by its key; what is damaged is named on stderr, passed over and
+trained again, never deleted.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SHARD = 300  # runs in one shard
+MASK_LIMIT = 500_000  # masks of larger networks are not stored with the run
+
+READING = {"step": "int64", "val_loss": "double", "val_acc": "double", "test_acc": "double", "train_acc": "double"}
+
+
+@functools.cache
+def schema():
+    """The columns of a run, as a pyarrow schema."""
+    import pyarrow as pa
+
+    text = ("key", "parent", "model", "dataset", "fingerprint", "init", "status", "started", "device")
+    columns = dict.fromkeys(text, pa.string())
+    columns |= dict.fromkeys(("seed", "level", "draw", "iterations", "n_valid", "n_test"), pa.int64())
+    columns |= {"density": pa.float64(), "wall_s": pa.float64(), "censored": pa.bool_()}
+    for r in ("early_stop", "last"):
+        columns |= {f"{r}_{name}": pa.type_for_alias(kind) for name, kind in READING.items()}
+        columns[f"{r}_correct"] = pa.binary()
+    columns |= {"step": pa.list_(pa.int32())}
+    columns |= dict.fromkeys(("val_loss", "val_acc", "test_acc"), pa.list_(pa.float32()))
+    columns |= {"mask": pa.binary()}
+    columns |= dict.fromkeys(("spec", "layers", "train_loss", "certificate", "payload_sha"), pa.string())
+    return pa.schema(list(columns.items()))
+
+
+def root(start=None):
+    """`results` of the clone around the working directory. Raises FileNotFoundError outside of a clone."""
+    here = Path(start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "results").is_dir() and (folder / "lottery").is_dir():
+            return folder / "results"
+    raise FileNotFoundError(f"No results folder around {here}: work inside a clone, or name one with --results-dir.")
+
+
+class Store:
+    """Runs under `results_dir` (default: `results/ours` of the clone), and read-only under `also`."""
+
+    def __init__(self, results_dir=None, also=()):
+        self.dir = Path(results_dir).expanduser() if results_dir else root() / "ours"
+        self.also = [Path(folder) for folder in also]
+        self._rows, self._seen = {}, {}
+
+    def rows(self):
+        """`{key: row}` of all sound runs; files that were read before are not read again."""
+        for folder in (self.dir, *self.also):
+            for path in [*sorted(folder.glob("*.parquet")), *sorted((folder / ".spool").glob("*.parquet"))]:
+                with contextlib.suppress(FileNotFoundError):  # packed into a shard by another process meanwhile
+                    stamp = path.stat().st_mtime_ns
+                    if self._seen.get(path) != stamp:
+                        self._seen[path] = stamp
+                        for row in read(path):
+                            self._rows.setdefault(row["key"], row)
+        return self._rows
+
+    def get(self, run):
+        """The row of a run, or None. Raises ValueError when what is stored under its key is another run."""
+        row = self.rows().get(run.key)
+        if row:
+            stored, wanted = json.loads(row["spec"]), run.spec()
+            if differ := [name for name in stored if name in wanted and stored[name] != wanted[name]]:
+                name = differ[0]
+                raise ValueError(
+                    f"Run {run.key} is stored with {name} = {stored[name]!r}, not {wanted[name]!r}: "
+                    f"two runs share a key, or the file was edited; move it away and run again."
+                )
+        return row
+
+    def put(self, row):
+        """Keep a finished run, atomically; False when another process was first and this copy is discarded."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pylist([row], schema=schema())
+        table = _signed(table)
+        path = self.dir / ".spool" / f"{row['key']}.parquet"
+        if path.exists() and not read(path):
+            os.replace(path, path.with_suffix(".damaged"))
+        with _temporary(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+            return _publish(temporary, path, replace=False)
+
+    def artifact(self, key):
+        """Where the final weights of a run lie, or would lie."""
+        for folder in (self.dir, *self.also):
+            path = folder / ".artifacts" / f"{key}.safetensors"
+            if path.exists():
+                return path
+        return self.dir / ".artifacts" / f"{key}.safetensors"
+
+    def save_artifact(self, key, tensors):
+        """Write `{name: tensor}` by rename; returns the file's sha256."""
+        from safetensors.torch import save
+
+        content, path = save(tensors), self.dir / ".artifacts" / f"{key}.safetensors"
+        with _temporary(path) as temporary:
+            temporary.write_bytes(content)
+            _publish(temporary, path, replace=True)
+        return hashlib.sha256(content).hexdigest()
+
+    def merge(self, source=None):
+        """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.
+
+        A shard is complete before the spool files that it replaces are removed, so a kill loses nothing.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.dir.mkdir(parents=True, exist_ok=True)
+        with open(self.dir / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            packed = {row["key"] for path in self.dir.glob("*.parquet") for row in read(path)}
+            folders = [self.dir / ".spool"] if source is None else [Path(source), Path(source) / ".spool"]
+            files = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
+            sound = {path: read(path) for path in files}
+            rows = {row["key"]: row for found in sound.values() for row in found if row["key"] not in packed}
+            rows = [rows[key] for key in sorted(rows)]
+            for i in range(0, len(rows), SHARD):
+                part = rows[i : i + SHARD]
+                name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
+                path = self.dir / f"{max(row['started'] for row in part)[:10]}-{name}.parquet"
+                with _temporary(path) as temporary:
+                    pq.write_table(pa.Table.from_pylist(part, schema=schema()), temporary, compression="zstd")
+                    _publish(temporary, path, replace=True)
+            if source is None:
+                for path in (path for path, found in sound.items() if found):
+                    path.unlink()
+        return len(rows)
+
+
+def load(runs=None, store=None):
+    """The stored ones of `runs` (None: everything stored), one row a run, in order, as a pandas.DataFrame.
+
+    Columns: `schema()`, and `stale` (trained by an older algorithm version). Accuracies are fractions, losses
+    means per image; `*_correct` are `numpy.packbits` of per-image correctness on the test set.
+    """
+    import pandas as pd
+
+    store = store or Store()
+    rows = list(store.rows().values()) if runs is None else [row for run in runs if (row := store.get(run))]
+    frame = pd.DataFrame(rows, columns=schema().names)
+    frame["stale"] = [json.loads(certificate)["versions"] != versions() for certificate in frame["certificate"]]
+    return frame
+
+
+def versions():
+    """Algorithm versions that a result depends on."""
+    from lottery import lth, training
+
+    return {"training": training.VERSION, "lth": lth.VERSION}
+
+
+def read(path):
+    """The sound rows of a shard or spool file; damaged ones are named on stderr."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path, schema=schema()).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        print(f"Damaged result {path}: {str(error).splitlines()[0]} It is passed over; run it again.", file=sys.stderr)
+        return []
+    sound = []
+    for row in rows:
+        if problem := _problem(row):
+            print(f"Damaged run {row['key']} in {path}: {problem} It is passed over; run it again.", file=sys.stderr)
+        else:
+            sound.append(row)
+    return sound
+
+
+def _problem(row):
+    """What is wrong with a stored row, or None: every accuracy is recomputed from the packed correctness."""
+    for r in ("early_stop", "last"):
+        packed = row[f"{r}_correct"]
+        if packed is not None:
+            accuracy = int(unpack(packed, row["n_test"]).sum()) / row["n_test"]
+            if abs(accuracy - row[f"{r}_test_acc"]) > 1e-9:
+                return f"{r}_test_acc is {row[f'{r}_test_acc']:.4f}, its test images give {accuracy:.4f}."
+    return None if _digest(row) == row["payload_sha"] else "its content does not match its hash."
+
+
+def unpack(packed, n):
+    """Packed bits → bool [n]."""
+    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=n).astype(bool)
+
+
+def pack_masks(masks):
+    """All mask bits in module order, packed and deflated; None above MASK_LIMIT weights."""
+    if not masks or sum(m.numel() for m in masks.values()) > MASK_LIMIT:
+        return None
+    bits = np.concatenate([m.cpu().numpy().ravel() for m in masks.values()])
+    return zlib.compress(np.packbits(bits).tobytes(), 9)
+
+
+def unpack_masks(packed, shapes):
+    """The inverse of `pack_masks`, for `{layer: shape}` in module order: `{layer: BoolTensor}`."""
+    import torch
+
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    bits = torch.from_numpy(unpack(zlib.decompress(packed), sum(sizes)))
+    return {name: part.view(*shapes[name]) for name, part in zip(shapes, bits.split(sizes), strict=True)}
+
+
+def _digest(row):
+    """sha256 of a row's content; empty columns do not count, so that a column can be added later."""
+    content = {name: value.hex() if isinstance(value, bytes) else value for name, value in row.items()}
+    content = {name: value for name, value in content.items() if value is not None and name != "payload_sha"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _signed(table):
+    """The one-row table with its own digest in `payload_sha`, taken after float32 columns were rounded."""
+    import pyarrow as pa
+
+    row = table.to_pylist()[0]
+    return pa.Table.from_pylist([{**row, "payload_sha": _digest(row)}], schema=schema())
+
+
+@contextlib.contextmanager
+def _temporary(path):
+    """A fresh name beside `path`, on the same file system, gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _publish(temporary, path, replace):
+    """Give a finished file its name in one step; without `replace`, False when the name is taken."""
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.chmod(temporary, 0o644)
+    if replace:
+        os.replace(temporary, path)
+        return True
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def now():
+    """UTC, to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

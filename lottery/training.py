@@ -1,0 +1,274 @@
+"""One training loop for every method: data resident as uint8, read at fixed iterations, early stop found afterwards."""
+
+import bisect
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+from lottery import masks as M
+
+VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
+
+LOSS_STEPS = (1, 2, 5, 10, 50, 100, 500)  # training losses kept so that an audit can check a long run in seconds
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Defaults: LeNet-300-100 on MNIST as in the lottery ticket paper (figure 2).
+
+    optimizer: "adam" | "sgd". iterations: J, minibatch steps. eval_every: iterations between two readings of the
+    validation set. test_readings: "all" reads the test set as often, "log" at about 20 log-spaced readings.
+    milestones: iterations at which lr is multiplied by gamma. warmup: iterations of linear increase from 0.
+    inputs: "unit" feeds pixels in [0, 1], "standard" subtracts the mean and divides by the deviation per channel.
+    """
+
+    optimizer: str = "adam"
+    lr: float = 1.2e-3
+    batch_size: int = 60
+    iterations: int = 50_000
+    eval_every: int = 100
+    test_readings: str = "log"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup: int = 0
+    inputs: str = "unit"
+
+    def __post_init__(self):
+        def need(ok, name, rule):
+            if not ok:
+                raise ValueError(f"Invalid {name} {getattr(self, name)!r}: {rule}.")
+
+        need(self.optimizer in ("adam", "sgd"), "optimizer", "give 'adam' or 'sgd'")
+        need(self.lr > 0 and math.isfinite(self.lr), "lr", "give a learning rate above 0")
+        need(self.test_readings in ("all", "log"), "test_readings", "give 'all' or 'log'")
+        need(self.inputs in ("unit", "standard"), "inputs", "give 'unit' or 'standard'")
+        for name in ("batch_size", "iterations", "eval_every"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= 1, name, "give a whole number from 1")
+        need(0 <= self.momentum < 1, "momentum", "give 0 <= momentum < 1")
+        need(self.weight_decay >= 0, "weight_decay", "give a number from 0")
+        need(self.gamma > 0, "gamma", "give a factor above 0")
+        need(self.warmup >= 0, "warmup", "give a whole number of iterations from 0")
+        need(list(self.milestones) == sorted(self.milestones), "milestones", "give iterations in increasing order")
+
+    def lr_at(self, t):
+        """Learning rate of the step that follows `t` finished ones: lr · γ^(milestones ≤ t) · min(1, t / warmup)."""
+        ramp = min(1.0, t / self.warmup) if self.warmup else 1.0
+        return self.lr * self.gamma ** bisect.bisect_right(self.milestones, t) * ramp
+
+    def readings(self, start=0, stop=None):
+        """Iterations after which the validation set is read, and the subset of them that reads the test set."""
+        stop = stop or self.iterations
+        steps = [t for t in range(self.eval_every, stop + 1, self.eval_every) if t > start]
+        if not steps or steps[-1] != stop:
+            steps.append(stop)
+        if self.test_readings == "all":
+            return steps, set(steps)
+        spaced = np.geomspace(1, len(steps), 20).round().astype(int) - 1
+        return steps, {steps[i] for i in spaced}
+
+
+@dataclass
+class Reading:
+    """What is known at one reading point: losses are means per image, accuracies fractions, `correct` bool [n_test]."""
+
+    step: int
+    val_loss: float
+    val_acc: float
+    test_acc: float
+    train_acc: float
+    correct: np.ndarray
+
+
+@dataclass
+class History:
+    """What `fit` measured. The lists run over the readings; test_acc is NaN where the test set was not read."""
+
+    step: list[int] = field(default_factory=list)
+    val_loss: list[float] = field(default_factory=list)
+    val_acc: list[float] = field(default_factory=list)
+    test_acc: list[float] = field(default_factory=list)
+    train_loss: dict[int, float] = field(default_factory=dict)  # minibatch loss at iterations LOSS_STEPS
+    status: str = "finished"  # or "diverged": a loss was not finite
+    early_stop: Reading | None = None  # None without a validation set
+    last: Reading | None = None
+    wall_s: float = 0.0
+
+    @property
+    def censored(self):
+        """True when the minimum validation loss fell on the last reading: the training was too short to see it."""
+        return self.early_stop is not None and self.early_stop.step == self.last.step
+
+
+def param_groups(model, recipe):
+    """One group of all trainable parameters, all with the recipe's weight decay."""
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": recipe.weight_decay}]
+
+
+def optimizer(model, recipe, groups=None):
+    """The recipe's optimiser, fused. Raises ValueError when a trainable parameter is in no group: it cannot move."""
+    groups = param_groups(model, recipe) if groups is None else groups
+    covered = {id(p) for group in groups for p in group["params"]}
+    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]:
+        raise ValueError(f"No parameter group holds {', '.join(left)}: build the groups after attaching the method.")
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=recipe.lr, fused=True)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+
+
+class Batches:
+    """Minibatches of the training set on the model's device: batch(t) is the one that iteration t trains on.
+
+    Every epoch is a fresh permutation from (seed, epoch), so any iteration can be asked for: rewinding continues
+    where the schedule stands. An incomplete last batch is dropped.
+    """
+
+    def __init__(self, data, recipe, seed, like):
+        self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
+        self.size, self.seed, self.epoch = recipe.batch_size, seed, None
+        self.per_epoch = len(self.y) // self.size
+        if not self.per_epoch:
+            raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
+        self.normalise = normaliser(data, recipe, like)
+
+    def __call__(self, t):
+        epoch, i = divmod(t, self.per_epoch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+            self.order = torch.randperm(len(self.y), generator=generator).to(self.y.device)
+            self.epoch = epoch
+        index = self.order[i * self.size : (i + 1) * self.size]
+        return self.normalise(self.x[index]), self.y[index]
+
+
+def normaliser(data, recipe, like):
+    """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`."""
+    if recipe.inputs == "unit":
+        return lambda x: x.to(like.dtype).mul_(1 / 255)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) * 255 for v in (data.mean, data.std))
+    mean, scale = mean.to(like), (1 / std).to(like)
+    return lambda x: x.to(like.dtype).sub_(mean).mul_(scale)
+
+
+@torch.no_grad()
+def evaluate(model, split, normalise, batch_size=2500):
+    """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    loss, correct = 0.0, []
+    with parametrize.cached():  # the masks are applied once, not once per batch
+        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
+            y = y.to(device)
+            logits = model(normalise(x.to(device)))
+            loss += F.cross_entropy(logits, y, reduction="sum")
+            correct.append(logits.argmax(1) == y)
+    model.train(was_training)
+    if not correct:
+        return math.nan, torch.zeros(0, dtype=torch.bool)
+    return float(loss) / len(split.y), torch.cat(correct).cpu()
+
+
+def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
+    """Train the model in place and read it as the recipe says.
+
+    Args:
+        model: any module of image batches [B, C, H, W] → logits [B, classes]; its device and dtype are used.
+        data: `lottery.data.Data`.
+        seed: of the data order (the initialisation is the model's own).
+        start, stop: iterations; training goes on at schedule and data position `start` with a fresh optimiser and
+            ends after iteration `stop` (default: the recipe's).
+        groups: the method's parameter groups; default `param_groups(model, recipe)`.
+
+    Returns a `History`. The model ends with the weights of the last iteration; a loss that is not finite stops the
+    training with status "diverged".
+
+    Raises ValueError: start and stop out of order, a batch larger than the training set, a parameter in no group.
+    """
+    stop = recipe.iterations if stop is None else stop
+    if not 0 <= start < stop <= recipe.iterations:
+        raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
+    began, like = time.perf_counter(), next(model.parameters())
+    opt = optimizer(model, recipe, groups)
+    batch = Batches(data, recipe, seed, like)
+    steps, test_steps = recipe.readings(start, stop)
+    steps = set(steps)
+    history, best, best_step, best_loss = History(), None, None, math.inf
+    masks, lr = M.read(model), recipe.lr
+    model.train()
+
+    for t in range(start, stop):
+        if recipe.lr_at(t) != lr:
+            lr = recipe.lr_at(t)
+            for group in opt.param_groups:
+                group["lr"] = lr
+        x, y = batch(t)
+        loss = F.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        done = t + 1
+        if done - start in LOSS_STEPS:
+            history.train_loss[done] = loss.item()
+        if done in steps:
+            if not math.isfinite(loss.item()):
+                history.status = "diverged"
+                break
+            val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
+            if val_loss < best_loss:
+                best, best_step, best_loss = M.state(model), done, val_loss
+
+    final = M.state(model)
+    if best is not None:
+        M.restore(model, best)
+        history.early_stop = reading(model, data, batch.normalise, best_step)
+        M.restore(model, final)
+    history.last = reading(model, data, batch.normalise, done)
+    _assert_sparse(model, masks)
+    history.wall_s = time.perf_counter() - began
+    return history
+
+
+def _read(history, model, data, normalise, step, with_test):
+    val_loss, val_correct = evaluate(model, data.valid, normalise)
+    history.step.append(step)
+    history.val_loss.append(val_loss)
+    history.val_acc.append(_accuracy(val_correct))
+    history.test_acc.append(_accuracy(evaluate(model, data.test, normalise)[1]) if with_test else math.nan)
+    return val_loss
+
+
+def reading(model, data, normalise, step):
+    """Everything at one reading point, of the model as it is now."""
+    val_loss, val_correct = evaluate(model, data.valid, normalise)
+    correct = evaluate(model, data.test, normalise)[1]
+    train_acc = _accuracy(evaluate(model, data.train, normalise)[1])
+    return Reading(step, val_loss, _accuracy(val_correct), _accuracy(correct), train_acc, correct.numpy())
+
+
+def _accuracy(correct):
+    return correct.sum().item() / len(correct) if len(correct) else math.nan
+
+
+def _assert_sparse(model, masks):
+    """What was pruned stayed pruned: the effective weights at the END of the training, against the masks before it."""
+    layers = M.prunable(model)
+    for name, m in masks.items():
+        if layers[name].weight.detach()[~m].any():
+            raise AssertionError(f"Pruned weights of layer {name!r} came back during training.")
+
+
+def take(data, fraction):
+    """The data with a random share of its training images, 0 < fraction <= 1 (the split is already shuffled)."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"Invalid train_fraction {fraction}: give a share of the training images, 0 < share <= 1.")
+    k = max(1, round(fraction * len(data.train.y)))
+    train = dataclasses.replace(data.train, x=data.train.x[:k], y=data.train.y[:k])
+    return dataclasses.replace(data, train=train)
