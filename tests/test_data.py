@@ -1,0 +1,654 @@
+"""lottery.data on small generated sets in every layout that it reads; on the real sets where LOTTERY_DATA has them."""
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+
+from lottery import data
+
+N_TRAIN, N_TEST = 60, 20
+REAL = os.environ.get("LOTTERY_DATA")
+FILE_SETS = [name for name in data.SETS if name != "digits"]
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    """Sets of 60 + 20 images, an empty cache, no LOTTERY_DATA, no Debian package and no network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("LOTTERY_DATA", raising=False)
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "nothing")
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    for name in FILE_SETS:
+        classes = 4 if name == "cifar100" else 10
+        facts = data.SETS[name]._replace(classes=classes, n_train=N_TRAIN, n_test=N_TEST)
+        monkeypatch.setitem(data.SETS, name, facts)
+    (tmp_path / "root").mkdir()
+
+
+def no_network(*args, **kwargs):
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+def generate(name, seed=0):
+    """Random images [N, H, W, C] and labels of both parts; every class appears equally often."""
+    rng, (c, h, w) = np.random.default_rng(seed), data.SETS[name].shape
+    parts = []
+    for n in (N_TRAIN, N_TEST):
+        parts += [rng.integers(0, 256, (n, h, w, c), np.uint8), rng.permutation(np.arange(n) % data.SETS[name].classes)]
+    return parts
+
+
+def encode(image, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(buffer, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    return {"bytes": buffer.getvalue(), "path": "x"}
+
+
+def write_parquet(folder, part, images, labels, shards=1, image="image", label="label", kind="PNG"):
+    folder.mkdir(exist_ok=True, parents=True)
+    for i, rows in enumerate(np.array_split(np.arange(len(images)), shards)):
+        table = {image: [encode(images[j], kind) for j in rows], label: labels[rows]}
+        pq.write_table(pyarrow.table(table), folder / f"{part}-{i:05d}-of-{shards:05d}.parquet")
+
+
+def write_hub(root, name, parts, shards=1):
+    columns = {
+        "cifar10": {"image": "img", "kind": "WEBP"},
+        "cifar100": {"image": "img", "label": "fine_label", "kind": "WEBP"},
+    }.get(name, {})
+    write_parquet(root / name, "train", *parts[:2], shards=shards, **columns)
+    write_parquet(root / name, "test", *parts[2:], **columns)
+
+
+def write_idx(folder, parts, packed=False):
+    folder.mkdir(parents=True)
+    for name, array in zip(data.IDX, (parts[0], parts[1], parts[2], parts[3]), strict=True):
+        array = array.squeeze().astype(np.uint8)
+        raw = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+        (folder / (name + ".gz" if packed else name)).write_bytes(gzip.compress(raw) if packed else raw)
+
+
+def write_torchvision(root, name, parts, monkeypatch):
+    """torchvision's format; for the CIFARs, torchvision is told the md5 sums of the generated files."""
+    cls, folder = data.SETS[name].torchvision
+    if name in ("mnist", "fashion_mnist"):
+        return write_idx(root / folder, parts)
+    (root / folder).mkdir(parents=True)
+    key = "fine_labels" if name == "cifar100" else "labels"
+    names = data.FILES[cls]
+    batches = [(parts[0], parts[1])] if name == "cifar100" else [(parts[0][i::5], parts[1][i::5]) for i in range(5)]
+    md5 = {}
+    for file, (x, y) in zip(names, [*batches, (parts[2], parts[3])], strict=False):
+        md5[file] = put(root / folder / file, {"data": x.transpose(0, 3, 1, 2).reshape(len(x), -1), key: y.tolist()})
+    labels = [str(i) for i in range(data.SETS[name].classes)]
+    md5[names[-1]] = put(root / folder / names[-1], {"label_names": labels, "fine_label_names": labels})
+    dataset = getattr(torchvision.datasets, cls)
+    monkeypatch.setattr(dataset, "train_list", [[file, md5[file]] for file in names[:-2]])
+    monkeypatch.setattr(dataset, "test_list", [[names[-2], md5[names[-2]]]])
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "md5": md5[names[-1]]})
+
+
+def put(file, content):
+    file.write_bytes(pickle.dumps(content, protocol=2))
+    return hashlib.md5(file.read_bytes()).hexdigest()
+
+
+def load(name, root, **options):
+    return data.load(name, root=root, **{"valid": 20, **options})
+
+
+def rows(split):
+    """The images with their labels as a list of bytes: what is in a split, whatever its order."""
+    return sorted(bytes(x.numpy().tobytes()) + bytes([int(y)]) for x, y in zip(split.x, split.y, strict=True))
+
+
+def error_of(kind, *args, **options):
+    """The message of the error, which has to be one line without a chain of causes."""
+    with pytest.raises(kind) as e:
+        data.load(*args, **options)
+    message = str(e.value)
+    assert "\n" not in message
+    assert e.value.__suppress_context__ or e.value.__context__ is None
+    return message
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_parquet_gives_every_pixel_and_label(name, tmp_path):
+    parts = generate(name)
+    write_hub(tmp_path / "root", name, parts, shards=3)
+    d = load(name, tmp_path / "root")
+    c, h, w = data.SETS[name].shape
+    assert d.train.x.shape == (40, c, h, w)
+    assert d.valid.x.shape == (20, c, h, w)
+    assert d.test.x.shape == (20, c, h, w)
+    for split in (d.train, d.valid, d.test):
+        assert split.x.dtype == torch.uint8
+        assert split.y.dtype == torch.int64
+        assert split.x.is_contiguous()
+        assert len(split) == len(split.x) == len(split.y)
+    everything = data.Split(torch.tensor(parts[0].transpose(0, 3, 1, 2)), torch.tensor(parts[1]))
+    assert sorted(rows(d.train) + rows(d.valid)) == rows(everything)
+    assert d.name == name
+    assert d.classes == data.SETS[name].classes
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "fashion_mnist"])
+def test_original_order_survives(name, tmp_path):
+    parts = generate(name)
+    write_hub(tmp_path / "root", name, parts, shards=2)
+    d = load(name, tmp_path / "root", valid=0)
+    assert torch.equal(d.test.x, torch.tensor(parts[2].transpose(0, 3, 1, 2)))
+    order = np.random.RandomState(0).permutation(N_TRAIN)
+    assert torch.equal(d.train.x, torch.tensor(parts[0][order].transpose(0, 3, 1, 2)))
+    assert d.train.y.tolist() == parts[1][order].tolist()
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_torchvision_files_and_parquet_of_the_same_images_are_the_same(name, tmp_path, monkeypatch):
+    parts = generate(name)
+    if name == "cifar10":  # torchvision concatenates five batches
+        parts[0], parts[1] = (np.concatenate([a[i::5] for i in range(5)]) for a in parts[:2])
+        batched = [np.concatenate([a.reshape(5, 12, *a.shape[1:])[:, i] for i in range(12)]) for a in parts[:2]]
+        write_torchvision(tmp_path / "root", name, [*batched, *parts[2:]], monkeypatch)
+    else:
+        write_torchvision(tmp_path / "root", name, parts, monkeypatch)
+    write_hub(tmp_path / "other", name, parts)
+    ours, hub = load(name, tmp_path / "root"), load(name, tmp_path / "other")
+    assert ours.fingerprint == hub.fingerprint
+    assert ours.mean == hub.mean
+    assert ours.std == hub.std
+    for part in ("train", "valid", "test"):
+        a, b = getattr(ours, part), getattr(hub, part)
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.y, b.y)
+
+
+def test_parquet_comes_before_torchvision_files(tmp_path, monkeypatch):
+    write_torchvision(tmp_path / "root", "mnist", generate("mnist", seed=1), monkeypatch)
+    alone = load("mnist", tmp_path / "root").fingerprint
+    write_hub(tmp_path / "root", "mnist", generate("mnist", seed=2))
+    assert load("mnist", tmp_path / "root").fingerprint != alone
+
+
+def test_fashion_mnist_from_the_debian_package_but_not_mnist(tmp_path, monkeypatch):
+    parts = generate("fashion_mnist")
+    write_idx(tmp_path / "debian", parts, packed=True)
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "debian")
+    write_hub(tmp_path / "other", "fashion_mnist", parts)
+    found = load("fashion_mnist", tmp_path / "root").fingerprint
+    assert found == load("fashion_mnist", tmp_path / "other").fingerprint
+    assert "No mnist under" in error_of(FileNotFoundError, "mnist", root=tmp_path / "root", valid=0)
+
+
+def test_the_root_is_the_argument_then_lottery_data_then_the_user_cache(tmp_path, monkeypatch):
+    prints = {}
+    for seed, place in enumerate(("cache/lottery/data", "root", "argument")):
+        write_hub(tmp_path / place, "mnist", generate("mnist", seed))
+        prints[place] = load("mnist", tmp_path / place).fingerprint
+    assert data.load("mnist", valid=0).fingerprint == prints["cache/lottery/data"]
+    monkeypatch.setenv("LOTTERY_DATA", str(tmp_path / "root"))
+    assert data.load("mnist", valid=0).fingerprint == prints["root"]
+    assert data.load("mnist", root=str(tmp_path / "argument"), valid=0).fingerprint == prints["argument"]
+
+
+def test_download_lands_in_the_root_whole(tmp_path, monkeypatch):
+    parts = generate("mnist")
+    roots = []
+
+    class FakeMNIST:
+        def __init__(self, root, download):
+            assert download
+            assert socket.getdefaulttimeout() == data.TIMEOUT
+            roots.append(Path(root))
+            write_idx(Path(root) / "MNIST" / "raw", parts)
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
+    write_hub(tmp_path / "other", "mnist", parts)
+    assert load("mnist", tmp_path / "root").fingerprint == load("mnist", tmp_path / "other").fingerprint
+    assert socket.getdefaulttimeout() is None
+    assert [p.name for p in (tmp_path / "root").iterdir()] == ["MNIST"]  # nothing half-way is left
+    load("mnist", tmp_path / "root")
+    assert len(roots) == 1
+    assert not roots[0].exists()
+
+
+def test_digits_need_nothing(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    monkeypatch.setenv("LOTTERY_DATA", "/nowhere/at/all")
+    d, original = data.load("digits"), load_digits()
+    assert (len(d.train), len(d.valid), len(d.test)) == (1050, 297, 450)
+    assert d.train.x.shape[1:] == (1, 8, 8)
+    assert d.classes == 10
+    assert torch.equal(d.test.x[:, 0], torch.tensor(original.images[-450:] * 15, dtype=torch.uint8))
+    assert d.test.y.tolist() == original.target[-450:].tolist()
+    assert int(d.train.x.max()) == 240
+    assert d.fingerprint == data.load("digits", valid=0, split_seed=3).fingerprint
+
+
+def test_mean_and_std_are_those_of_all_training_images(tmp_path):
+    parts = generate("cifar10")
+    write_hub(tmp_path / "root", "cifar10", parts)
+    d = load("cifar10", tmp_path / "root")
+    pixels = parts[0].reshape(-1, 3) / 255
+    assert d.mean == pytest.approx(tuple(pixels.mean(0)), abs=1e-12)
+    assert d.std == pytest.approx(tuple(pixels.std(0)), abs=1e-12)
+    assert d.mean == load("cifar10", tmp_path / "root", valid=0).mean
+
+
+def test_fingerprint_sees_every_pixel_and_label_but_not_the_split(tmp_path):
+    parts = generate("mnist")
+    write_hub(tmp_path / "root", "mnist", parts)
+    reference = load("mnist", tmp_path / "root").fingerprint
+    assert re.fullmatch("[0-9a-f]{64}", reference)
+    assert load("mnist", tmp_path / "root", valid=10, balanced=True, split_seed=5).fingerprint == reference
+    for i, place in enumerate(((59, 27, 27, 0), (0,), (0, 0, 0, 0), (19,))):
+        changed = [p.copy() for p in parts]
+        changed[i][place] = (changed[i][place] + 1) % 10
+        write_hub(tmp_path / f"changed{i}", "mnist", changed)
+        assert load("mnist", tmp_path / f"changed{i}").fingerprint != reference
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return generate("mnist"), tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture
+def hub(whole):
+    parts, root = whole
+    if not (root / "mnist").exists():
+        write_hub(root, "mnist", parts)
+    return root
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("valid", [0, 10, 50])
+def test_splits_are_disjoint_and_complete(hub, valid, balanced):
+    d = load("mnist", hub, valid=valid, balanced=balanced)
+    assert (len(d.valid), len(d.train)) == (valid, N_TRAIN - valid)
+    assert d.valid.x.shape[1:] == (1, 28, 28)
+    whole = load("mnist", hub, valid=0)
+    assert len(set(rows(whole.train))) == N_TRAIN  # so that the next line also says: disjoint
+    assert sorted(rows(d.train) + rows(d.valid)) == rows(whole.train)
+    assert torch.equal(d.test.x, whole.test.x)
+
+
+def test_random_split_is_the_permutation_cut_in_two(hub):
+    permuted = load("mnist", hub, valid=0).train
+    for valid in (7, 20, 59):
+        d = load("mnist", hub, valid=valid)
+        assert torch.equal(torch.cat([d.valid.x, d.train.x]), permuted.x)
+        assert torch.equal(torch.cat([d.valid.y, d.train.y]), permuted.y)
+
+
+def test_balanced_split_has_the_same_number_of_every_class(hub):
+    d = load("mnist", hub, valid=30, balanced=True)
+    assert d.valid.y.bincount().tolist() == [3] * 10
+    assert load("mnist", hub, valid=30).valid.y.bincount(minlength=10).tolist() != [3] * 10
+    # the order is the random one too, so that a prefix of the training set is a random subset
+    assert d.train.y.tolist() != sorted(d.train.y.tolist())
+
+
+def test_split_depends_on_the_split_seed_and_on_nothing_else(hub):
+    torch.manual_seed(1)
+    first = load("mnist", hub, split_seed=4)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again, other = load("mnist", hub, split_seed=4), load("mnist", hub, split_seed=5)
+    assert torch.equal(first.train.x, again.train.x)
+    assert torch.equal(first.valid.y, again.valid.y)
+    assert not torch.equal(first.train.x, other.train.x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_split_is_the_same_for_ever():
+    """Written down, so that a new release of numpy or torch cannot move it."""
+    order = data._split(torch.zeros(10), 3, None, seed=0)
+    assert [o.tolist() for o in order] == [[2, 8, 4], [9, 1, 6, 7, 3, 0, 5]]
+
+
+def test_default_validation_sizes():
+    assert {n: data.SETS[n].n_test for n in ("digits",)} == {"digits": 450}
+    assert len(data.load("digits").valid) == 297
+
+
+# CIFAR-100's order ----------------------------------------------------------------------------------------------------
+
+
+def test_cifar100_has_one_order_whatever_the_order_of_the_source(tmp_path):
+    parts = generate("cifar100")
+    parts[0][7] = parts[0][3]  # duplicates, as in the original, also with two labels
+    parts[0][9] = parts[0][3]
+    parts[1][[3, 7, 9]] = [2, 1, 2]
+    write_hub(tmp_path / "a", "cifar100", parts)
+    order = np.random.default_rng(1).permutation(N_TRAIN)
+    write_hub(tmp_path / "b", "cifar100", [parts[0][order], parts[1][order], parts[2][::-1], parts[3][::-1]])
+    a, b = (load("cifar100", tmp_path / root) for root in "ab")
+    assert a.fingerprint == b.fingerprint
+    assert torch.equal(a.train.x, b.train.x)
+    assert torch.equal(a.train.y, b.train.y)
+    assert torch.equal(a.test.y, b.test.y)
+
+
+def test_cifar100_order_is_by_pixel_bytes_then_label(tmp_path):
+    parts = generate("cifar100")
+    parts[0][1:4] = parts[0][0]
+    parts[1][:4] = [3, 0, 2, 1]
+    parts[2][0, 0, 0, 0] = 0  # zero bytes at either end count as bytes
+    parts[2][1] = 0
+    write_hub(tmp_path / "root", "cifar100", parts)
+    d = load("cifar100", tmp_path / "root", valid=0)
+    images = [x.tobytes() for x in parts[2].transpose(0, 3, 1, 2)]
+    expected = sorted(range(N_TEST), key=lambda i: (images[i], parts[3][i]))
+    assert d.test.y.tolist() == parts[3][expected].tolist()
+    assert [x.numpy().tobytes() for x in d.test.x] == [images[i] for i in expected]
+    canonical_y = d.train.y[torch.from_numpy(np.argsort(np.random.RandomState(0).permutation(N_TRAIN)))]
+    images = [x.tobytes() for x in parts[0].transpose(0, 3, 1, 2)]
+    expected = sorted(range(N_TRAIN), key=lambda i: (images[i], parts[1][i]))
+    assert canonical_y.tolist() == parts[1][expected].tolist()
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+def cached(tmp_path):
+    return sorted((tmp_path / "cache" / "lottery" / "decoded").glob("*"))
+
+
+def never(*args):
+    raise AssertionError("decoded again")
+
+
+def test_second_load_does_not_decode(tmp_path, monkeypatch):
+    write_hub(tmp_path / "root", "cifar10", generate("cifar10"))
+    first = load("cifar10", tmp_path / "root")
+    assert len(cached(tmp_path)) == 1  # and no temporary file
+    monkeypatch.setattr(data, "_decode", never)
+    second = load("cifar10", tmp_path / "root")
+    assert second.fingerprint == first.fingerprint
+    assert second.mean == first.mean
+    assert second.std == first.std
+    assert torch.equal(first.train.x, second.train.x)
+    assert torch.equal(first.test.y, second.test.y)
+    second.test.x.zero_()  # in memory only
+    assert torch.equal(load("cifar10", tmp_path / "root").test.x, first.test.x)
+
+
+def test_changed_source_is_decoded_again(tmp_path):
+    write_hub(tmp_path / "root", "mnist", generate("mnist", seed=1))
+    first = load("mnist", tmp_path / "root").fingerprint
+    write_hub(tmp_path / "root", "mnist", generate("mnist", seed=2))
+    assert load("mnist", tmp_path / "root").fingerprint != first
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "one bit", "no safetensors", "folder"])
+def test_corrupt_cache_is_rebuilt(damage, tmp_path, capfd):
+    write_hub(tmp_path / "root", "mnist", generate("mnist"))
+    first = load("mnist", tmp_path / "root")
+    [file] = cached(tmp_path)
+    good = file.read_bytes()
+    if damage == "folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        file.write_bytes({"empty": b"", "truncated": good[:-100], "one bit": flipped}.get(damage, b"{}" * 99))
+    again = load("mnist", tmp_path / "root")
+    assert torch.equal(first.train.x, again.train.x)
+    assert first.fingerprint == again.fingerprint
+    assert capfd.readouterr() == ("", "")
+    if damage != "folder":
+        assert [f.read_bytes() for f in cached(tmp_path)] == [good]
+
+
+def test_a_cache_that_cannot_be_written_changes_nothing(tmp_path, monkeypatch, capfd):
+    write_hub(tmp_path / "root", "mnist", generate("mnist"))
+    first = load("mnist", tmp_path / "root")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # root may write anywhere but not below a file
+    again = load("mnist", tmp_path / "root")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user without a home
+    monkeypatch.chdir(tmp_path)
+    third = load("mnist", tmp_path / "root")
+    assert first.fingerprint == again.fingerprint == third.fingerprint
+    assert not (tmp_path / "~").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
+    write_hub(tmp_path / "root", "mnist", generate("mnist"))
+    first = load("mnist", tmp_path / "root")
+    folder = cached(tmp_path)[0].parent
+    folder.chmod(0o500)
+    monkeypatch.setattr(data.tempfile, "TemporaryDirectory", lambda **_: (_ for _ in ()).throw(PermissionError()))
+    try:
+        monkeypatch.setattr(data, "_decode", never)
+        assert load("mnist", tmp_path / "root").fingerprint == first.fingerprint
+        monkeypatch.undo()
+    finally:
+        folder.chmod(0o700)
+
+
+RACE = """
+import sys
+from pathlib import Path
+from lottery import data
+root, cache = sys.argv[1:]
+data.SETS["mnist"] = data.SETS["mnist"]._replace(n_train=60, n_test=20)
+for _ in range(20):
+    for file in Path(cache).glob("lottery/decoded/*.safetensors"):
+        file.unlink(missing_ok=True)
+    print(data.load("mnist", root=root, valid=0).fingerprint)
+"""
+
+
+def test_two_processes_may_load_at_once(tmp_path):
+    write_hub(tmp_path / "root", "mnist", generate("mnist"))
+    command = [sys.executable, "-c", RACE, tmp_path / "root", tmp_path / "cache"]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    prints = "".join(racer.communicate()[0] for racer in racers).split()
+    assert len(prints) == 40
+    assert set(prints) == {load("mnist", tmp_path / "root").fingerprint}
+    assert len(cached(tmp_path)) == 1
+
+
+def test_two_downloads_may_end_at_once(tmp_path, monkeypatch):
+    parts = generate("mnist")
+
+    class FakeMNIST:
+        def __init__(self, root, download):
+            write_idx(Path(root) / "MNIST" / "raw", parts)
+            write_idx(tmp_path / "root" / "MNIST" / "raw", parts)  # another process is a moment faster
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
+    assert len(load("mnist", tmp_path / "root").train) == 40
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "mnits"}, "Unknown data set 'mnits': choose one of mnist, cifar10, cifar100, fashion_mnist, digits."),
+        ({"valid": -1}, "Invalid valid -1: give a number of images, 0 <= valid < 1347."),
+        ({"valid": 1347}, "Invalid valid 1347: give a number of images, 0 <= valid < 1347."),
+        ({"valid": 0.1}, "Invalid valid 0.1: give a number of images, 0 <= valid < 1347."),
+        ({"valid": True}, "Invalid valid True: give a number of images, 0 <= valid < 1347."),
+        ({"balanced": True}, "Invalid valid 297 with balanced=True: give a multiple of the 10 classes."),
+        ({"split_seed": -1}, "Invalid split_seed -1: give a whole number, 0 <= split_seed < 2**32."),
+        ({"split_seed": None}, "Invalid split_seed None: give a whole number, 0 <= split_seed < 2**32."),
+        ({"name": "mnist", "root": "/no/where"},
+         "Invalid root '/no/where': no such folder; give the folder that holds the data sets."),
+    ],
+)  # fmt: skip
+def test_bad_arguments(options, message, monkeypatch):
+    monkeypatch.setitem(data.SETS, "mnist", data.SETS["mnist"]._replace(n_train=60_000))
+    assert error_of(ValueError, **{"name": "digits", **options}) == message
+
+
+def test_lottery_data_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(data.SETS, "mnist", data.SETS["mnist"]._replace(n_train=60_000))
+    monkeypatch.setenv("LOTTERY_DATA", "/no/where")
+    assert error_of(ValueError, "mnist").startswith("Invalid LOTTERY_DATA '/no/where': no such folder")
+
+
+def test_balanced_needs_enough_of_every_class():
+    message = error_of(ValueError, "digits", valid=1340, balanced=True)
+    assert re.fullmatch(r"Invalid valid 1340 with balanced=True: class \d has only 1[0-3]\d images\.", message)
+
+
+def test_missing_shard_is_named(tmp_path):
+    write_hub(tmp_path / "root", "cifar10", generate("cifar10"), shards=3)
+    (tmp_path / "root" / "cifar10" / "train-00001-of-00003.parquet").unlink()
+    message = error_of(ValueError, "cifar10", root=tmp_path / "root", valid=0)
+    assert "no train-00001-of-00003.parquet" in message
+    assert str(tmp_path / "root" / "cifar10") in message
+
+
+def test_missing_test_part_is_named(tmp_path):
+    write_hub(tmp_path / "root", "mnist", generate("mnist"))
+    (tmp_path / "root" / "mnist" / "test-00000-of-00001.parquet").unlink()
+    assert "no test-00000-of-00001.parquet" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+
+
+def test_shards_of_two_editions_are_not_mixed(tmp_path):
+    write_hub(tmp_path / "root", "mnist", generate("mnist"))
+    write_hub(tmp_path / "root", "mnist", generate("mnist"), shards=2)
+    message = error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+    assert "3 train shards where 2 belong together" in message
+
+
+def test_wrong_counts(tmp_path, monkeypatch):
+    write_hub(tmp_path / "root", "mnist", [part[:-1] for part in generate("mnist")])
+    message = error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+    assert message.endswith("59 train images, 59 labels; mnist has 60.")
+    write_torchvision(tmp_path / "root", "fashion_mnist", [p[:15] for p in generate("fashion_mnist")], monkeypatch)
+    assert "15 train images" in error_of(ValueError, "fashion_mnist", root=tmp_path / "root", valid=0)
+    assert not cached(tmp_path)
+
+
+def test_wrong_labels(tmp_path):
+    parts = generate("mnist")
+    parts[3][:] = -1  # how the hub marks a test set without labels
+    write_hub(tmp_path / "root", "mnist", parts)
+    assert "test labels -1..-1, not 0..9" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+
+
+def test_damaged_parquet_files(tmp_path):
+    parts = generate("mnist")
+    write_hub(tmp_path / "root", "mnist", parts)
+    folder, file = tmp_path / "root" / "mnist", tmp_path / "root" / "mnist" / "test-00000-of-00001.parquet"
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2])
+    assert f"Unreadable data in {folder}" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert f"Unreadable data in {folder}" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+    write_parquet(folder, "test", *parts[2:], label="etikett")
+    assert "label" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+    images = [{"bytes": b"\x89PNG\r\n\x1a\n" + bytes(50), "path": ""}] * N_TEST
+    pq.write_table(pyarrow.table({"image": images, "label": parts[3]}), file)
+    assert f"Unreadable data in {folder}" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+    write_parquet(folder, "test", parts[2][:, :20], parts[3])
+    assert f"Unreadable data in {folder}" in error_of(ValueError, "mnist", root=tmp_path / "root", valid=0)
+
+
+def test_damaged_torchvision_files(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    write_torchvision(root, "mnist", generate("mnist"), monkeypatch)
+    file = root / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    good = file.read_bytes()
+    for bad in (good[:-1], b"", good[:4], b"\0\0\x0d" + good[3:]):
+        file.write_bytes(bad)
+        assert f"Unreadable data in {file.parent}" in error_of(ValueError, "mnist", root=root, valid=0)
+    file.unlink()
+    assert "no t10k-labels-idx1-ubyte; complete" in error_of(ValueError, "mnist", root=root, valid=0)
+    write_torchvision(root, "cifar10", generate("cifar10"), monkeypatch)
+    file = root / "cifar-10-batches-py" / "data_batch_3"
+    file.write_bytes(pickle.dumps(Path("never unpickled")))
+    assert error_of(ValueError, "cifar10", root=root, valid=0).endswith("md5 sums differ from the published ones")
+    file.unlink()
+    assert "no data_batch_3; complete" in error_of(ValueError, "cifar10", root=root, valid=0)
+
+
+@pytest.mark.parametrize("name", FILE_SETS)
+def test_no_data_and_no_network_names_the_three_ways(name, tmp_path, monkeypatch, capfd):
+    dataset = getattr(torchvision.datasets, data.SETS[name].torchvision[0])
+    module = "cifar" if name.startswith("cifar") else "mnist"
+
+    def refuse(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refuse)
+    assert dataset  # the real class runs, only its downloader is replaced
+    message = error_of(FileNotFoundError, name, valid=0)
+    root = tmp_path / "cache" / "lottery" / "data"
+    assert message.startswith(f"No {name} under {root} and no download (")
+    assert "no route to host" in message
+    assert f"set LOTTERY_DATA to a folder with {name}/train-*.parquet" in message
+    assert f"put torchvision's files into {root / data.SETS[name].torchvision[1]}" in message
+    assert message.endswith("or run once with network access.")
+    assert capfd.readouterr().out == ""
+    assert list(root.iterdir()) == []
+    assert socket.getdefaulttimeout() is None
+
+
+def test_root_that_cannot_be_written_still_names_the_three_ways(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied", "root")
+
+    monkeypatch.setattr(data.tempfile, "TemporaryDirectory", refuse)
+    message = error_of(FileNotFoundError, "mnist", root=tmp_path / "root", valid=0)
+    assert "Permission denied" in message
+    assert "set LOTTERY_DATA" in message
+
+
+# The real sets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "labels", "mean", "std"),
+    [
+        ("mnist", (55_000, 5_000, 10_000), [7, 2, 1, 0, 4], (0.1307,), (0.3081,)),
+        ("cifar10", (45_000, 5_000, 10_000), [3, 8, 8, 0, 6], (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar100", (45_000, 5_000, 10_000), None, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ],
+)
+def test_real_sets(name, sizes, labels, mean, std, monkeypatch):
+    if not REAL or not (Path(REAL) / name).is_dir():
+        pytest.skip(f"needs LOTTERY_DATA with {name}/")
+    monkeypatch.undo()
+    d = data.load(name)
+    assert (len(d.train), len(d.valid), len(d.test)) == sizes
+    if labels:
+        assert d.test.y[:5].tolist() == labels
+    assert d.mean == pytest.approx(mean, abs=5e-5)
+    assert d.std == pytest.approx(std, abs=5e-5)
+    balanced = data.load(name, balanced=True)
+    assert set(balanced.valid.y.bincount().tolist()) == {5_000 // d.classes}
+    assert balanced.fingerprint == d.fingerprint
