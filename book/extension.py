@@ -1,0 +1,59 @@
+"""Sphinx extension of this book: plain docstrings, and figures borrowed from a notebook.
+
+Docstrings are plain text with lists, sections and `code`: |w|, m*θ and x_ mean what they look like, where
+reStructuredText would see a substitution, emphasis and a link.
+
+```{notebook-figure} notebooks/lth.ipynb fig-name
+Caption.
+```
+
+shows the picture that the cell named `fig-name` (`mystnb.figure.name`) left in the notebook, with the alt text it has
+there, on another page.
+"""
+
+import re
+from base64 import b64decode
+from pathlib import Path
+
+import nbformat
+from sphinx.directives.patches import Figure
+
+
+def escape(line: str) -> str:
+    """The line with a backslash before each mark outside backticks that reStructuredText would act on."""
+    parts = re.split(r"(`[^`]*`)", line)
+    parts[::2] = [re.sub(r"\||\*(?!\s)|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def plain(app, what, name, obj, options, lines):
+    lines[:] = [line if line.lstrip().startswith((">>>", "...")) else escape(line) for line in lines]
+    if what == "property" and lines:  # a first colon would end the name of a type
+        lines[0] = lines[0].replace(": ", " – ")
+
+
+class NotebookFigure(Figure):
+    """The picture of a notebook's cell, found by its figure name; options and caption as in `figure`."""
+
+    required_arguments = 2
+
+    def run(self):
+        path, name = self.arguments
+        env = self.state.document.settings.env
+        source = Path(env.srcdir)
+        env.note_dependency(str(source / path))
+        notebook = nbformat.read(source / path, as_version=4)
+        cell = next(c for c in notebook.cells if c.metadata.get("mystnb", {}).get("figure", {}).get("name") == name)
+        picture = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+        copy = Path(env.app.outdir).parent / "figures" / f"{name}.png"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(b64decode(picture))
+        self.arguments = ["/" + copy.relative_to(source).as_posix()]
+        self.options["alt"] = cell.metadata.mystnb.image.alt
+        return super().run()
+
+
+def setup(app):
+    app.add_directive("notebook-figure", NotebookFigure)
+    app.connect("autodoc-process-docstring", plain, priority=400)  # before napoleon writes fields
+    return {"parallel_read_safe": True}
