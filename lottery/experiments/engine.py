@@ -19,6 +19,7 @@ import torch
 
 from lottery import data, lth, models, training
 from lottery import masks as M
+from lottery.experiments.runs import rates
 from lottery.experiments.store import Store, now, pack_masks, versions
 
 
@@ -145,16 +146,6 @@ def initialise(r, images, store, device="cpu"):
         M.restore(model, M.state(dense))
     theta = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in M.state(model).values())).hexdigest()
     return model.to(device), theta
-
-
-def rates(model, r):
-    """`{layer: rate}` of a layer-wise run: Linear, Conv, and the last layer by its own."""
-    layers = M.prunable(model)
-    conv = r.rate if r.rate_conv is None else r.rate_conv
-    each = {name: r.rate if isinstance(layer, torch.nn.Linear) else conv for name, layer in layers.items()}
-    if r.rate_output is not None:
-        each[list(layers)[-1]] = r.rate_output
-    return each
 
 
 def _row(r, images, model, history, certificate):

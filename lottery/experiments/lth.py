@@ -6,10 +6,10 @@ the bias initialisation (zeros, as in the authors' code), the last incomplete mi
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 
-from lottery.experiments.runs import Run
+from lottery import data, masks, models
+from lottery.experiments.runs import INITS, Run, rates
 from lottery.training import Recipe
 
 GUESSED = ("input scaling", "Adam β, ε", "bias initialisation", "incomplete last minibatch")
@@ -19,9 +19,10 @@ GUESSED = ("input scaling", "Adam β, ε", "bias initialisation", "incomplete la
 class Setting:
     """One experiment at one scale.
 
-    base: the dense Run of trial 0. trials: seeds base.seed … base.seed + trials − 1. rounds: of IMP.
+    base: the dense Run of the first trial. trials: seeds base.seed … base.seed + trials − 1. rounds: of IMP.
     control_rounds: rounds at which the controls run. draws: random reinitialisations per ticket; random_draws: random
     sparse networks per trial. one_shot: fractions p to remove in one step (None: the IMP density of round 10).
+    init: what the tickets of the "imp" arm start from; anything but "reset" is an exploration, not the paper.
     """
 
     base: Run = field(default_factory=lambda: Run(recipe=Recipe(test_readings="all")))
@@ -31,6 +32,7 @@ class Setting:
     draws: int = 3
     random_draws: int = 2
     one_shot: tuple[float | None, ...] = (0.05, 0.325, 0.5, 0.7, 0.825, None, 0.95, 0.98)
+    init: str = "reset"
 
     def __post_init__(self):
         for name in ("trials", "rounds", "draws", "random_draws"):
@@ -38,87 +40,74 @@ class Setting:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
         if any(p is not None and not 0 < p < 1 for p in self.one_shot):
             raise ValueError(f"Invalid one_shot {self.one_shot}: give fractions to remove, 0 < p < 1.")
+        if self.init not in INITS:
+            raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
+        if (self.init == "rewind") != (self.base.rewind_to > 0):
+            raise ValueError(f"Invalid rewind_to {self.base.rewind_to} with init {self.init!r}: they go together.")
 
     @property
     def seeds(self):
         return range(self.base.seed, self.base.seed + self.trials)
 
-    def imp(self, seed, level, strategy="reset"):
-        """The network after `level` rounds. With "continue" every level but the last of the chain goes on training."""
-        run = dataclasses.replace(self.base, seed=seed, rewind_to=0)
+    # The arms: what is trained of one trial at one level, as a list of Runs.
+
+    def dense(self, seed, level=0):
+        return [dataclasses.replace(self.base, seed=seed, rewind_to=0)]
+
+    def imp(self, seed, level):
+        """The network after `level` rounds of iterative magnitude pruning."""
+        [run] = self.dense(seed)
+        chain = {"rewind": "rewind", "continue": "continue"}.get(self.init, "reset")
         for r in range(1, level + 1):
-            if strategy == "continue" and r < level:
-                run = dataclasses.replace(run, parent=run, init="continue")
-            else:
-                rewind_to = self.base.rewind_to
-                init = "rewind" if rewind_to else "reset"
-                run = dataclasses.replace(run, parent=run, init=init, rewind_to=rewind_to)
-        return run
+            init = chain if r < level else "reset" if self.init == "continue" else self.init
+            run = dataclasses.replace(run, parent=run, init=init, rewind_to=self.base.rewind_to)
+        return [run]
 
     def reinit(self, seed, level):
         """The ticket's mask on fresh initialisations."""
-        return self._controls(self.imp(seed, level), "reinit", self.draws)
+        return self._control(self.imp(seed, level), "reinit", self.draws)
 
     def random(self, seed, level):
         """Random masks of the ticket's layer densities on fresh initialisations."""
-        return self._controls(self.imp(seed, level), "random", self.random_draws)
+        return self._control(self.imp(seed, level), "random", self.random_draws)
 
     def oneshot(self, seed, p):
         """The dense network pruned once: fraction p of the hidden weights, p/2 of the output layer (appendix G.4)."""
-        p = self.one_shot_rate(10) if p is None else p
-        dense = self.imp(seed, 0)
-        return dataclasses.replace(dense, recipe=self._side, parent=dense, rate=p, rate_output=p / 2)
+        [dense] = self.dense(seed)
+        p = self.one_shot_rate(self.density(10)) if p is None else p
+        return [dataclasses.replace(dense, recipe=self._off_trunk, parent=dense, rate=p, rate_output=p / 2)]
 
     def oneshot_reinit(self, seed, p):
-        return self._controls(self.oneshot(seed, p), "reinit", self.draws)
+        return self._control(self.oneshot(seed, p), "reinit", self.draws)
 
-    def _controls(self, ticket, init, draws):
-        recipe = ticket.recipe if ticket.level in CURVES else self._side
+    def _control(self, tickets, init, draws):
+        [ticket] = tickets
+        recipe = ticket.recipe if ticket.level in CONTROL_CURVES else self._off_trunk
         return [dataclasses.replace(ticket, recipe=recipe, init=init, draw=i) for i in range(draws)]
 
     @property
-    def _side(self):
-        """The recipe off the trunk, where no figure draws curves: the test set is read at log-spaced iterations."""
+    def _off_trunk(self):
+        """The recipe where no figure draws curves: the test set is read at log-spaced iterations."""
         return dataclasses.replace(self.base.recipe, test_readings="log")
 
+    # Densities, by counting.
+
     def density(self, level):
-        """Fraction of the paper's LeNet weights kept after `level` rounds, by the counts that `lth.prune` keeps."""
-        return sum(_after(n, rate, level) for n, rate in self._layers()) / sum(n for n, _ in self._layers())
+        """Fraction of all weights kept after `level` rounds, by the counts that `lth.prune` keeps."""
+        sizes = self._sizes()
+        return sum(_after(n, rate, level) for n, rate in sizes) / sum(n for n, _ in sizes)
 
-    def one_shot_rate(self, level):
-        """p of the one-shot ticket with the density of IMP's `level`."""
-        *hidden, (out, _) = self._layers()
+    def one_shot_rate(self, density):
+        """The p that leaves `density` when p of the hidden weights and p/2 of the output layer go."""
+        *hidden, (out, _) = self._sizes()
         n = sum(n for n, _ in hidden)
-        return (1 - self.density(level)) * (n + out) / (n + out / 2)
+        return (1 - density) * (n + out) / (n + out / 2)
 
-    def _layers(self):
-        output = self.base.rate if self.base.rate_output is None else self.base.rate_output
-        return (784 * 300, self.base.rate), (300 * 100, self.base.rate), (100 * 10, output)
-
-
-CURVES = (3, 7)  # levels whose reinitialised networks figure 3 draws, reading by reading
-
-SCALES = ("paper", "laptop", "smoke")  # highest first
-SETTINGS = {
-    "paper": Setting(),
-    "laptop": Setting(
-        base=Run(recipe=Recipe(iterations=15_000, test_readings="all")),
-        rounds=15,
-        control_rounds=(3, 7, 9, 10, 12, 15),
-        draws=1,
-        random_draws=1,
-        one_shot=(0.825, None, 0.95),
-    ),
-    "smoke": Setting(
-        base=Run(dataset="digits", recipe=Recipe(iterations=300, eval_every=20, test_readings="all")),
-        trials=2,
-        rounds=15,
-        control_rounds=(3, 7, 10, 12, 15),
-        draws=1,
-        random_draws=1,
-        one_shot=(0.825, None, 0.95),
-    ),
-}
+    def _sizes(self):
+        """(weights, rate per round) of each layer."""
+        model = models.create(self.base.model, in_shape=data.SETS[self.base.dataset].shape)
+        each = rates(model, self.base)
+        return [(layer.weight.numel(), each[name]) for name, layer in masks.prunable(model).items()]
 
 
 def _after(n, rate, level):
@@ -127,15 +116,32 @@ def _after(n, rate, level):
     return n
 
 
-# Items: the arms that each figure draws. An arm gives the runs of one trial at one level. ----------------------------
+CONTROL_CURVES = (3, 7)  # levels at which figure 3 draws reinitialised networks reading by reading
 
+LAPTOP = {
+    "rounds": 15,
+    "control_rounds": (3, 7, 9, 10, 12, 15),
+    "draws": 1,
+    "random_draws": 1,
+    "one_shot": (0.825, None, 0.95),
+}
+SCALES = ("paper", "laptop", "smoke")  # highest first
+SETTINGS = {
+    "paper": Setting(),
+    "laptop": Setting(Run(recipe=Recipe(iterations=15_000, test_readings="all")), **LAPTOP),
+    "smoke": Setting(
+        Run(dataset="digits", recipe=Recipe(iterations=300, eval_every=20, test_readings="all")), trials=2, **LAPTOP
+    ),
+}
+
+# What each figure draws: arm → levels (None: all that the setting has).
 ITEMS = {
-    "fig1": ("imp", "random"),
-    "fig3": ("imp", "reinit"),
-    "fig4": ("imp", "reinit", "oneshot"),
-    "fig11": ("imp", "reinit"),
-    "fig12": ("imp", "reinit"),
-    "fig14": ("imp", "reinit", "random"),
+    "fig1": {"imp": None, "random": None},
+    "fig3": {"imp": (0, 3, 7, 12, 15, 18), "reinit": (3, 7)},
+    "fig4": {"imp": None, "reinit": None, "oneshot": None},
+    "fig11": {"imp": (0, 3, 7, 12, 15, 18), "reinit": (3, 7)},
+    "fig12": {"imp": None, "reinit": None},
+    "fig14": {"imp": None, "reinit": None, "random": None},
 }
 
 
@@ -152,9 +158,18 @@ def runs(items, at):
     items = list(ITEMS) if not items else [items] if isinstance(items, str) else items
     if unknown := [item for item in items if item not in ITEMS]:
         raise ValueError(f"Unknown item {unknown[0]!r} of lth: choose from {', '.join(ITEMS)}.")
-    arms = dict.fromkeys(arm for item in items for arm in ITEMS[item])
-    found = (r for arm in arms for point in points(arm, at) for seed in at.seeds for r in trial(arm, at, seed, point))
-    return list(dict.fromkeys(found))
+    cells = dict.fromkeys(cell for item in items for cell in cells_of(item, at))
+    return list(dict.fromkeys(r for arm, point in cells for seed in at.seeds for r in trial(arm, at, seed, point)))
+
+
+def cells_of(item, at):
+    """The (arm, point) pairs of an item: the networks that one trial of it trains."""
+    return [
+        (arm, point)
+        for arm, levels in ITEMS[item].items()
+        for point in points(arm, at)
+        if levels is None or point in levels
+    ]
 
 
 def points(arm, at):
@@ -166,8 +181,7 @@ def points(arm, at):
 
 def trial(arm, at, seed, point):
     """The Runs of one arm and trial at one of its `points`."""
-    found = getattr(at, arm.replace("-", "_"))(seed, point) if arm != "dense" else at.imp(seed, 0)
-    return found if isinstance(found, list) else [found]
+    return getattr(at, arm.replace("-", "_"))(seed, point)
 
 
 def arm(name, x, seed, scale):
@@ -177,16 +191,30 @@ def arm(name, x, seed, scale):
     oneshot-reinit. `x` may be up to 6 % off, because printed densities are rounded.
     """
     net, control = name.split("/")
-    at = setting(scale)
-    if net != "lenet" or not re.fullmatch("dense|imp|reinit|random|oneshot(-reinit)?", control):
+    at, paper = setting(scale), SETTINGS["paper"]
+    if net != "lenet" or control not in ("dense", "imp", "reinit", "random", "oneshot", "oneshot-reinit"):
         return None
     if control == "dense":
-        return trial(control, at, seed, 0)
-    if control.startswith("oneshot"):
-        # the paper halves the output layer's rate, so p = 0.825 is printed as 17.6 %
-        n, out = 265_200, 1_000
-        density = {p: 1 - (at.one_shot_rate(10) if p is None else p) * (n + out / 2) / (n + out) for p in at.one_shot}
+        return at.dense(seed)
+    if control.startswith("oneshot"):  # p = 0.825 is printed as 17.6 %: the output layer loses half as much
+        density = {p: paper.density(10) if p is None else 1 - p / paper.one_shot_rate(0) for p in at.one_shot}
     else:
-        density = {level: at.density(level) for level in points(control, at)}
+        density = {level: paper.density(level) for level in points(control, at)}
     point = min(density, key=lambda p: abs(density[p] * 100 / x - 1))
     return trial(control, at, seed, point) if abs(density[point] * 100 / x - 1) < 0.06 else None
+
+
+def override(at, **given):
+    """A Setting with a notebook's parameters in place of its own; those that are None change nothing."""
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = {name: given.pop(name) for name in ("iterations", "batch_size", "lr") if name in given}
+    in_base = ("model", "dataset", "seed", "train_fraction", "rate", "rate_output", "scope", "rewind_to")
+    base = {name: given.pop(name) for name in in_base if name in given}
+    if "iterations" in recipe:
+        recipe["eval_every"] = min(at.base.recipe.eval_every, recipe["iterations"])
+    run = dataclasses.replace(at.base, **base, recipe=dataclasses.replace(at.base.recipe, **recipe))
+    if "rounds" in given:
+        given["control_rounds"] = tuple(r for r in at.control_rounds if r <= given["rounds"])
+    if "one_shot_densities" in given:
+        given["one_shot"] = tuple(at.one_shot_rate(d) for d in given.pop("one_shot_densities"))
+    return dataclasses.replace(at, base=run, **given)

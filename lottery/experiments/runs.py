@@ -6,12 +6,16 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 
+from torch import nn
+
+from lottery import masks
 from lottery.training import Recipe
 
 SCHEMA = 1
+INITS = ("reset", "rewind", "reinit", "random", "continue")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One training. Defaults are the lottery ticket paper's LeNet; a published default never changes.
 
@@ -44,8 +48,8 @@ class Run:
     train_fraction: float = 1.0
 
     def __post_init__(self):
-        if self.init not in (inits := ("reset", "rewind", "reinit", "random", "continue")):
-            raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(inits)}.")
+        if self.init not in INITS:
+            raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
         if self.rewind_schedule not in ("continue", "restart"):
             raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
         if not 0 <= self.rewind_to < self.recipe.iterations:
@@ -83,9 +87,22 @@ class Run:
         """Every field as JSON types; the parent by its key."""
         return {**_fields(self, all=True), "parent": self.parent and self.parent.key}
 
-    def __str__(self):
+    def __hash__(self):
+        return hash(self.key)
+
+    def __repr__(self):
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if self.init in ("reinit", "random") else "")
-        return f"{self.model}/{self.dataset} seed {self.seed} {what} ({self.recipe.iterations} iterations)"
+        return f"<Run {self.model}/{self.dataset} seed {self.seed} {what}, {self.recipe.iterations} iterations>"
+
+
+def rates(model, r):
+    """`{layer: rate}` of a layer-wise run: Linear, Conv, and the last layer by its own."""
+    layers = masks.prunable(model)
+    conv = r.rate if r.rate_conv is None else r.rate_conv
+    each = {name: r.rate if isinstance(layer, nn.Linear) else conv for name, layer in layers.items()}
+    if r.rate_output is not None:
+        each[list(layers)[-1]] = r.rate_output
+    return each
 
 
 def _fields(spec, all):
