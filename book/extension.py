@@ -1,7 +1,8 @@
 """Sphinx extension of this book: plain docstrings, and figures borrowed from a notebook.
 
 Docstrings are plain text with lists, sections and `code`: |w|, m*θ and x_ mean what they look like, where
-reStructuredText would see a substitution, emphasis and a link.
+reStructuredText would see a substitution, emphasis and a link. Lines that begin with an argument's name and a colon
+describe that argument, below "Args:" or not.
 
 ```{notebook-figure} notebooks/lth.ipynb fig-name
 Caption.
@@ -11,6 +12,7 @@ shows the picture that the cell named `fig-name` (`mystnb.figure.name`) left in 
 there, on another page.
 """
 
+import inspect
 import re
 from base64 import b64decode
 from pathlib import Path
@@ -26,10 +28,28 @@ def escape(line: str) -> str:
     return "".join(parts)
 
 
+def listed(lines: list[str], arguments: set[str]) -> list[str]:
+    """The lines with each unindented run of "name: description" made an "Args:" section."""
+    found, inside = [], False
+    for line in lines:
+        head = re.match(r"(\w+(?:, \w+)*): ", line)
+        if head and arguments.issuperset(head[1].split(", ")):
+            found += [f"    {line}"] if inside else ["", "Args:", f"    {line}"]
+            inside = True
+        elif inside and line.strip():
+            found.append(f"        {line.strip()}")
+        else:
+            found.append(line)
+            inside = False
+    return found
+
+
 def plain(app, what, name, obj, options, lines):
     lines[:] = [line if line.lstrip().startswith((">>>", "...")) else escape(line) for line in lines]
-    if what == "property" and lines:  # a first colon would end the name of a type
+    if what == "property":  # a first colon would end the name of a type
         lines[0] = lines[0].replace(": ", " – ")
+    if what in ("class", "function", "method"):
+        lines[:] = listed(lines, set(inspect.signature(obj).parameters))
 
 
 class NotebookFigure(Figure):
