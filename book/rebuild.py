@@ -55,14 +55,12 @@ def joined(outputs: list) -> list:
 
 
 def texts(cell) -> list[str]:
-    """What a cell printed or displayed as text of any kind, output by output; images and widgets are left out."""
+    """What a cell printed or displayed as text of any kind, output by output; pictures are left out."""
     found = []
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
             found.append(output.text)
-        elif output.output_type == "error":
-            found.append(f"{output.ename}: {output.evalue}\n")
-        else:
+        elif not any(kind.startswith("image/") for kind in output.data):
             found += [f"{kind}\n{text}\n" for kind, text in sorted(output.data.items()) if kind.startswith("text/")]
     return found
 
