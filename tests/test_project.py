@@ -1,4 +1,4 @@
-"""The repository itself: pins, packaging, what committed notebooks must carry, and the comparison behind `make book`."""
+"""The repository itself: pins, packaging, what committed notebooks must carry, and the comparison of `make book`."""
 
 import importlib.util
 import itertools
