@@ -102,13 +102,11 @@ def call(*arguments: str) -> int:
 def execute(path: Path) -> tuple[Path, str]:
     """Run a notebook into the build folder. Returns the normalised copy's path and, if the run failed, why."""
     import papermill
-    from traitlets.config import Config
 
     copy = BUILD / "notebooks" / path.name
-    encrypted = Config({"KernelManager": {"transport_encryption": "auto"}})  # or each kernel prints a warning
-    options = {"kernel_name": KERNEL["name"], "cwd": NOTEBOOKS, "progress_bar": False, "config": encrypted}
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}  # kernels log their own shutdown
     try:
-        papermill.execute_notebook(path, copy, **options)
+        papermill.execute_notebook(path, copy, cwd=NOTEBOOKS, kernel_name=KERNEL["name"], **quiet)
         nbformat.write(normalise(nbformat.read(copy, as_version=4)), copy)
     except (papermill.PapermillExecutionError, RuntimeError) as error:
         return copy, str(error).strip()
