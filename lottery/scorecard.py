@@ -1,0 +1,409 @@
+"""The scorecard: every claim of `results/reported/<paper>_claims.csv`, judged on the runs that the store holds.
+
+Nothing here is typed: evidence is what the runs' specs and data fingerprints say beside the same arm at scale "paper".
+"""
+
+import functools
+import importlib
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from lottery import claims as C
+
+FIELDS = (
+    *("paper", "item", "panel", "claim", "primary", "item_source", "title", "evidence", "net", "data"),
+    *("steps_fraction", "trials", "trials_paper", "coverage", "device", "quantity", "paper_value", "value_source"),
+    *("ours", "interval", "interval_images", "rule", "verdict", "stale", "command"),
+)
+EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
+MODULES = {"str": "soft_threshold"}  # experiments module of a paper, where the paper's name is not it
+NETS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # the lottery ticket paper's "Resnet-18" has 20 layers
+EXACT = ("weights", "conv weights", "fc share")  # quantities that need no training
+ACCURACIES = {"test accuracy": "test_acc", "validation accuracy": "val_acc", "train accuracy": "train_acc"}
+FINGERPRINTS = {  # `data.load(...).fingerprint` of the papers' data
+    "mnist": "dd29bf4170bdf2db69525817f063e2f8d2dc8d2848f855acdf866788d14c6a64",
+    "cifar10": "38ddfeb83ff729933dbb1bf2d683078e77209dc4e08ff3828538f61cecf8e677",
+}
+# What may differ from the paper's Run: never mind · makes the evidence "reduced" · anything else is a stand-in.
+ALIKE = {"parent", "seed", "draw", "test_readings"}
+FEWER = {"train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every"}
+
+
+def read(paper, kind="", reported_dir=None):
+    """`<paper>.csv`, or with kind "_claims" the rules, as a pandas.DataFrame; what is empty is "" in text, else NaN."""
+    import pandas as pd
+
+    folder = Path(reported_dir or _reported())
+    if not (known := papers(folder)):
+        raise FileNotFoundError(f"No claims in {folder}: restore it with git checkout.")
+    if paper not in known:
+        raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(known)} ({folder}).")
+    if not (path := folder / f"{paper}{kind}.csv").exists():
+        raise FileNotFoundError(f"Missing {path}: restore it with git checkout.")
+    numbers = "delta margin n trials_paper paper_value primary value error" + ("" if kind else " x")
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    found = [name for name in numbers.split() if name in frame]
+    return frame.assign(**{name: pd.to_numeric(frame[name]) for name in found})
+
+
+def papers(folder):
+    """The papers that have claims."""
+    return sorted(path.name.removesuffix("_claims.csv") for path in folder.glob("*_claims.csv"))
+
+
+def scorecard(paper=None, store=None, reported_dir=None):
+    """See `claims.scorecard`."""
+    from lottery import experiments
+
+    folder = Path(reported_dir or _reported())
+    chosen = [paper] if paper else papers(folder)
+    rules = {name: read(name, "_claims", folder) for name in chosen}
+    store = store if isinstance(store, experiments.Store) else experiments.Store(store)
+    stored = {row["key"]: row for row in experiments.load(None, store).to_dict("records")}
+    rows = []
+    for name, frame in rules.items():
+        judge = Judge(name, _module(name), stored, read(name, reported_dir=folder))
+        rows += [judge.row(claim) for claim in frame.to_dict("records")]
+    return {"schema": 1, "rows": rows, "totals": totals(rows)}
+
+
+def totals(rows):
+    """Verdicts by evidence, so that exact items are never added to experiments, of all and of the primary claims."""
+    rows = [row for row in rows if row["claim"]]
+    tested = [row["rule"].split(";")[0] for row in rows if row["evidence"] != "exact" and word(row) != "not tested"]
+
+    def count(rows):
+        by = {e: [row for row in rows if row["evidence"] == e] for e in EVIDENCE}
+        return {e: {"claims": len(some), "verdicts": dict(Counter(map(word, some)))} for e, some in by.items()}
+
+    primary = [row for row in rows if row["primary"]]
+    return {
+        "claims": len(rows),
+        "by_evidence": count(rows),
+        "primary": {"claims": len(primary), "by_evidence": count(primary)},
+        "chance": {"tested": len(tested), "would_pass": round(C.chance(tested), 3)},
+    }
+
+
+def word(row):
+    """The verdict without its remark."""
+    return row["verdict"] and row["verdict"].split(" (")[0]
+
+
+def anchor(row):
+    """The permalink of a row: the claim's id, or the paper and item."""
+    return row["claim"] or f"{row['paper']}-{_short(row['item'])}"
+
+
+def text(card):
+    """Lines for a terminal: one a claim that has evidence, then the totals."""
+    lines = []
+    for row in card["rows"]:
+        if row["claim"] and row["evidence"] != "none":
+            ours = "–" if row["ours"] is None else f"{row['ours']:.4g}"
+            ours += " [{:.4g}, {:.4g}]".format(*row["interval"]) if row["interval"] else ""
+            paper = "–" if row["paper_value"] is None else f"{row['paper_value']:.6g}"
+            said = f"{row['verdict']}  {row['stale'] or ''}".rstrip()
+            lines.append(f"{'* '[not row['primary']]} {anchor(row):42} {paper:>8} {ours:26} {row['evidence']:9} {said}")
+    total, chance = card["totals"], card["totals"]["chance"]
+    by = ", ".join(f"{some['claims']} {e}" for e, some in total["by_evidence"].items())
+    lines += [f"{total['claims']} claims (* primary; paper's value, ours with 95 % interval, evidence, verdict): {by}."]
+    lines += [f"{chance['tested']} are tested on runs; by chance at most {chance['would_pass']:g} of them would pass."]
+    return "\n".join(lines)
+
+
+class Judge:
+    """One paper's claims against the stored runs.
+
+    experiment: the paper's module of `lottery.experiments` (`arm`, `setting`, `SCALES`), or None. stored: `{key: row}`
+    as of `experiments.load`. reported: the numbers that the paper printed, for the baseline gate.
+    """
+
+    def __init__(self, paper, experiment, stored, reported):
+        self.paper, self.experiment, self.stored = paper, experiment, stored
+        self.printed = reported[(reported["provenance"] == "paper") & (reported["unit"] == "%")]
+        self.arm = functools.cache(self._arm)  # one arm serves many claims
+
+    def _arm(self, name, x, trial, scale):
+        return self.experiment.arm(name, x, trial, scale) if self.experiment else None
+
+    def row(self, claim):
+        """One row of the scorecard, of a row of the rules."""
+        claim = {k: None if v == "" or v != v else v for k, v in claim.items()}
+        row = dict.fromkeys(FIELDS) | {k: claim[k] for k in ("item", "panel", "item_source", "trials_paper")}
+        row |= {"paper": self.paper, "title": claim["text"], "primary": claim["primary"] == 1, "evidence": "none"}
+        if claim["kind"]:
+            row |= {"claim": claim["id"], "quantity": _quantity(claim), "rule": _rule(claim), "verdict": "not tested"}
+            row |= {k: claim[k] for k in ("paper_value", "value_source")}
+        row |= self._exact(claim) if claim["quantity"] in EXACT else self._experiment(claim)
+        return {k: _plain(v) for k, v in row.items()}
+
+    def _exact(self, claim):
+        name = claim["arm_a"].split("/")[0]
+        name = NETS.get(name, name)
+        if (ours := count(claim["quantity"], name)) is None:
+            return {}
+        verdict = C.exact(ours - claim["paper_value"], claim["margin"])
+        command = f"lottery scorecard --paper {self.paper}"
+        return {"evidence": "exact", "net": name, "ours": ours, "verdict": str(verdict), "command": command}
+
+    def _experiment(self, claim):
+        tried = [at for scale in getattr(self.experiment, "SCALES", ()) if (at := _At(self, claim, scale)).cells]
+        if not tried:
+            return {}
+        best = next((at for at in tried if at.complete), None)
+        above = tried[: tried.index(best)] if best else tried
+        cells = f"{len(best.cells) if best else 0} of {len(_cells(claim))} cells"
+        partial = [f"{at.scale} {at.done} of {len(at.keys)} runs" for at in above if at.done]
+        at = best or tried[0]
+        command = f"lottery run {self.paper} {_short(claim['item'])} --scale {at.scale}"
+        command += f" --trials {at.trials}" if at.trials != at.preset else ""
+        old = sum(self.stored[key]["stale"] for key in at.keys if key in self.stored)
+        fields = {"coverage": "; ".join([cells, *partial]), "command": command}
+        fields |= {"stale": f"{old} runs of an older algorithm version"} if old else {}
+        return fields | (best.result() if best else {})
+
+    def dense(self, claim):
+        """(quantity, {dense arm: %}): what the paper prints for the claim's nets at its reading point."""
+        quantity = claim["quantity"] if claim["quantity"] in ACCURACIES else "test accuracy"
+        arms = {arm.split("/")[0] + "/dense" for arm in (claim["arm_a"], claim["arm_b"]) if arm}
+        arms -= {claim["arm_a"]} if claim["kind"] == "value" else set()  # the baseline's own claim is not gated by it
+        p = self.printed[self.printed["panel"].str.endswith(f"{quantity}/{claim['reading']}")]
+        return quantity, {arm: v for arm, v in zip(p["series"], p["value"], strict=True) if arm in arms}
+
+
+class _At:
+    """One claim at one scale. `cells` are those of its x that exist there; `rows[cell][trial][arm]` stored runs."""
+
+    def __init__(self, judge, claim, scale):
+        self.judge, self.claim, self.scale = judge, claim, scale
+        self.preset = judge.experiment.setting(scale).trials
+        n, cells = int(claim["n"] or 1), _cells(claim)
+        self.cells = [x for x in cells if self._runs(x, 0)]
+        ranged = not claim["kind"] or claim["kind"].startswith((C.ALL, "up to"))
+        if len(self.cells) < len(cells) and not ranged:
+            self.cells = []
+        for trials in sorted({n, min(self.preset, n)}, reverse=True):
+            if self._declare(trials):
+                return
+        if scale == "paper":
+            self._declare(n)
+
+    def _declare(self, trials):
+        """Take the runs of so many trials; True when all of them are stored."""
+        self.trials = trials
+        self.runs = [[self._runs(x, t) for t in range(trials)] for x in self.cells]
+        self.keys = {r.key: r for cell in self.runs for trial in cell for arm in trial for r in arm}
+        self.done = sum(self._stored(key) is not None for key in self.keys)
+        self.complete = self.done == len(self.keys)
+        return self.complete
+
+    def _runs(self, x, trial):
+        """[runs of A, runs of B] at one cell, or None where one of them is no experiment here."""
+        arms = [self.judge.arm(name, at, trial, self.scale) for name, at in _arms(self.claim, x)]
+        return arms if arms and all(arms) else None
+
+    def _stored(self, key):
+        row = self.judge.stored.get(key)
+        return row if row and not row["stale"] and row["status"] in ("finished", "diverged") else None
+
+    def result(self):
+        """The fields that come from runs."""
+        stored = [self._stored(key) for key in self.keys]
+        evidence, steps = self._evidence()
+        fields = {k: ", ".join(sorted({row[c] for row in stored})) for k, c in _COLUMNS.items()}
+        fields |= {"evidence": evidence, "steps_fraction": steps, "trials": self.trials}
+        if first := _changed(self.claim, min(row["started"] for row in stored)):
+            fields["stale"] = first
+        return fields | (self._judged(evidence, fields["data"]) if self.claim["kind"] else {})
+
+    def _evidence(self):
+        """("full" | "reduced" | "stand-in", share of the paper's steps): ours beside the Runs at scale "paper"."""
+        found, steps = {"full"}, 1.0
+        for x, (ours, *_) in zip(self.cells, self.runs, strict=True):
+            for mine, (name, at) in zip(ours, _arms(self.claim, x), strict=True):
+                theirs = self.judge.arm(name, at, 0, "paper")
+                if not theirs or self._stored(mine[0].key)["fingerprint"] != FINGERPRINTS.get(theirs[0].dataset):
+                    found.add("stand-in")
+                if theirs:
+                    found.add(compare(mine[0].spec(), theirs[0].spec()))
+                    steps = min(steps, mine[0].recipe.iterations / theirs[0].recipe.iterations)
+        if self.trials < self.claim["n"] or len(self.cells) < len(_cells(self.claim)):
+            found.add("reduced")
+        return max(found, key=EVIDENCE.index), steps
+
+    def _judged(self, evidence, dataset):
+        claim, rows = self.claim, [[[[self._stored(r.key) for r in a] for a in t] for t in c] for c in self.runs]
+        kind, log = claim["kind"], claim["quantity"] in C.LOG
+        unit, paper = math.log if log else float, claim["paper_value"] if kind.endswith("value") else 0
+        margin = unit(claim["margin"] or C.default_margin(claim["quantity"], dataset))
+        read = functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
+        d = np.array([[contrast(arms, read) - paper for arms in cell] for cell in rows])
+        verdict = C.judge(kind, d, unit(claim["delta"]) if claim["delta"] else None, margin)
+        diverged = sum(self._stored(key)["status"] == "diverged" for key in self.keys)
+        ours = [math.exp(v) if log else v + paper for v in (verdict.d, *verdict.interval)]
+        verdict = C.wording(verdict, kind, evidence, claim["unknown"])
+        if reason := self._not_tested(rows, evidence, dataset, margin):
+            verdict = C.Verdict("not tested", note=reason)
+        seen = claim["quantity"] == "test accuracy"
+        return {
+            "ours": ours[0],
+            "interval": ours[1:],
+            "interval_images": images(kind, d, rows, claim["reading"]) if seen else None,
+            "rule": _rule(claim) + (f"; {diverged} diverged runs at chance" if diverged else ""),
+            "verdict": str(verdict),
+        }
+
+    def _not_tested(self, rows, evidence, dataset, margin):
+        """Why there is no verdict, or None."""
+        claim = self.claim
+        if dataset == "digits":
+            return "the embedded digits never get one"
+        if claim["reading"] == "early_stop":
+            arms = zip(*(arms for cell in rows for arms in cell), strict=True)
+            late = [[row["censored"] or row["status"] == "diverged" for arm in runs for row in arm] for runs in arms]
+            if C.too_censored(late):
+                return f"{100 * max(map(np.mean, late)):.0f} % of an arm's minima are its last reading"
+        quantity, dense = self.judge.dense(claim)
+        for name, printed in dense.items() if evidence == "full" else ():
+            runs = [self.judge.arm(name, None, t, self.scale) for t in range(self.trials)]
+            found = [self._stored(r[0].key) for r in runs if r]
+            m = margin if claim["quantity"] == quantity else C.default_margin(quantity, dataset)
+            ours = [reading(row, quantity, claim["reading"]) for row in found if row]
+            if len(ours) == self.trials and C.baseline_off(ours, printed, m):
+                return "baseline off"
+        return None
+
+
+_COLUMNS = {"net": "model", "data": "dataset", "device": "device"}
+
+
+# Reading runs ---------------------------------------------------------------------------------------------------------
+
+
+def reading(row, quantity, at):
+    """What a stored run reads at "early_stop" or "last": points, or the logarithm of iterations; diverged is chance."""
+    bad = row["status"] == "diverged"
+    if quantity == "iterations":
+        return math.log(row["iterations"] if bad else row[f"{at}_step"])
+    return 100 * (_chance(row) if bad else row[f"{at}_{ACCURACIES[quantity]}"])
+
+
+def correct(row, at):
+    """Correctness of every test image, float [n_test], in points."""
+    if row["status"] == "diverged":
+        return np.full(row["n_test"], 100 * _chance(row))
+    return 100.0 * np.unpackbits(np.frombuffer(row[f"{at}_correct"], dtype=np.uint8), count=row["n_test"])
+
+
+def contrast(arms, read):
+    """A − B of one trial, or A alone; repeats inside the trial are averaged first."""
+    a, *b = (np.mean([read(row) for row in arm], axis=0) for arm in arms)
+    return a - b[0] if b else a
+
+
+def images(kind, d, rows, at):
+    """The interval over trials × test images of what a verdict rests on; d: differences [cells, trials]."""
+    if d.shape[1] < 2:
+        return None
+    cells = C.leave_one_out(d)[1] if kind == "up to" else [0] * d.shape[1]
+    if kind.startswith(C.ALL):
+        cells = [C.worst(kind.removeprefix(C.ALL), d)] * d.shape[1]
+    each = [contrast(rows[cell][trial], lambda row: correct(row, at)) for trial, cell in enumerate(cells)]
+    return list(C.two_way_interval(each))
+
+
+def compare(spec, paper):
+    """Evidence of one run's spec beside the paper's."""
+    spec, paper = ({**s, **s["recipe"], "recipe": None} for s in (spec, paper))
+    differ = {name for name in spec if spec[name] != paper.get(name)} - ALIKE
+    return "full" if not differ else "reduced" if differ <= FEWER else "stand-in"
+
+
+@functools.cache
+def count(quantity, name):
+    """Weights without biases, of all layers or of convolutions, or fully connected layers' share of them in %.
+
+    None when `models` does not have the network.
+    """
+    from torch import nn
+
+    from lottery import masks, models
+
+    try:
+        layers = masks.prunable(models.create(name, seed=0)).values()
+    except ValueError:
+        return None
+    total = sum(layer.weight.numel() for layer in layers)
+    fc = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    return {"weights": total, "conv weights": total - fc, "fc share": 100 * fc / total}[quantity]
+
+
+# Small things ---------------------------------------------------------------------------------------------------------
+
+
+def _arms(claim, x):
+    """[(arm, density in %)] of a cell."""
+    return [(name, at) for name, at in zip((claim["arm_a"], claim["arm_b"]), x, strict=True) if name]
+
+
+def _cells(claim):
+    """`51.3|21.1;7.0` → [(51.3, 21.1), (7.0, 7.0)]: A at one density against B at another, or both at the same."""
+    pairs = [cell.split("|") for cell in (claim["x"] or "").split(";")]
+    return [(float(p[0]), float(p[-1])) if p[0] else (None, None) for p in pairs]
+
+
+def _changed(claim, started):
+    """A run of the day on which a rule was written counts as later."""
+    if started[:10] < claim["added"]:
+        return "claim added after run"
+    return "rule changed after run" if started[:10] < claim["since"] else None
+
+
+def _quantity(claim):
+    unit = "ratio A/B" if claim["quantity"] in C.LOG else "%" if claim["kind"].endswith("value") else "points, A − B"
+    return claim["quantity"] if claim["quantity"] in EXACT else f"{claim['quantity']} at {claim['reading']}, {unit}"
+
+
+def _rule(claim):
+    given = [("Δ", claim["delta"]), ("m", claim["margin"]), ("n", claim["n"])]
+    return "; ".join([claim["kind"], *(f"{name} = {v:g}" for name, v in given if v is not None)])
+
+
+def _short(item):
+    return item.lower().replace("figure ", "fig").replace(" ", "")
+
+
+def _chance(row):
+    from lottery.data import SETS
+
+    return 1 / SETS[row["dataset"]].classes
+
+
+def _module(paper):
+    name = f"lottery.experiments.{MODULES.get(paper, paper)}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def _reported():
+    """results/reported of the clone around the working directory, else around this file."""
+    from lottery.experiments import store
+
+    try:
+        return store.root() / "reported"
+    except FileNotFoundError:
+        return Path(__file__).parents[1] / "results" / "reported"
+
+
+def _plain(value):
+    """JSON's own types; what is not finite is unknown."""
+    if isinstance(value, list):
+        plain = [_plain(v) for v in value]
+        return None if None in plain else plain
+    if isinstance(value, bool | str | None):
+        return value
+    value = float(value)
+    return None if not math.isfinite(value) else int(value) if value.is_integer() else round(value, 6)

@@ -1,0 +1,802 @@
+"""The rules of the verdicts by hand-computed examples, and the scorecard on invented runs.
+
+The examples rest on two samples of five: UP = 1, 2, 3, 4, 5 and LEVEL = UP − 3. Both have s = √2.5 = 1.58114, so a
+standard error of √0.5 = 0.70711. With t(0.975; 4) = 2.77645 and t(0.95; 4) = 2.13185 the half widths are 1.96324 (95 %)
+and 1.50744 (90 %), hence
+
+    UP     95 % [1.03676, 4.96324]   90 % [1.49256, 4.50744]
+    LEVEL  95 % [−1.96324, 1.96324]  90 % [−1.50744, 1.50744]
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from lottery import claims, data, scorecard
+
+REPORTED = Path(__file__).parents[1] / "results" / "reported"
+UP = np.array([1.0, 2, 3, 4, 5])
+LEVEL = UP - 3
+DOWN = -UP
+
+# The table, row by row ------------------------------------------------------------------------------------------------
+
+TABLE = [
+    # direction: L = 1.037 > 0
+    ("direction", [UP], {"delta": 6.0}, "reproduced"),  # d = 3 ≥ 3
+    ("direction", [UP], {"delta": 6.1}, "partly"),  # d = 3 < 3.05
+    ("direction", [LEVEL], {"delta": 3.93}, "not reproduced"),  # U = 1.96324 < 1.965, L < 0
+    ("direction", [LEVEL], {"delta": 3.92}, "inconclusive (80 % power needs 4 trials)"),  # U = 1.96324 > 1.96
+    ("direction", [DOWN], {"delta": 3.0}, "not reproduced (opposite)"),  # U = −1.037 < 0
+    ("direction", [DOWN[:4]], {"delta": 3.0}, "inconclusive (a negative result needs 5 trials)"),
+    # without a stated effect Δ = 2m, so half of it is m
+    ("direction", [UP], {"margin": 3.0}, "reproduced"),
+    ("direction", [UP], {"margin": 3.1}, "partly"),
+    # a value: differences from the paper's number
+    ("value", [LEVEL], {"margin": 1.508}, "reproduced"),  # 90 %: 1.50744
+    ("value", [LEVEL], {"margin": 1.507}, "inconclusive"),
+    ("value", [UP], {"margin": 1.036}, "not reproduced"),  # L = 1.03676 > m
+    ("value", [UP], {"margin": 1.037}, "inconclusive"),
+    ("value", [DOWN], {"margin": 1.036}, "not reproduced"),
+    ("value", [UP[:4] + 9], {"margin": 1.0}, "inconclusive (a negative result needs 5 trials)"),
+    # same: the same arithmetic on A − B
+    ("same", [LEVEL], {"margin": 1.508}, "reproduced"),
+    ("same", [LEVEL], {"margin": 1.507}, "inconclusive"),  # not significant, and yet no evidence of sameness
+    ("same", [UP], {"margin": 1.036}, "not reproduced"),
+    ("same", [DOWN], {"margin": 1.037}, "inconclusive"),
+    # at least matches: one side only
+    ("at least matches", [LEVEL], {"margin": 1.508}, "reproduced"),  # 90 % lower bound −1.50744 > −m
+    ("at least matches", [LEVEL], {"margin": 1.507}, "inconclusive"),
+    ("at least matches", [UP], {"margin": 0.1}, "reproduced"),  # much better is fine
+    ("at least matches", [DOWN], {"margin": 1.036}, "not reproduced"),  # U = −1.03676 < −m
+    ("at least matches", [DOWN], {"margin": 1.037}, "inconclusive"),
+    ("at least matches", [DOWN[:4]], {"margin": 0.1}, "inconclusive (a negative result needs 5 trials)"),
+    # down to x %: at the paper's density, then at the next denser level
+    ("down to", [LEVEL, DOWN], {"margin": 1.508}, "reproduced"),
+    ("down to", [DOWN, UP], {"margin": 1.0}, "partly (only at the next denser level)"),
+    ("down to", [LEVEL, UP], {"margin": 1.0}, "partly (only at the next denser level)"),
+    ("down to", [DOWN, DOWN], {"margin": 1.0}, "not reproduced"),
+    ("down to", [DOWN, LEVEL], {"margin": 1.0}, "inconclusive (the next denser level is undecided)"),
+    ("down to", [LEVEL, DOWN], {"margin": 1.0}, "inconclusive"),
+    # up to: one level alone is that level's direction
+    ("up to", [UP], {"delta": 6.0}, "reproduced"),
+    ("up to", [UP], {"delta": 6.1}, "partly"),
+    ("up to", [DOWN], {"delta": 3.0}, "not reproduced (opposite)"),
+    ("up to", [LEVEL], {"delta": 3.92}, "inconclusive"),
+    # in all cells: UP passes, LEVEL is open, DOWN is opposite. Two-sided p of UP: 2 · P(t₄ > 3/0.70711) = 0.01324,
+    # so after Holm it stands alone among two cells (0.05/2) and three (0.05/3), not among four (0.05/4)
+    ("in all cells: direction", [UP, UP], {"margin": 1.0}, "reproduced (2 of 2 cells; alone after Holm 2)"),
+    ("in all cells: direction", [UP, LEVEL], {"margin": 1.0}, "partly (1 of 2 cells; alone after Holm 1)"),
+    ("in all cells: direction", [UP, DOWN], {"margin": 1.0}, "not reproduced (1 of 2 cells; alone after Holm 1)"),
+    (
+        "in all cells: direction",
+        [UP, LEVEL, LEVEL],
+        {"margin": 1.0},
+        "not reproduced (1 of 3 cells; alone after Holm 1)",
+    ),
+    ("in all cells: direction", [UP] * 2 + [LEVEL] * 2, {"margin": 1.0}, "partly (2 of 4 cells; alone after Holm 0)"),
+    ("in all cells: direction", [UP[:4], DOWN[:4]], {"margin": 1.0}, "inconclusive (a negative result needs 5 trials)"),
+    ("in all cells: same", [LEVEL, LEVEL], {"margin": 1.508}, "reproduced"),
+    ("in all cells: same", [LEVEL, DOWN], {"margin": 1.508}, "partly"),  # 95 % [−4.96, −1.04] is not outside
+    ("in all cells: same", [LEVEL, DOWN - 1], {"margin": 1.508}, "not reproduced"),  # U = −2.04 < −m: opposite
+    ("in all cells: same", [LEVEL, UP + 1], {"margin": 1.508}, "not reproduced"),
+    ("in all cells: value", [LEVEL, LEVEL], {"margin": 1.508}, "reproduced"),
+    ("in all cells: at least matches", [LEVEL, UP], {"margin": 1.508}, "reproduced"),
+    ("in all cells: at least matches", [UP, DOWN], {"margin": 1.0}, "not reproduced"),
+    ("in all cells: at least matches", [UP, LEVEL], {"margin": 1.0}, "partly"),
+]
+
+
+@pytest.mark.parametrize(("kind", "cells", "given_", "expected"), TABLE)
+def test_every_row_of_the_table(kind, cells, given_, expected):
+    verdict = claims.judge(kind, np.array(cells), **given_)
+    assert (str(verdict) if "(" in expected else verdict.word) == expected
+
+
+def test_the_table_reaches_every_word_of_every_kind():
+    words = {"reproduced", "partly", "not reproduced", "inconclusive"}
+    reached = {}
+    for kind, _, _, expected in TABLE:
+        reached.setdefault(kind.split(":")[0], set()).add(expected.split(" (")[0])
+    two = words - {"partly"}
+    assert reached == {
+        **dict.fromkeys(("direction", "down to", "up to", "in all cells"), words),
+        **dict.fromkeys(("value", "same", "at least matches"), two),
+    }
+
+
+def test_a_verdict_carries_mean_interval_and_trials():
+    v = claims.direction(UP, 6.0)
+    assert (v.d, v.n) == (3.0, 5)
+    assert v.interval == pytest.approx((1.03676, 4.96324), abs=1e-5)
+
+
+def test_one_trial_decides_nothing():
+    for kind in claims.KINDS:
+        cells = np.array([[9.0]] * (2 if kind == "down to" else 1))
+        assert claims.judge(kind, cells, margin=0.1).word == "inconclusive", kind
+    assert claims.t_interval([1.0]) == (-math.inf, math.inf)
+
+
+def test_exact_numbers_have_no_interval():
+    assert claims.exact(-592, 1000).word == "reproduced"  # 38,592 printed as 38K
+    assert claims.exact(561_184, 100_000).word == "not reproduced"  # 2,261,184 printed as 1.7M
+
+
+def test_unknown_kind_is_one_line():
+    with pytest.raises(ValueError, match=r"Unknown kind of claim 'better'.*one of direction, value"):
+        claims.judge("better", [UP], margin=1.0)
+
+
+def test_iterations_are_compared_as_logarithms_of_ratios():
+    # twice as fast in every trial, whatever the level: d = log 2, no spread; 38 % earlier is a factor 1/0.62 = 1.613
+    d = np.log([8000, 6000, 4000, 7000, 5000]) - np.log([4000, 3000, 2000, 3500, 2500])
+    v = claims.judge("direction", [d], delta=math.log(1.613), margin=math.log(1.15))
+    assert v.word == "reproduced"
+    assert math.exp(v.d) == pytest.approx(2)
+
+
+def test_leave_one_trial_out():
+    # trial 0: the others say A (2 + 3 against 2 + 0), which gives 1; trial 1: A (1 + 3 against 3 + 0), 2;
+    # trial 2: B (3 + 2 against 1 + 2), 0. Mean 1, where the better level's own mean, picked afterwards, is 2.
+    scores, chosen = claims.leave_one_out([[1, 2, 3], [3, 2, 0]])
+    assert scores.tolist() == [1, 2, 0]
+    assert chosen.tolist() == [0, 0, 1]
+    assert claims.up_to(np.array([[1, 2, 3], [3, 2, 0.0]]), 1.0).d == 1.0
+
+
+def test_the_best_of_noisy_levels_does_not_beat_dense():
+    # the trap: each level shines in one trial. The best of 5 picked in each trial would be +1 five times out of five.
+    levels = np.eye(5) * 1.25 - 0.25
+    assert claims.up_to(levels, 1.0).word == "not reproduced"
+
+
+def test_holm_steps_down():
+    assert claims.holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 ≤ 0.05/3; 0.03 > 0.05/2
+    assert claims.holm([0.04, 0.01, 0.02]) == [True, True, True]  # 0.01 ≤ 0.05/3; 0.02 ≤ 0.05/2; 0.04 ≤ 0.05
+    assert claims.holm([0.03, 0.02]) == [True, True]
+    assert claims.holm([0.026, 0.026]) == [False, False]  # both > 0.05/2
+
+
+def test_p_values():
+    # UP: t = 3/0.70711 = 4.24264, two-sided p = 0.01324; against −m = −1: t = 4/0.70711 = 5.65685, p = 0.00240
+    assert claims.p_value("direction", UP, 1.0) == pytest.approx(0.01324, abs=1e-5)
+    assert claims.p_value("direction", DOWN, 1.0) == 1.0
+    assert claims.p_value("at least matches", UP, 1.0) == pytest.approx(0.00240, abs=1e-5)
+    # LEVEL within ±2: t = 2/0.70711 = 2.82843, p = 0.02372 on either side
+    assert claims.p_value("same", LEVEL, 2.0) == pytest.approx(0.02372, abs=1e-5)
+    assert claims.p_value("direction", np.ones(5), 1.0) == 0.0
+
+
+def test_trials_for_80_percent_power_are_the_textbook_ones():
+    # one-sample t-test, two-sided 5 %: effects of 0.5, 0.8 and 1 standard deviation need 34, 15 and 10
+    assert [claims.trials_for_power("direction", 1.0, e) for e in (0.5, 0.8, 1.0)] == [34, 15, 10]
+    # one-sided 5 %: 27, 12 and 8
+    assert [claims.trials_for_power("at least matches", 1.0, e) for e in (0.5, 0.8, 1.0)] == [27, 12, 8]
+    # sameness at a true difference 0: about (1.645 + 1.282)² = 8.56 for a margin of 1 standard deviation, t adds two
+    assert claims.trials_for_power("same", 1.0, 1.0) in (10, 11)
+    assert claims.trials_for_power("direction", 1.0, 0.01) is None
+    assert claims.trials_for_power("direction", 0.0, 1.0) == 2
+
+
+# What decides the words -----------------------------------------------------------------------------------------------
+
+
+def test_words_by_evidence():
+    def say(word, kind, evidence, unknown=""):
+        return str(claims.wording(claims.Verdict(word), kind, evidence, unknown))
+
+    for evidence in ("exact", "full"):
+        for word in ("reproduced", "partly", "not reproduced", "inconclusive"):
+            assert say(word, "value", evidence) == word
+    for evidence in ("reduced", "stand-in"):
+        assert say("reproduced", "same", evidence) == "supports"
+        assert say("partly", "direction", evidence) == "mixed"
+        assert say("not reproduced", "direction", evidence) == "contradicts"
+        assert say("inconclusive", "direction", evidence) == "inconclusive"
+        assert (
+            say("reproduced", "value", evidence) == say("reproduced", "in all cells: value", evidence) == "not tested"
+        )
+        assert say("not reproduced", "direction", evidence, "batch size") == "inconclusive (setting unknown)"
+    assert say("reproduced", "direction", "none") == "not tested"
+    assert say("not reproduced", "direction", "full", "batch size") == "inconclusive (setting unknown)"
+    assert say("reproduced", "direction", "full", "batch size") == "reproduced"
+
+
+def test_margins():
+    assert [claims.default_margin("test accuracy", d) for d in claims.MARGINS] == [0.2, 0.5, 0.5, 1.0]
+    assert claims.default_margin("iterations", "mnist") == 1.15
+    with pytest.raises(ValueError, match="No default margin of MACs"):
+        claims.default_margin("MACs", "mnist")
+    with pytest.raises(ValueError, match="No default margin of test accuracy on digits"):
+        claims.default_margin("test accuracy", "digits")
+
+
+def test_censoring_beyond_a_fifth_of_an_arm():
+    assert not claims.too_censored([[True] + [False] * 4, [False] * 5])  # 1 of 5 is 20 %, not more
+    assert claims.too_censored([[False] * 5, [True, True] + [False] * 3])
+    assert not claims.too_censored([[], [False]])
+
+
+def test_baseline_gate():
+    # 93.4, 93.5, 93.6 against 90.5: 3.0 ± 4.30265 · 0.1/√3 = 0.24842, so it starts at 2.75158
+    ours = [93.4, 93.5, 93.6]
+    assert claims.baseline_off(ours, 90.5, 1.37)  # ±2.74
+    assert not claims.baseline_off(ours, 90.5, 1.38)  # ±2.76
+    assert claims.baseline_off([2 * 90.5 - a for a in ours], 90.5, 1.37)
+    assert not claims.baseline_off([99.0], 90.5, 0.5)
+
+
+def test_two_way_interval_by_hand():
+    # rows 1, 2, 3 and columns 1, 3 without rest: MS_trials = 2 · 1 = 2, MS_images = 3 · 2 = 6, Var = 8/6 = 1.3333,
+    # freedom = 1.3333² / ((2/6)²/2 + (6/6)²/1) = 1.68421
+    low, high = claims.two_way_interval([[0, 2], [1, 3], [2, 4]])
+    half = stats.t.ppf(0.975, 1.68421) * math.sqrt(4 / 3)
+    assert (low, high) == pytest.approx((2 - half, 2 + half), rel=1e-5)
+    # MS_trials = 1/6, MS_images = 0, MS_rest = 1/2: no image variance, the interval over trials remains
+    assert claims.two_way_interval([[1, 0], [0, 1], [1, 1]]) == claims.t_interval([0.5, 0.5, 1])
+    assert claims.two_way_interval([[1, 0]]) == (-math.inf, math.inf)
+
+
+def test_chance():
+    # three claims of a direction at 2.5 % each, one of sameness at 5 %
+    assert claims.chance(["direction", "up to", "in all cells: direction", "same"]) == pytest.approx(0.125)
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+samples = st.lists(st.integers(-1000, 1000).map(lambda i: i / 100), min_size=5, max_size=12).map(np.array)
+positive = st.integers(1, 500).map(lambda i: i / 100)
+RANK = {"not reproduced": 0, "inconclusive": 1, "partly": 2, "reproduced": 3}
+
+
+@given(samples, st.sampled_from([0.9, 0.95]))
+def test_t_interval_is_scipys(d, level):
+    if d.std() > 0:
+        expected = stats.ttest_1samp(d, 0).confidence_interval(level)
+        assert claims.t_interval(d, level) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@given(samples, positive)
+def test_antisymmetry(d, effect):
+    if claims.direction(d, effect).word in ("reproduced", "partly"):
+        assert str(claims.direction(-d, effect)) == "not reproduced (opposite)"
+    assert claims.same(d, effect).word == claims.same(-d, effect).word
+
+
+@given(samples, positive, positive)
+def test_more_of_a_is_never_worse_for_a(d, effect, more):
+    for rule in (claims.direction, claims.at_least_matches):
+        before, after = RANK[rule(d, effect).word], RANK[rule(d + more, effect).word]
+        assert after >= before
+
+
+@given(samples, positive, positive)
+def test_a_wider_margin_never_hurts(d, margin, more):
+    for rule in (claims.same, claims.at_least_matches):
+        assert RANK[rule(d, margin + more).word] >= RANK[rule(d, margin).word]
+
+
+@given(samples, positive)
+def test_units_do_not_matter(d, effect):
+    scaled = claims.direction(8 * d, 8 * effect)
+    assert (scaled.word, scaled.note) == (claims.direction(d, effect).word, claims.direction(d, effect).note)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_bonferroni_and_none(p):
+    for value, passed in zip(p, claims.holm(p), strict=True):
+        assert passed or value > 0.05 / len(p)
+        assert not passed or value <= 0.05
+
+
+@given(st.lists(samples.map(lambda d: d[:5]), min_size=2, max_size=4))
+def test_a_held_out_score_is_one_of_the_trials_own(levels):
+    levels = np.array(levels)
+    scores, chosen = claims.leave_one_out(levels)
+    for trial, (score, level) in enumerate(zip(scores, chosen, strict=True)):
+        assert score == levels[level, trial]
+        others = np.delete(levels, trial, axis=1).sum(axis=1)
+        assert others[level] == pytest.approx(others.max())
+
+
+@given(st.integers(2, 6), st.integers(0, 2**32 - 1))
+def test_the_second_interval_contains_the_first(n, seed):
+    d = np.random.default_rng(seed).integers(-1, 2, size=(n, 40))
+    low, high = claims.two_way_interval(d)
+    inner = claims.t_interval(d.mean(axis=1))
+    assert low <= inner[0] + 1e-12
+    assert inner[1] <= high + 1e-12
+
+
+# The files ------------------------------------------------------------------------------------------------------------
+
+PRIMARY = {  # verdicts.md, LTH
+    "lth-fig4-early-stop-21",
+    "lth-fig4-accuracy-13",
+    "lth-fig4-reinit-accuracy-21",
+    "lth-fig4-reinit-speed-21",
+    "lth-fig4-matches-dense-3.6",
+    "lth-fig4-iterative-beats-oneshot-10",
+    "lth-fig5-conv2-accuracy-4.6",
+    "lth-fig8-lr0.1-imp-like-reinit",
+    "lth-fig8-rewind-500",
+}
+NETS = ("lenet", "conv2", "conv4", "conv6", "resnet18", "vgg19")
+CONTROLS = (
+    *("dense", "imp", "reinit", "random", "oneshot", "oneshot-reinit", "continued", "dm-reinit", "prune-at-init"),
+    *("noise-0.5", "noise-3", "rewind-100", "rewind-500"),
+)
+ARM = re.compile(rf"({'|'.join(NETS)})(@[a-z0-9.-]+)?/({'|'.join(map(re.escape, CONTROLS))})")
+
+
+@pytest.fixture(scope="module")
+def rules():
+    return claims.claims("lth", REPORTED)
+
+
+def test_claims_of_lth_are_well_formed(rules):
+    assert rules["id"].is_unique
+    tested = rules[rules["kind"] != ""]
+    assert set(tested["kind"].str.removeprefix(claims.ALL)) <= set(claims.KINDS)
+    assert set(tested["value_source"]) <= {"paper", "authors' code", "secondary", "computed", "memory"}
+    for c in tested.to_dict("records"):
+        assert ARM.fullmatch(c["arm_a"]), c["id"]
+        assert c["arm_b"] == "" or ARM.fullmatch(c["arm_b"]), c["id"]
+        assert c["quantity"] in (*scorecard.EXACT, *scorecard.ACCURACIES, "iterations"), c["id"]
+        assert c["reading"] in (("",) if c["quantity"] in scorecard.EXACT else ("early_stop", "last")), c["id"]
+        assert (c["arm_b"] == "") == c["kind"].endswith("value"), c["id"]
+        assert not c["kind"].endswith("value") or c["paper_value"] >= 0, c["id"]
+        cells = scorecard._cells(c)
+        assert len(cells) == 2 if c["kind"] == "down to" else len(cells) > 1 or not c["kind"].startswith("in all"), c[
+            "id"
+        ]
+        assert cells[0][0] is None or all(0 < x <= 100 for cell in cells for x in cell), c["id"]
+        assert c["kind"] != "down to" or cells[0] < cells[1], c["id"]
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", c["since"]), c["id"]
+        assert c["added"] <= c["since"], c["id"]
+
+
+def test_margins_effects_and_trials_follow_the_rules(rules):
+    for c in rules[rules["kind"] != ""].to_dict("records"):
+        if c["quantity"] in scorecard.EXACT:
+            continue
+        mnist = c["arm_a"].startswith("lenet")
+        default = claims.default_margin(c["quantity"], "mnist" if mnist else "cifar10")
+        if c["id"] != "lth-fig7-lr0.01-within-1":  # the paper itself says "within 1 point"
+            assert c["margin"] == default, c["id"]
+        if c["kind"] in ("direction", "up to"):
+            none_stated = math.isnan(c["paper_value"])
+            twice = default**2 if c["quantity"] == "iterations" else 2 * default
+            if none_stated and "33-" not in c["id"]:
+                assert c["delta"] == pytest.approx(twice), c["id"]
+            assert none_stated or c["delta"] == c["paper_value"], c["id"]
+        else:
+            assert math.isnan(c["delta"]), c["id"]
+        paper = 0 if math.isnan(c["trials_paper"]) else c["trials_paper"]
+        assert c["n"] == (10 if c["primary"] and mnist else max(5, paper)), c["id"]
+
+
+def test_primary_claims_are_those_of_the_rules(rules):
+    assert set(rules[rules["primary"] == 1]["id"]) == PRIMARY
+
+
+def test_every_figure_has_a_row_and_ids_are_anchors(rules):
+    assert set(rules["item"]) == {f"Figure {i}" for i in range(1, 46)}
+    for c in rules.to_dict("records"):
+        assert c["id"].startswith("lth-" + c["item"].lower().replace("figure ", "fig"))
+
+
+def test_reported_numbers_have_a_source():
+    frame = claims.reported("lth", REPORTED)
+    assert set(frame["provenance"]) == {"paper", "secondary", "computed", "memory"}
+    assert frame["value"].notna().all()
+    assert (frame["source"] != "").all()
+    assert (frame[frame["provenance"] == "paper"]["source"] == "arXiv 1803.03635v5").all()
+    assert ((frame["x"].notna()) == (frame["x_unit"] != "")).all()
+    point = frame[(frame["item"] == "Figure 4") & (frame["panel"] == "a/early stop") & (frame["x"] == 21.1)]
+    assert sorted(point["value"]) == [-38, 2.51]
+
+
+def test_claims_and_points_agree(rules):
+    """Every effect that a claim takes from the paper is a printed point of the same item."""
+    frame = claims.reported("lth", REPORTED)
+    for c in rules[(rules["value_source"] == "paper") & rules["paper_value"].notna()].to_dict("records"):
+        if c["id"] in (
+            "lth-fig4-early-stop-21",
+            "lth-fig4-early-stop-3.6",
+            "lth-fig12-train-ticket-5",
+            "lth-fig12-train-reinit-5",
+        ):
+            continue  # printed as "38 % earlier", as "back to"; beside Figure 4
+        values = set(frame[frame["item"] == c["item"]]["value"])
+        assert c["paper_value"] in values, c["id"]
+
+
+# The scorecard on invented runs ---------------------------------------------------------------------------------------
+
+N_TEST = 1000
+ITERATIONS = {"paper": 1000, "laptop": 300, "smoke": 100}
+
+
+class Invented:
+    """An experiments module of a few arms. Accuracies: `accuracy(name, x, trial)` in %, iterations likewise."""
+
+    SCALES = ("paper", "laptop", "smoke")
+    nets = ("lenet",)
+    draws = 1
+    missing = ()
+
+    def setting(self, scale):
+        return SimpleNamespace(trials=5)
+
+    def arm(self, name, x, trial, scale):
+        if name.split("/")[0] not in self.nets or (scale, x) in self.missing:
+            return None
+        draws = self.draws if name.endswith("reinit") else 1
+        x = None if name.endswith("dense") else x
+        return [self.run(name, x, trial, scale, draw) for draw in range(draws)]
+
+    def run(self, name, x, trial, scale, draw):
+        recipe = {"iterations": ITERATIONS[scale], "lr": 0.1}
+        dataset = "digits" if scale == "smoke" else "cifar10" if "resnet" in name else "mnist"
+        spec = {"model": name.split("/")[0], "dataset": dataset, "recipe": recipe, "seed": trial, "draw": draw}
+        key = f"{scale} {name} {x} {trial} {draw}"
+        return SimpleNamespace(
+            key=key, dataset=dataset, recipe=SimpleNamespace(**recipe), spec=lambda: spec, at=(name, x, trial, draw)
+        )
+
+    def store(self, scale, accuracy, step=lambda *at: 100, trials=5, xs=(), **changed):
+        """Rows of all arms at one scale. accuracy and step are functions of (arm, x, trial, draw)."""
+        rows = {}
+        controls = ("dense", "imp", "reinit", "random", "oneshot")
+        for name in [f"{net}/{control}" for net in self.nets for control in controls]:
+            for x in xs:
+                for trial in range(trials):
+                    for r in self.arm(name, x, trial, scale) or ():
+                        rows[r.key] = self.row(r, accuracy(*r.at), step(*r.at)) | changed
+        return rows
+
+    def row(self, r, accuracy, step):
+        hits = round(N_TEST * accuracy / 100)
+        reading = {"step": step, "val_acc": accuracy / 100, "test_acc": hits / N_TEST, "train_acc": 1.0}
+        reading["correct"] = np.packbits(np.arange(N_TEST) < hits).tobytes()
+        row = {"key": r.key, "model": r.spec()["model"], "dataset": r.dataset, "status": "finished", "stale": False}
+        row |= {"fingerprint": scorecard.FINGERPRINTS.get(r.dataset, "digits"), "device": "CPU", "censored": False}
+        row |= {"started": "2026-11-21T00:00:01Z", "iterations": r.recipe.iterations, "n_test": N_TEST}
+        return row | {f"{at}_{k}": v for at in ("early_stop", "last") for k, v in reading.items()}
+
+
+def claim(**changed):
+    c = dict.fromkeys(["panel", "arm_b", "delta", "paper_value", "unknown", "trials_paper"], "")
+    c |= {"id": "lth-fig4-x", "item": "Figure 4", "text": "A beats B.", "kind": "direction", "arm_a": "lenet/imp"}
+    c |= {"arm_b": "lenet/dense", "quantity": "test accuracy", "reading": "early_stop", "x": "21.1", "margin": 0.2}
+    c |= {"n": 5, "value_source": "paper", "primary": 0, "item_source": "paper"}
+    return c | {"added": "2026-11-21", "since": "2026-11-21"} | changed
+
+
+def judged(experiment, stored, c, reported=None):
+    reported = claims.reported("lth", REPORTED) if reported is None else reported
+    return scorecard.Judge("lth", experiment, stored, reported).row(c)
+
+
+def better(name, x, trial, draw):
+    """Tickets gain 1.0 to 1.4 points on their dense network, 1.2 on average."""
+    return 90 + trial + (1 + 0.1 * trial if name.endswith("imp") else 0)
+
+
+def test_a_row_has_exactly_the_fields_and_the_right_words():
+    lab = Invented()
+    row = judged(lab, lab.store("paper", better, xs=[21.1]), claim(delta=1.0, paper_value=1.0, trials_paper=5.0))
+    assert tuple(row) == scorecard.FIELDS
+    # differences 1.0, 1.1, 1.2, 1.3, 1.4: 1.2 ± 2.77645 · 0.158114/√5 = 0.196324
+    assert row["ours"] == pytest.approx(1.2)
+    assert row["interval"] == pytest.approx([1.003676, 1.396324], abs=1e-5)
+    assert row["interval_images"][0] <= row["interval"][0]
+    assert (row["evidence"], row["verdict"], row["steps_fraction"]) == ("full", "reproduced", 1)
+    assert (row["trials"], row["trials_paper"], row["coverage"]) == (5, 5, "1 of 1 cells")
+    assert row["command"] == "lottery run lth fig4 --scale paper"
+    assert row["rule"] == "direction; Δ = 1; m = 0.2; n = 5"
+    assert row["stale"] is None
+
+
+def test_the_best_complete_scale_is_used_and_partial_ones_are_mentioned():
+    lab = Invented()
+    stored = lab.store("laptop", better, xs=[21.1]) | lab.store("paper", better, xs=[21.1], trials=2)
+    row = judged(lab, stored, claim(delta=1.0))
+    assert (row["evidence"], row["verdict"], row["steps_fraction"]) == ("reduced", "supports", 0.3)
+    assert row["coverage"] == "1 of 1 cells; paper 4 of 10 runs"
+    assert row["command"] == "lottery run lth fig4 --scale laptop"
+
+
+def test_nothing_stored_is_no_evidence_and_names_the_command():
+    lab = Invented()
+    row = judged(lab, {}, claim())
+    assert (row["evidence"], row["verdict"], row["ours"], row["coverage"]) == (
+        "none",
+        "not tested",
+        None,
+        "0 of 1 cells",
+    )
+    assert row["command"] == "lottery run lth fig4 --scale paper"
+    assert judged(lab, {}, claim(n=10))["command"] == "lottery run lth fig4 --scale paper --trials 10"
+    nowhere = judged(lab, {}, claim(arm_a="vgg19@0.1/imp"))
+    assert (nowhere["evidence"], nowhere["command"], nowhere["coverage"]) == ("none", None, None)
+    assert judged(None, {}, claim())["evidence"] == "none"
+
+
+def test_fewer_trials_than_the_claim_asks_for_are_reduced_evidence():
+    lab = Invented()
+    row = judged(lab, lab.store("paper", better, xs=[21.1]), claim(n=10, delta=1.0))
+    assert (row["evidence"], row["verdict"], row["trials"]) == ("reduced", "supports", 5)
+    row = judged(lab, lab.store("paper", better, xs=[21.1], trials=10), claim(n=10, delta=1.0))
+    assert (row["evidence"], row["trials"]) == ("full", 10)
+
+
+def test_other_data_are_a_stand_in_and_digits_get_no_verdict():
+    lab = Invented()
+    row = judged(lab, lab.store("paper", better, xs=[21.1], fingerprint="other"), claim(delta=1.0))
+    assert (row["evidence"], row["verdict"]) == ("stand-in", "supports")
+    row = judged(lab, lab.store("smoke", better, xs=[21.1]), claim(delta=1.0))
+    assert (row["evidence"], row["verdict"]) == ("stand-in", "not tested (the embedded digits never get one)")
+    assert row["ours"] == pytest.approx(1.2)
+
+
+def test_compare_specs():
+    spec = {"model": "a", "seed": 0, "recipe": {"lr": 0.1, "iterations": 10, "test_readings": "log"}}
+
+    def change(**changes):
+        return spec | {"recipe": spec["recipe"] | changes}
+
+    assert scorecard.compare({**spec, "seed": 3}, spec) == "full"
+    assert scorecard.compare(change(test_readings="all"), spec) == "full"
+    assert scorecard.compare(change(iterations=5), spec) == "reduced"
+    assert scorecard.compare(change(lr=0.2), spec) == "stand-in"
+    assert scorecard.compare({**spec, "model": "b"}, spec) == "stand-in"
+
+
+def test_value_claims_need_the_full_recipe():
+    lab = Invented()
+    c = claim(kind="value", arm_a="lenet/dense", arm_b="", x="", paper_value=92.0)
+    row = judged(lab, lab.store("laptop", better, xs=[21.1]), c)
+    assert row["verdict"] == "not tested"
+    # 90, 91, 92, 93, 94: 92 ± 1.96324
+    row = judged(lab, lab.store("paper", better, xs=[21.1]), c | {"margin": 1.6})
+    assert row["verdict"] == "reproduced"
+    assert row["interval"] == pytest.approx([90.03676, 93.96324], abs=1e-4)
+    assert row["quantity"] == "test accuracy at early_stop, %"
+
+
+def test_repeats_inside_a_trial_are_averaged_first():
+    lab = Invented()
+    lab.draws = 3
+
+    def accuracy(name, x, trial, draw):
+        return 90 + trial if name.endswith("imp") else 90 + trial - (0.3, 0.6, 0.9)[draw] - 0.1 * trial
+
+    row = judged(lab, lab.store("paper", accuracy, xs=[21.1]), claim(arm_b="lenet/reinit", delta=0.5))
+    # per trial 0.6 + 0.1 · trial, five numbers and not fifteen: 0.8 ± 0.196324
+    assert row["trials"] == 5
+    assert row["interval"] == pytest.approx([0.603676, 0.996324], abs=1e-5)
+
+
+def test_early_stop_as_a_ratio_with_censored_minima():
+    lab = Invented()
+
+    def step(name, x, trial, draw):
+        return 100 * (trial + 1) * (2 if name.endswith("dense") else 1)
+
+    stored = lab.store("paper", better, step, xs=[21.1])
+    c = claim(
+        quantity="iterations", arm_a="lenet/dense", arm_b="lenet/imp", delta=1.613, margin=1.15, paper_value=1.613
+    )
+    row = judged(lab, stored, c)
+    assert (row["verdict"], row["ours"], row["interval"], row["interval_images"]) == ("reproduced", 2, [2, 2], None)
+    for trial in range(2):  # one of five is allowed, two are not
+        assert judged(lab, stored, c)["verdict"] == "reproduced"
+        stored[f"paper lenet/imp 21.1 {trial} 0"]["censored"] = True
+    assert judged(lab, stored, c)["verdict"] == "not tested (40 % of an arm's minima are its last reading)"
+    assert judged(lab, stored, c | {"reading": "last", "quantity": "test accuracy"})["verdict"] != row["verdict"]
+
+
+def test_a_diverged_trial_counts_as_chance_and_is_shown():
+    lab = Invented()
+    stored = lab.store("paper", better, xs=[21.1])
+    stored["paper lenet/imp 21.1 0 0"] |= {
+        "status": "diverged",
+        "early_stop_test_acc": None,
+        "early_stop_correct": None,
+    }
+    row = judged(lab, stored, claim(delta=1.0))
+    # 10 − 90 = −80 in trial 0, then 1.1, 1.2, 1.3, 1.4: mean −15
+    assert row["ours"] == pytest.approx(-15.0)
+    assert "1 diverged runs at chance" in row["rule"]
+
+
+def test_runs_of_an_older_version_are_out():
+    lab = Invented()
+    stored = lab.store("paper", better, xs=[21.1])
+    stored["paper lenet/imp 21.1 4 0"]["stale"] = True
+    row = judged(lab, stored, claim())
+    assert (row["evidence"], row["verdict"]) == ("none", "not tested")
+    assert row["coverage"] == "0 of 1 cells; paper 9 of 10 runs"
+    assert row["stale"] == "1 runs of an older algorithm version"
+
+
+@pytest.mark.parametrize(
+    ("added", "since", "expected"),
+    [
+        ("2026-11-21", "2026-11-21", None),  # written on the day of the run
+        ("2026-11-20", "2026-11-22", "rule changed after run"),
+        ("2026-11-22", "2026-11-22", "claim added after run"),
+    ],
+)
+def test_rules_written_after_the_run_say_so(added, since, expected):
+    lab = Invented()
+    row = judged(lab, lab.store("paper", better, xs=[21.1]), claim(added=added, since=since))
+    assert row["stale"] == expected
+
+
+def test_a_range_of_levels_may_be_partly_covered_but_a_single_level_not():
+    lab = Invented()
+    lab.missing = {("laptop", 2.9)}
+    stored = lab.store("laptop", better, xs=[21.1])
+    row = judged(lab, stored, claim(kind="in all cells: direction", x="21.1;2.9"))
+    assert (row["evidence"], row["coverage"]) == ("reduced", "1 of 2 cells")
+    assert row["verdict"] == "supports (1 of 1 cells; alone after Holm 1)"
+    assert judged(lab, stored, claim(kind="down to", x="2.9;21.1"))["evidence"] == "none"
+
+
+def test_a_cell_may_compare_two_densities():
+    lab = Invented()
+    stored = lab.store("paper", lambda name, x, trial, draw: 90 + 0.1 * (x or 0) + 0.1 * trial, xs=[21.1, 51.1])
+    row = judged(lab, stored, claim(arm_b="lenet/imp", x="51.1|21.1", delta=3.0))
+    assert row["ours"] == pytest.approx(3.0)
+    assert scorecard._cells({"x": "51.3|21.1;7.0"}) == [(51.3, 21.1), (7.0, 7.0)]
+
+
+def test_up_to_and_worst_cell_have_both_intervals():
+    lab = Invented()
+    xs = [51.3, 21.1]
+
+    def accuracy(name, x, trial, draw):
+        return 90 + 0.1 * trial + ((1.0 if x == 21.1 else 0.5) + 0.1 * trial if name.endswith("imp") else 0)
+
+    stored = lab.store("paper", accuracy, xs=xs)
+    best = judged(lab, stored, claim(kind="up to", x="51.3;21.1", delta=1.0))
+    assert (best["verdict"], best["ours"]) == ("reproduced", pytest.approx(1.2))
+    worst = judged(lab, stored, claim(kind="in all cells: direction", x="51.3;21.1"))
+    assert worst["ours"] == pytest.approx(0.7)
+    for row in (best, worst):
+        assert row["interval_images"][0] <= row["interval"][0] < row["interval"][1] <= row["interval_images"][1]
+
+
+def test_baseline_gate_compares_with_the_papers_own_dense_number(tmp_path):
+    lab = Invented()
+    lab.nets = ("resnet18@0.1",)
+    c = claim(
+        item="Figure 8", arm_a="resnet18@0.1/imp", arm_b="resnet18@0.1/dense", reading="last", margin=0.5, delta=1.0
+    )
+    ours = {"good": 90.5, "bad": 93.0}
+    stored = {
+        k: lab.store("paper", lambda n, x, t, d, v=v: v + 0.1 * t + (n.endswith("imp") and 1 + 0.1 * t), xs=[21.1])
+        for k, v in ours.items()
+    }
+    assert judged(lab, stored["good"], c)["verdict"] == "reproduced"
+    assert judged(lab, stored["bad"], c)["verdict"] == "not tested (baseline off)"
+    # the reduced recipe has no gate, and one changed number in the paper's file moves it
+    laptop = {k.replace("paper", "laptop"): row | {"iterations": 300} for k, row in stored["bad"].items()}
+    assert judged(lab, laptop, c)["verdict"] == "supports"
+    changed = claims.reported("lth", REPORTED)
+    changed.loc[changed["value"] == 90.5, "value"] = 93.0
+    assert judged(lab, stored["bad"], c, changed)["verdict"] == "reproduced"
+    assert judged(lab, stored["good"], c, changed)["verdict"] == "not tested (baseline off)"
+    # a claim about that very number is judged, not gated
+    value = c | {"kind": "value", "arm_a": "resnet18@0.1/dense", "arm_b": "", "x": "", "paper_value": 90.5, "delta": ""}
+    assert judged(lab, stored["bad"], value)["verdict"] == "not reproduced"
+
+
+def test_lenet_has_no_gate():
+    judge = scorecard.Judge("lth", None, {}, claims.reported("lth", REPORTED))
+    assert judge.dense(claim())[1] == {}
+    assert judge.dense(claim(arm_a="conv2/imp", arm_b="conv2/dense"))[1] == {}
+
+
+# The whole card -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The card of an empty store."""
+    return claims.scorecard("lth", tmp_path_factory.mktemp("ours"), REPORTED)
+
+
+def test_card_of_an_empty_store(whole):
+    assert json.loads(json.dumps(whole, allow_nan=False)) == whole
+    assert (whole["schema"], set(whole)) == (1, {"schema", "rows", "totals"})
+    assert {row["item"] for row in whole["rows"]} == {f"Figure {i}" for i in range(1, 46)}
+    assert {tuple(row) for row in whole["rows"]} == {scorecard.FIELDS}
+    assert {row["evidence"] for row in whole["rows"]} == {"exact", "none"}
+    anchors = [scorecard.anchor(row) for row in whole["rows"]]
+    with open(REPORTED / "lth_claims.csv") as f:
+        assert anchors == [c["id"] for c in csv.DictReader(f)]
+    for row in whole["rows"]:
+        assert (row["claim"] is None) == (row["verdict"] is None)
+    totals = whole["totals"]
+    assert totals["claims"] == sum(some["claims"] for some in totals["by_evidence"].values())
+    assert totals["primary"]["claims"] == len(PRIMARY)
+    assert totals["chance"] == {"tested": 0, "would_pass": 0}
+    assert "claims (* primary" in claims.text(whole)
+
+
+def test_exact_claims_need_no_run(whole):
+    rows = {row["claim"]: row for row in whole["rows"]}
+    assert (rows["lth-fig2-lenet-weights"]["ours"], rows["lth-fig2-lenet-weights"]["verdict"]) == (266200, "reproduced")
+    conv6 = rows["lth-fig2-conv6-weights"]
+    assert (conv6["ours"], conv6["paper_value"], conv6["verdict"]) == (2261184, 1700000, "not reproduced")
+    assert rows["lth-fig37-conv6-fc-share"]["ours"] == pytest.approx(49.384, abs=1e-3)  # 1,116,672 of 2,261,184
+    assert scorecard.count("weights", "no_such_net") is None
+
+
+def test_one_reported_value_changed_changes_its_verdict(rules):
+    c = rules.set_index("id", drop=False).loc["lth-fig2-lenet-weights"].to_dict()
+    assert judged(None, {}, c)["verdict"] == "reproduced"  # 266,200 against 266,000 ± 1,000
+    assert judged(None, {}, c | {"paper_value": 268_000.0})["verdict"] == "not reproduced"
+    # 1.2 [1.004, 1.396]: from Δ = 2.4 on it is less than half of what was promised
+    stored = Invented().store("paper", better, xs=[21.1])
+    found = [judged(Invented(), stored, claim(delta=delta))["verdict"] for delta in (2.3, 2.5)]
+    assert found == ["reproduced", "partly"]
+
+
+def test_one_stored_accuracy_changed_changes_ours():
+    lab = Invented()
+    stored = lab.store("paper", better, xs=[21.1])
+    before = judged(lab, stored, claim(delta=1.0))
+    stored["paper lenet/imp 21.1 0 0"]["early_stop_test_acc"] += 0.005
+    assert judged(lab, stored, claim(delta=1.0))["ours"] == pytest.approx(before["ours"] + 0.1)
+
+
+def test_totals_count_chance_and_keep_exact_apart():
+    def row(kind, evidence, verdict, primary=False):
+        return {"claim": "x", "rule": f"{kind}; n = 5", "evidence": evidence, "verdict": verdict, "primary": primary}
+
+    totals = scorecard.totals(
+        [
+            row("direction", "full", "reproduced", True),
+            row("same", "reduced", "inconclusive (80 % power needs 9 trials)"),
+            row("value", "exact", "reproduced"),
+            row("direction", "reduced", "not tested (baseline off)"),
+            row("direction", "none", "not tested"),
+        ]
+    )
+    assert totals["chance"] == {"tested": 2, "would_pass": 0.075}
+    assert totals["by_evidence"]["reduced"] == {"claims": 2, "verdicts": {"inconclusive": 1, "not tested": 1}}
+    assert totals["by_evidence"]["exact"] == {"claims": 1, "verdicts": {"reproduced": 1}}
+    assert totals["primary"]["claims"] == 1
+
+
+def test_bad_paper_and_missing_files_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of lth \([^\n]*\)\.$"):
+        claims.claims("lht", REPORTED)
+    with pytest.raises(FileNotFoundError, match=r"^No claims in [^\n]*$"):
+        claims.claims("lth", tmp_path)
+    shutil.copy(REPORTED / "lth_claims.csv", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^Missing [^\n]*lth\.csv[^\n]*$"):
+        claims.reported("lth", tmp_path)
+
+
+@pytest.mark.skipif("LOTTERY_DATA" not in os.environ, reason="needs real data: set LOTTERY_DATA")
+@pytest.mark.parametrize("name", scorecard.FINGERPRINTS)
+def test_fingerprints_are_those_of_the_real_data(name):
+    assert data.load(name).fingerprint == scorecard.FINGERPRINTS[name]
