@@ -93,7 +93,11 @@ def imp(
     """
     if strategy not in ("reset", "continue"):
         raise ValueError(f"Invalid strategy {strategy!r}: give 'reset' or 'continue'.")
+    for name, value in (("rounds", rounds), ("rewind_to", rewind_to)):
+        if value < 0:
+            raise ValueError(f"Invalid {name} {value}: give a whole number from 0.")
     M.attach(model)
+    prune(model, rate, scope)  # a bad rate or scope is refused before hours of training
     if rewind_to:
         train(model, 0, rewind_to)
     theta_k = theta_J = M.state(model)
@@ -102,12 +106,13 @@ def imp(
         train(model, rewind_to, None)
         m = M.read(model)
         yield Level(r, m, M.density(m))
+        if r == rounds:
+            return
         if strategy == "continue" and r > 0:
             M.restore(model, theta_J)
             train(model, rewind_to, None)
         theta_J = M.state(model)
-        if r < rounds:
-            M.attach(model, prune(model, rate, scope))
+        M.attach(model, prune(model, rate, scope))
 
 
 def random_masks(masks, generator=None):

@@ -34,8 +34,8 @@ def prunable(model):
     """
     found, seen = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, PRUNABLE) and id(_original(module)) not in seen:
-            seen.add(id(_original(module)))
+        if isinstance(module, PRUNABLE) and (weight := _original(module)) is not None and id(weight) not in seen:
+            seen.add(id(weight))
             found[name] = module
     return found
 
@@ -61,6 +61,8 @@ def top_k(scores, density, scope="global", within=None):
 
     Raises ValueError: NaN scores, a density out of range, k = 0, or fewer than k candidates.
     """
+    if not scores:
+        raise ValueError("Nothing to prune: no scores were given; see lottery.masks.prunable(model).")
     density = per_layer(density, scores, scope, "density")
     n = {name: score.numel() for name, score in scores.items()}
     if not isinstance(density, dict):
@@ -80,8 +82,6 @@ def kept(n, density, where="the model"):
 
 def keep(scores, k, within=None):
     """Masks of the k highest scores over all layers, or of the k[layer] highest of each; see `top_k`."""
-    if not scores:
-        raise ValueError("Nothing to prune: no scores were given; see lottery.masks.prunable(model).")
     for name, score in scores.items():
         if torch.isnan(score).any():
             raise ValueError(f"NaN scores in layer {name!r}: check the weights and the batch that were scored.")
@@ -222,9 +222,9 @@ def _tensors(model):
 
 
 def _original(module):
-    """The trainable tensor behind a module's `weight`, or None."""
+    """The trainable tensor behind a module's `weight`, or None (weight_norm, for one, has several)."""
     if parametrize.is_parametrized(module, "weight"):
-        return module.parametrizations.weight.original
+        return getattr(module.parametrizations.weight, "original", None)
     return getattr(module, "weight", None)
 
 

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lottery import data, lth, models, training
+from lottery import data, lth, models, tickets, training
 from lottery import masks as M
 from lottery.experiments.runs import rates
 from lottery.experiments.store import Store, now, pack_masks, versions
@@ -144,8 +143,7 @@ def initialise(r, images, store, device="cpu"):
         dense = M.attach(create(seed=r.seed)).to(device)
         training.fit(dense, images, r.root.recipe, seed=int(r.root.key[:15], 16), stop=r.rewind_to)
         M.restore(model, M.state(dense))
-    theta = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in M.state(model).values())).hexdigest()
-    return model.to(device), theta
+    return model.to(device), tickets.digest(M.state(model))
 
 
 def _row(r, images, model, history, certificate):
@@ -219,10 +217,12 @@ class _Here(futures.Executor):
 
 
 def _pool(slots):
+    """Worker processes; loky's do not import the caller's __main__, so an unguarded script or stdin works too."""
     if slots == 1:
         return _Here()
-    context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
-    return futures.ProcessPoolExecutor(slots, mp_context=context, initializer=_worker)
+    from joblib.externals.loky import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(slots, initializer=_worker)
 
 
 def _worker():

@@ -1,0 +1,158 @@
+"""What a paper's notebook shows: for every figure the best complete evidence, with its badge, or how to get it."""
+
+import os
+from pathlib import Path
+
+from lottery import experiments
+from lottery.experiments.store import Store, load, now, root
+
+RECOMPUTE = ("never", "missing", "all")
+
+
+class Refused(ValueError):
+    """A parameter that makes no sense, or runs that are not there; a notebook shows its one line and no traceback."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
+class Chapter:
+    """A paper's experiments, seen through a notebook's parameters.
+
+    Args:
+        paper: module name in `lottery.experiments`.
+        scale: "best" takes for each item the highest scale whose runs are all stored, or the preset to show alone.
+        recompute: "never" shows what is stored, "missing" trains what is not, "all" trains everything anew.
+        results_dir: where new runs go; default $LOTTERY_RESULTS, else a folder of the user's. The clone's own results
+            are read as well and never written.
+        device, threads, budget_minutes: of new runs.
+        parameters: of the paper's `override`; None keeps the preset's value. Any other value makes the chapter an
+            exploration, which gets no verdicts.
+
+    Raises Refused with one line for a bad value.
+    """
+
+    def __init__(
+        self,
+        paper,
+        scale="best",
+        recompute="never",
+        results_dir=None,
+        device="cpu",
+        threads=1,
+        budget_minutes=None,
+        **parameters,
+    ):
+        self.paper, self.module = paper, getattr(experiments, paper)
+        self.exploration = any(value is not None for value in parameters.values())
+        self.scales = self.module.SCALES if scale == "best" else (scale,)
+        if recompute not in RECOMPUTE:
+            raise Refused(f"Invalid recompute {recompute!r}: give one of {', '.join(RECOMPUTE)}.")
+        if scale == "best" and recompute != "never":
+            raise Refused(f"recompute={recompute!r} needs a scale: give one of {', '.join(self.module.SCALES)}.")
+        if budget_minutes is not None and budget_minutes <= 0:
+            raise Refused(f"Invalid budget_minutes {budget_minutes}: give minutes above 0, or None.")
+        try:
+            self.settings = {
+                name: self.module.override(self.module.setting(name), **parameters) for name in self.scales
+            }
+        except (ValueError, TypeError) as error:
+            raise Refused(error) from None
+        mine, committed = _folder(results_dir), _committed()
+        if recompute == "all":
+            mine = mine / f"recomputed-{now().replace(':', '')}"
+        self.store = Store(mine, also=[committed] if committed and recompute != "all" else [])
+        if recompute != "never":
+            runs = self.module.runs(None, self.settings[scale])
+            budget = budget_minutes and 60 * budget_minutes
+            experiments.run(runs, store=self.store, device=device, threads=threads, budget=budget, progress=False)
+
+    def scale(self, item):
+        """The highest scale for which every run of the item is stored. Raises Refused, with the command to run."""
+        for name in self.scales:
+            if self.stored(item, name)[0] == len(self._runs(item, name)):
+                return name
+        done, runs = self.stored(item, self.scales[-1])[0], self._runs(item, self.scales[-1])
+        minutes = self._minutes(runs)
+        how = (
+            "recompute='missing'" if self.exploration else f"lottery run {self.paper} {item} --scale {self.scales[-1]}"
+        )
+        raise Refused(
+            f"{item} needs {len(runs) - done} of {len(runs)} runs that are not stored ({minutes}): {how} trains them."
+        )
+
+    def stored(self, item, scale):
+        """(stored, declared) runs of an item at a scale."""
+        runs = self._runs(item, scale)
+        return sum(self.store.get(r) is not None for r in runs), len(runs)
+
+    def partial(self, item):
+        """Higher scales that are under way: `{scale: (stored, declared)}`."""
+        above = self.scales[: self.scales.index(self.scale(item))]
+        return {name: n for name in above if (n := self.stored(item, name))[0]}
+
+    def frame(self, item, scale=None):
+        """One row for each stored run of the item, with `arm` and `point`, as `experiments.load` gives them."""
+        import pandas as pd
+
+        scale = scale or self.scale(item)
+        at = self.settings[scale]
+        labels = [
+            (arm, point, r)
+            for arm, point in self.module.cells_of(item, at)
+            for seed in at.seeds
+            for r in self.module.trial(arm, at, seed, point)
+            if self.store.get(r)
+        ]
+        frame = load([r for _, _, r in labels], self.store)
+        names = pd.DataFrame([(arm, point) for arm, point, _ in labels], columns=["arm", "point"])
+        return pd.concat([names, frame], axis=1)
+
+    def badge(self, item):
+        """What the item's numbers rest on, in one line."""
+        scale = self.scale(item)
+        at, paper, frame = self.settings[scale], self.module.setting("paper"), self.frame(item)
+        same = (at.base.model, at.base.dataset) == (paper.base.model, paper.base.dataset)
+        share = at.base.recipe.iterations / paper.base.recipe.iterations
+        cells = f"{len(self.module.cells_of(item, at))} of {len(self.module.cells_of(item, paper))}"
+        parts = [
+            f"net, data: {'the paper’s' if same else f'stand-in ({at.base.model}, {at.base.dataset})'}",
+            f"training: {share:.3g} of the paper's steps" if same else f"{at.base.recipe.iterations} iterations",
+            f"trials {frame['seed'].nunique()} of {paper.trials}",
+            f"device {', '.join(sorted(frame['device'].unique()))}",
+            f"{len(self.module.GUESSED)} settings guessed",
+            f"cells {cells}",
+        ]
+        parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in self.partial(item).items()]
+        return " · ".join(parts)
+
+    def scorecard(self):
+        """The paper's claims as `claims.scorecard` rows, or None in an exploration."""
+        from lottery import claims
+
+        return None if self.exploration else claims.scorecard(self.paper, self.store)
+
+    def _runs(self, item, scale):
+        return self.module.runs(item, self.settings[scale])
+
+    def _minutes(self, runs):
+        """Estimated time of the runs that are missing, from the pace of those like them."""
+        pace = {(row["model"], row["dataset"]): row["wall_s"] / row["iterations"] for row in self.store.rows().values()}
+        left = [r for r in runs if not self.store.get(r)]
+        if any((r.model, r.dataset) not in pace for r in left):
+            return "time unknown: none like them was timed"
+        seconds = sum(pace[r.model, r.dataset] * r.recipe.iterations for r in left)
+        return f"about {max(1, round(seconds / 60))} core minutes"
+
+
+def _folder(results_dir):
+    """The reader's own store."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    return Path(results_dir or os.environ.get("LOTTERY_RESULTS") or Path(home) / "lottery" / "results").expanduser()
+
+
+def _committed():
+    try:
+        return root() / "ours"
+    except FileNotFoundError:  # an installed package, outside of a clone
+        return None

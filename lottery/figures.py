@@ -1,0 +1,124 @@
+"""Figures: ours with error bars, the paper's printed points beside them, and the badge that says what they rest on.
+
+Every function takes the frame of `experiments.chapter.Chapter.frame`; accuracies are drawn in %, densities in % on a
+log axis that falls from left to right, as in the paper.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+# Okabe–Ito colours, each with its own marker and line, so that colour never carries the meaning alone.
+ARMS = {
+    "imp": ("winning ticket (IMP)", "#0072B2", "o", "-"),
+    "reinit": ("random reinit", "#D55E00", "s", "--"),
+    "oneshot": ("one-shot ticket", "#009E73", "^", "-."),
+    "oneshot-reinit": ("one-shot, reinit", "#E69F00", "v", ":"),
+    "random": ("random sparse network", "#CC79A7", "D", "--"),
+}
+LEVELS = sns.color_palette("cividis_r", 7)[1:]
+LABEL = {
+    "step": "early-stop iteration",
+    "test_acc": "test accuracy, %",
+    "train_acc": "train accuracy, %",
+    "val_loss": "validation loss",
+}
+DENSITY = "weights remaining (density), %"
+
+
+def style():
+    """The book's look; call it once in a notebook."""
+    sns.set_theme(style="ticks", font_scale=0.9, rc={"axes.grid": True, "grid.alpha": 0.35, "legend.frameon": False})
+    plt.rcParams |= {"figure.dpi": 110, "savefig.bbox": "tight", "figure.facecolor": "white"}
+
+
+def per_trial(frame, quantity, reading="early_stop"):
+    """One value for each arm, point and trial (repeated draws averaged), and the density in %.
+
+    quantity: "step", "val_loss", or an accuracy ("test_acc", "train_acc", "val_acc"), returned in %.
+    """
+    factor = 100 if quantity.endswith("acc") else 1
+    values = frame.assign(density=100 * frame["density"], value=factor * frame[f"{reading}_{quantity}"].astype(float))
+    keys = ["arm", "level", "point", "seed"]
+    return values.groupby(keys, sort=False, dropna=False)[["density", "value"]].mean().reset_index()
+
+
+def summary(frame, quantity, reading="early_stop"):
+    """Mean, minimum and maximum over the trials, for each arm and density: what `by_density` draws."""
+    trials = per_trial(frame, quantity, reading)
+    groups = trials.groupby(["arm", "level", "point"], sort=False, dropna=False)
+    out = groups.agg(
+        density=("density", "mean"), mean=("value", "mean"), min=("value", "min"), max=("value", "max"),
+        trials=("seed", "nunique"),
+    )  # fmt: skip
+    return out.reset_index().drop(columns="point")
+
+
+def by_density(ax, frame, quantity, reading="early_stop", arms=None):
+    """Mean over trials against density, bars from minimum to maximum, the dense network as a grey line."""
+    table = summary(frame, quantity, reading)
+    for arm in arms or [name for name in ARMS if name in set(table["arm"])]:
+        label, colour, marker, line = ARMS[arm]
+        part = table[table["arm"] == arm].sort_values("density")
+        bars = np.abs(part[["min", "max"]].to_numpy().T - part["mean"].to_numpy())
+        ax.errorbar(
+            part["density"], part["mean"], bars, label=label, color=colour, marker=marker, linestyle=line,
+            markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
+        )  # fmt: skip
+    dense = table[(table["arm"] == "imp") & (table["level"] == 0)]
+    if len(dense):
+        ax.axhline(dense["mean"].iloc[0], color="0.55", linewidth=1, zorder=0)
+    density_axis(ax, table["density"])
+    ax.set_ylabel(LABEL[quantity])
+    return table
+
+
+def density_axis(ax, density):
+    """Log axis of densities in %, dense on the left."""
+    ticks = [100, 51.3, 21.1, 10.8, 7.0, 3.6, 1.9]
+    ax.set_xscale("log")
+    ax.set_xlim(115, 0.87 * min(density))
+    ax.set_xticks([t for t in ticks if t >= 0.9 * min(density)], minor=False)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.minorticks_off()
+    ax.set_xlabel(DENSITY)
+
+
+def printed(ax, x, y, label, error=None):
+    """The paper's printed points: hollow stars, a read-off error as a bar; never a curve."""
+    ax.errorbar(
+        x, y, error, label=label, color="black", marker="*", markersize=11, markerfacecolor="white", linestyle="none",
+        capsize=3, zorder=5,
+    )  # fmt: skip
+
+
+def over_training(ax, frame, quantity, arms, scale=100):
+    """Readings against iterations, mean over trials with a band from minimum to maximum; arms: [(arm, level)]."""
+    ends = {}
+    for (arm, level), colour in zip(arms, LEVELS, strict=False):
+        part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
+        curves = scale * np.array(part[quantity].to_list(), dtype=float)
+        steps, density = np.array(part["step"].iloc[0]), 100 * part["density"].mean()
+        line = ARMS[arm][3] if arm != "imp" or level else "-"
+        colour = "black" if level == 0 else colour
+        label = f"{density:.1f}" + ("" if arm == "imp" else f" {ARMS[arm][0]}")
+        ax.plot(steps, curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
+        ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+        ends[arm, level] = curves.mean(0)
+    ax.set_xlabel("training iterations")
+    ax.legend(title="density, %", fontsize=8)
+    return steps, ends
+
+
+def badge(fig, text):
+    """The line below a figure that says what its numbers rest on, wrapped to the figure's width."""
+    import textwrap
+
+    width = int(fig.get_size_inches()[0] * 16)
+    fig.text(0.01, -0.02, "\n".join(textwrap.wrap(text, width)), fontsize=7.5, color="0.35", va="top")
+
+
+def panels(n, height=3.4, width=4.3):
+    """A row of n axes."""
+    fig, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
+    return fig, np.atleast_1d(axes)

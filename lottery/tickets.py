@@ -1,0 +1,106 @@
+"""Winning tickets as things one can have: initialisation and mask, from the store or from a file.
+
+>>> from lottery import tickets
+>>> ticket = tickets.level(7, seed=0)             # round 7 of trial 0, from the committed results
+>>> tickets.save(ticket, "ticket.safetensors")
+>>> model = tickets.load("ticket.safetensors").model()
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lottery import data, models
+from lottery import masks as M
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """theta: `{name: tensor}` as `masks.state` gives it; masks: `{layer: BoolTensor}`; spec: of the Run, JSON types."""
+
+    theta: dict[str, torch.Tensor]
+    masks: dict[str, torch.Tensor]
+    spec: dict
+
+    @property
+    def density(self):
+        """Fraction of the masked layers' weights that is kept."""
+        return M.density(self.masks)
+
+    def model(self):
+        """The network m ⊙ θ of the spec's architecture, with the masks attached, ready to train."""
+        return M.restore(M.attach(_create(self.spec), self.masks), self.theta)
+
+
+def level(level, seed=0, scale=None, store=None):
+    """The ticket of one level of the lottery ticket chapter's IMP chain, from the store.
+
+    The mask is stored with the run, θ₀ is drawn again from the seed and compared with the hash of the one trained.
+
+    Args:
+        scale: "paper", "laptop" or "smoke"; default: the highest one that has this level and seed.
+
+    Raises ValueError: no such run is stored, or this PyTorch draws another θ₀ than the one that trained.
+    """
+    from lottery.experiments import Store, lth
+    from lottery.experiments.store import unpack_masks
+
+    store = store or Store()
+    scales = [scale] if scale else lth.SCALES
+    for name in scales:
+        at = lth.setting(name)
+        if 0 <= level <= at.rounds and (row := store.get(run := at.imp(seed, level)[0])):
+            break
+    else:
+        raise ValueError(
+            f"No run of level {level}, seed {seed} is stored at {' or '.join(scales)}: see lottery status."
+        )
+    model = _create(run.spec(), seed)
+    theta = M.state(model)
+    if digest(theta) != json.loads(row["certificate"])["theta0"]:
+        raise ValueError(f"This PyTorch draws another θ₀ from seed {seed} than the one that trained run {run.key}.")
+    shapes = {name: layer.weight.shape for name, layer in M.prunable(model).items()}
+    return Ticket(theta, unpack_masks(row["mask"], shapes), run.spec())
+
+
+def save(ticket, path):
+    """Write a ticket as one safetensors file: `theta/…`, `mask/…`, and the spec as metadata."""
+    from safetensors.torch import save_file
+
+    tensors = {f"theta/{name}": t.contiguous() for name, t in ticket.theta.items()}
+    tensors |= {f"mask/{name}": t.contiguous() for name, t in ticket.masks.items()}
+    save_file(tensors, path, metadata={"spec": json.dumps(ticket.spec)})
+
+
+def load(path):
+    """Read what `save` wrote. Raises ValueError for a file that is no ticket, FileNotFoundError for none."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No ticket at {path}.")
+    try:
+        with safe_open(path, "pt") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            spec = json.loads((f.metadata() or {})["spec"])
+    except (SafetensorError, KeyError, json.JSONDecodeError):
+        raise ValueError(f"{path} is no ticket: give a file that lottery.tickets.save wrote.") from None
+
+    def part(prefix):
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    model = _create(spec)  # safetensors sorts names; the model knows their order
+    theta, masks = part("theta/"), part("mask/")
+    return Ticket({name: theta[name] for name in M.state(model)}, {n: masks[n] for n in M.prunable(model)}, spec)
+
+
+def digest(theta):
+    """sha256 of a state's values, in order."""
+    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in theta.values())).hexdigest()
+
+
+def _create(spec, seed=0):
+    facts = data.SETS[spec["dataset"]]
+    return models.create(spec["model"], seed=seed, in_shape=facts.shape, classes=facts.classes)
