@@ -1,0 +1,510 @@
+"""lottery.training against a loop written out by hand, and what it promises about readings, order and errors."""
+
+import copy
+import dataclasses
+import math
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lottery import data, lth, models, training
+from lottery import masks as M
+from lottery.training import Recipe, fit
+
+SHORT = Recipe(iterations=60, eval_every=10, test_readings="all")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def lenet(seed=0, density=1.0, dtype=torch.float32):
+    model = M.attach(models.create("lenet_300_100", seed=seed, in_shape=(1, 8, 8)).to(dtype))
+    return M.attach(model, lth.prune(model, 1 - density)) if density < 1 else model
+
+
+def small(seed=0, masked=False):
+    """A float64 network of two linear layers with a tanh, half of its weights pruned if `masked`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 5)
+    M.attach(model)
+    return M.attach(model, lth.prune(model, 0.5)) if masked else model
+
+
+def numbered(n_train, n_valid=0):
+    """Images that carry their own number in two pixels, to see which ones a batch holds."""
+
+    def split(n, first):
+        i = torch.arange(first, first + n)
+        x = torch.stack([i // 256, i % 256], 1).to(torch.uint8).view(n, 1, 1, 2)
+        return data.Split(x, i % 10)
+
+    return data.Data(
+        "numbered", split(n_train, 0), split(n_valid, 5_000), split(5, 9_000), "f", 10, mean=(0.5,), std=(0.25,)
+    )
+
+
+def numbers(batch, t):
+    x, y = batch(t)
+    i = (x.flatten(1).double() * 255).round() @ torch.tensor([256.0, 1.0], dtype=torch.float64)
+    assert torch.equal(i.long() % 10, y)
+    return i.long().tolist()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def message(text):
+    return f"^{re.escape(text)}"
+
+
+# The loop, written out by hand in float64 -----------------------------------------------------------------------------
+
+
+def by_hand(model, images, recipe, seed, start, stop):
+    """The same training with nothing of `lottery.training` or `torch.optim` in it."""
+    masks = M.read(model)
+    w = {name: t.requires_grad_() for name, t in M.state(model).items()}
+    m = {"1.weight": masks["1"].double(), "3.weight": masks["3"].double()}
+    first = {name: torch.zeros_like(t) for name, t in w.items()}
+    second = {name: torch.zeros_like(t) for name, t in w.items()}
+    n, size = len(images.train.y), recipe.batch_size
+    for t in range(start, stop):
+        epoch, i = t // (n // size), t % (n // size)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        index = order[i * size : i * size + size]
+        x, y = images.train.x[index].double().flatten(1) / 255, images.train.y[index]
+
+        hidden = torch.tanh(x @ (w["1.weight"] * m["1.weight"]).T + w["1.bias"])
+        logits = hidden @ (w["3.weight"] * m["3.weight"]).T + w["3.bias"]
+        loss = -torch.log_softmax(logits, 1)[torch.arange(size), y].mean()
+        gradient = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+
+        lr = recipe.lr * (min(1, t / recipe.warmup) if recipe.warmup else 1)
+        for milestone in recipe.milestones:
+            if t >= milestone:
+                lr *= recipe.gamma
+        for name in w:
+            g, step = gradient[name] + recipe.weight_decay * w[name].detach(), t - start + 1
+            with torch.no_grad():
+                if recipe.optimizer == "sgd":
+                    first[name] = recipe.momentum * first[name] + g
+                    w[name] -= lr * first[name]
+                else:
+                    first[name] = 0.9 * first[name] + 0.1 * g
+                    second[name] = 0.999 * second[name] + 0.001 * g**2
+                    unbiased = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
+                    w[name] -= lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+    return {name: t.detach() for name, t in w.items()}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({}, 0),
+        ({"weight_decay": 1e-2, "milestones": (30, 90), "gamma": 0.5}, 0),
+        ({"optimizer": "sgd", "lr": 0.1}, 0),
+        ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}, 0),
+        ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "milestones": (40, 80), "warmup": 20}, 0),
+        ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "milestones": (40, 80), "warmup": 50}, 30),
+    ],
+)
+def test_equals_a_loop_written_by_hand(digits, options, start, masked):
+    recipe = Recipe(iterations=150, eval_every=75, batch_size=50, **options)
+    model = small(masked=masked)
+    expected = by_hand(copy.deepcopy(model), digits, recipe, seed=3, start=start, stop=150)
+    fit(model, digits, recipe, seed=3, start=start)
+    for name, value in M.state(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10)
+
+
+def test_golden_trajectory(digits):
+    """Goes red when a change of the loop, the data order or the initialisation calls for a new VERSION."""
+    model = lenet(seed=0, density=0.5, dtype=torch.float64)
+    history = fit(model, digits, Recipe(iterations=40, eval_every=20), seed=1)
+    assert training.VERSION == 1
+    assert history.train_loss == pytest.approx({1: 2.3198676, 2: 2.2827844, 5: 2.2327614, 10: 2.0743703}, abs=1e-6)
+    assert history.val_loss == pytest.approx([1.8759943, 1.2787332], abs=1e-6)
+
+
+# Learning rate --------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_by_hand():
+    recipe = Recipe(lr=0.8, warmup=4, milestones=(6, 8), gamma=0.5)
+    lrs = [recipe.lr_at(t) for t in range(10)]
+    assert lrs == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.4, 0.4, 0.2, 0.2], abs=1e-15)
+    assert Recipe(lr=0.8).lr_at(0) == 0.8
+
+
+def test_a_milestone_inside_the_warmup_counts():
+    recipe = Recipe(lr=1.0, warmup=10, milestones=(5,), gamma=0.1)
+    assert [recipe.lr_at(4), recipe.lr_at(5), recipe.lr_at(10)] == pytest.approx([0.4, 0.05, 0.1])
+
+
+def test_the_first_step_of_a_warmup_changes_nothing(digits):
+    model = lenet()
+    before = M.state(model)
+    fit(model, digits, dataclasses.replace(SHORT, warmup=10), stop=1)
+    assert same(M.state(model), before)
+    fit(model, digits, dataclasses.replace(SHORT, warmup=10), start=1, stop=2)
+    assert not same(M.state(model), before)
+
+
+# Readings -------------------------------------------------------------------------------------------------------------
+
+
+def test_grid_of_readings():
+    recipe = Recipe(iterations=50, eval_every=20, test_readings="all")
+    assert recipe.readings() == ([20, 40, 50], {20, 40, 50})
+    assert recipe.readings(start=20) == ([40, 50], {40, 50})
+    assert recipe.readings(start=25) == ([40, 50], {40, 50})
+    assert recipe.readings(stop=40) == ([20, 40], {20, 40})
+    assert recipe.readings(stop=19) == ([19], {19})
+    assert recipe.readings(start=41, stop=45) == ([45], {45})
+
+
+def test_log_readings_are_about_20_of_all_first_and_last_included():
+    steps, test = Recipe().readings()
+    assert steps == list(range(100, 50_001, 100))
+    assert test <= set(steps)
+    assert {100, 50_000} <= test
+    assert 15 <= len(test) <= 20
+    spread = sorted(test)
+    assert all(b / a < 2.1 for a, b in pairwise(spread))
+    assert Recipe(iterations=300).readings()[1] == {100, 200, 300}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 35), (20, None), (25, 55)])
+def test_history_follows_the_grid(digits, start, stop):
+    recipe = dataclasses.replace(SHORT, test_readings="log", eval_every=1)
+    history = fit(lenet(), digits, recipe, start=start, stop=stop)
+    steps, test = recipe.readings(start, stop)
+    assert history.step == steps
+    assert steps[0] == start + 1
+    assert steps[-1] == history.last.step == (stop or recipe.iterations)
+    assert [not math.isnan(a) for a in history.test_acc] == [t in test for t in steps]
+    assert len(history.val_loss) == len(history.val_acc) == len(steps)
+    assert history.status == "finished"
+
+
+def test_training_losses_are_kept_at_fixed_iterations(digits):
+    history = fit(lenet(), digits, SHORT)
+    assert list(history.train_loss) == [1, 2, 5, 10, 50]
+    model = lenet()
+    x, y = training.Batches(digits, SHORT, 0, next(model.parameters()))(0)
+    with torch.no_grad():
+        assert history.train_loss[1] == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), abs=1e-6)
+
+
+def test_last_reading_by_brute_force(digits):
+    model = lenet(density=0.3)
+    history = fit(model, digits, SHORT)
+    plain = M.bake(copy.deepcopy(model)).eval()
+
+    def one_by_one(split):
+        right, loss = [], 0.0
+        for x, y in zip(split.x, split.y, strict=True):
+            logits = plain(x[None].float() / 255)[0].double()
+            right.append(int(logits.argmax()) == int(y))
+            loss += float(torch.logsumexp(logits, 0) - logits[y])
+        return np.array(right), loss / len(right)
+
+    with torch.no_grad():
+        correct, _ = one_by_one(digits.test)
+        val_correct, val_loss = one_by_one(digits.valid)
+        train_correct, _ = one_by_one(digits.train)
+    last = history.last
+    assert last.correct.dtype == bool
+    assert np.array_equal(last.correct, correct)
+    assert last.test_acc == pytest.approx(correct.mean(), abs=1e-12)
+    assert last.val_acc == pytest.approx(val_correct.mean(), abs=1e-12)
+    assert last.train_acc == pytest.approx(train_correct.mean(), abs=1e-12)
+    assert last.val_loss == pytest.approx(val_loss, abs=1e-5)
+    assert (history.val_acc[-1], history.test_acc[-1]) == (last.val_acc, last.test_acc)
+
+
+def test_early_stop_is_the_first_minimum_and_its_reading_is_that_of_that_iteration(digits):
+    recipe = Recipe(iterations=150, eval_every=10, lr=2e-2, test_readings="all")
+    history = fit(model := lenet(density=0.5), digits, recipe)
+    i = int(np.argmin(history.val_loss))  # numpy's argmin is the first one
+    early = history.early_stop
+    assert 0 < i < len(history.step) - 1, "no minimum in the middle: the test would be empty"
+    assert (early.step, early.val_loss) == (history.step[i], history.val_loss[i])
+    assert (early.val_acc, early.test_acc) == (history.val_acc[i], history.test_acc[i])
+    assert not history.censored
+
+    copy_of = lenet(density=0.5)
+    again = fit(copy_of, digits, recipe, stop=early.step).last
+    assert again.step == early.step
+    for name in ("val_loss", "val_acc", "test_acc", "train_acc"):
+        assert getattr(again, name) == getattr(early, name)
+    assert np.array_equal(again.correct, early.correct)
+    assert not same(M.state(model), M.state(copy_of)), "the model must end with its last weights, not its best"
+
+
+def test_of_equal_minima_the_first_is_the_early_stop(digits):
+    history = fit(lenet(), digits, dataclasses.replace(SHORT, optimizer="sgd", lr=1e-30))
+    assert len(set(history.val_loss)) == 1
+    assert history.early_stop.step == 10
+    assert not history.censored
+
+
+def test_a_minimum_on_the_last_reading_is_censored(digits):
+    assert fit(lenet(), digits, dataclasses.replace(SHORT, lr=1e-5)).censored
+
+
+def test_reading_does_not_disturb_the_training(digits):
+    often, once = lenet(), lenet()
+    fit(often, digits, dataclasses.replace(SHORT, eval_every=1))
+    fit(once, digits, dataclasses.replace(SHORT, eval_every=60))
+    assert same(M.state(often), M.state(once))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluate_leaves_mode_and_gradients(digits, mode):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).train(mode)
+    before = copy.deepcopy(model.state_dict())
+    normalise = training.normaliser(digits, SHORT, next(model.parameters()))
+    loss, correct = training.evaluate(model, digits.valid, normalise)
+    assert all(module.training is mode for module in model.modules())
+    assert same(dict(model.state_dict()), dict(before))
+    assert all(p.grad is None for p in model.parameters())
+    assert correct.shape == (297,)
+    assert correct.dtype == torch.bool
+    in_parts = training.evaluate(model, digits.valid, normalise, batch_size=7)
+    assert in_parts[0] == pytest.approx(loss, rel=1e-5)
+    assert torch.equal(in_parts[1], correct)
+
+
+def test_batch_norm_trains_in_training_mode_and_is_read_in_eval_mode(digits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 10))
+    recipe = dataclasses.replace(SHORT, eval_every=30)
+    history = fit(model, digits, recipe)
+    assert model[2].num_batches_tracked == 60
+    model.eval()
+    normalise = training.normaliser(digits, recipe, next(model.parameters()))
+    assert training.evaluate(model, digits.valid, normalise)[0] == history.last.val_loss
+
+
+# Data order -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_another_permutation_and_its_incomplete_batch_is_dropped():
+    batch = training.Batches(numbered(130), Recipe(batch_size=40), seed=5, like=torch.zeros(1))
+    epochs = [[numbers(batch, 3 * e + i) for i in range(3)] for e in range(4)]
+    assert batch.per_epoch == 3
+    flat = [[i for one in epoch for i in one] for epoch in epochs]
+    for epoch in flat:
+        assert len(epoch) == len(set(epoch)) == 120
+        assert set(epoch) <= set(range(130))
+    assert len({tuple(epoch) for epoch in flat}) == 4
+    assert len({frozenset(epoch) for epoch in flat}) > 1, "the same ten images are dropped in every epoch"
+
+
+def test_order_depends_on_the_seed_alone():
+    images, recipe = numbered(130), Recipe(batch_size=40)
+    one = training.Batches(images, recipe, 5, torch.zeros(1))
+    forward = [numbers(one, t) for t in range(9)]
+    torch.manual_seed(1)
+    other = training.Batches(
+        images, dataclasses.replace(recipe, lr=0.5, iterations=7), 5, torch.zeros(1, dtype=torch.float64)
+    )
+    assert [numbers(other, t) for t in reversed(range(9))] == forward[::-1]
+    assert [numbers(training.Batches(images, recipe, 6, torch.zeros(1)), t) for t in range(9)] != forward
+
+
+def test_a_long_seed_is_fine():
+    assert numbers(training.Batches(numbered(50), Recipe(batch_size=40), 2**60 - 1, torch.zeros(1)), 10_000)
+
+
+def test_start_continues_at_schedule_and_data_position(digits):
+    recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=0.1, milestones=(40,), warmup=30)  # no optimiser state
+    whole, parts = lenet(), lenet()
+    fit(whole, digits, recipe, seed=2)
+    fit(parts, digits, recipe, seed=2, stop=25)
+    history = fit(parts, digits, recipe, seed=2, start=25)
+    assert same(M.state(whole), M.state(parts))
+    assert history.step == [30, 40, 50, 60]
+
+
+def test_inputs_unit_and_standard(digits):
+    like = torch.zeros(1, dtype=torch.float64)
+    unit = training.normaliser(digits, Recipe(), like)(digits.train.x)
+    torch.testing.assert_close(unit, digits.train.x.double() / 255)
+    assert unit.dtype == torch.float64
+    both = torch.cat([digits.train.x, digits.valid.x])
+    standard = training.normaliser(digits, Recipe(inputs="standard"), like)(both)
+    assert float(standard.mean()) == pytest.approx(0, abs=1e-9)
+    assert float(standard.std(correction=0)) == pytest.approx(1, abs=1e-9)
+
+
+def test_normalising_leaves_the_stored_images(digits):
+    before = digits.train.x.clone()
+    fit(lenet(), digits, dataclasses.replace(SHORT, inputs="standard"), stop=5)
+    assert torch.equal(digits.train.x, before)
+
+
+# Masks, determinism, failures -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}])
+def test_pruned_weights_are_exactly_zero_at_the_end(digits, options):
+    model = lenet(density=0.2)
+    masks, behind = M.read(model), M.state(model)
+    fit(model, digits, dataclasses.replace(SHORT, weight_decay=0.05, **options))
+    for name, layer in M.prunable(model).items():
+        assert not layer.weight[~masks[name]].any()
+        assert layer.weight[masks[name]].all()
+        moved = M.state(model)[f"{name}.weight"] != behind[f"{name}.weight"]
+        assert moved[~masks[name]].any(), "decay did not reach the tensor behind the mask: the test would be empty"
+    assert M.density(model) == pytest.approx(0.2, abs=1e-4)
+    assert all(torch.equal(m, masks[name]) for name, m in M.read(model).items())
+
+
+def test_momentum_of_earlier_training_cannot_bring_weights_back(digits):
+    model = lenet()
+    recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=0.1, momentum=0.9)
+    fit(model, digits, recipe)
+    masks = lth.prune(model, 0.9)
+    fit(M.attach(model, masks), digits, recipe)
+    assert all(not layer.weight[~masks[name]].any() for name, layer in M.prunable(model).items())
+
+
+def test_same_seed_same_training_whatever_torchs_random_state(digits):
+    first, second, third = lenet(), lenet(), lenet()
+    torch.manual_seed(0)
+    one = fit(first, digits, SHORT, seed=4)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    two = fit(second, digits, SHORT, seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(M.state(first), M.state(second))
+    assert one.val_loss == two.val_loss
+    assert np.array_equal(one.last.correct, two.last.correct)
+    fit(third, digits, SHORT, seed=5)
+    assert not same(M.state(first), M.state(third))
+
+
+def test_a_diverged_training_ends_with_its_status(digits):
+    history = fit(lenet(), digits, dataclasses.replace(SHORT, optimizer="sgd", lr=1e30))
+    assert history.status == "diverged"
+    assert history.early_stop is None
+    assert history.last.step == 10
+    assert history.last.test_acc < 0.2
+    assert not history.censored
+
+
+def test_a_training_that_diverges_late_keeps_its_early_stop(digits):
+    recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=0.1, milestones=(35,), gamma=1e35)
+    history = fit(lenet(), digits, recipe)
+    assert history.status == "diverged"
+    assert history.step == [10, 20, 30]
+    assert history.early_stop.step in history.step
+    assert math.isfinite(history.early_stop.val_loss)
+    assert history.early_stop.test_acc > 0.3
+
+
+def test_a_parameter_in_no_group_raises(digits):
+    model = lenet()
+    weights = [p for name, p in model.named_parameters() if "bias" not in name]
+    text = "No parameter group holds fc1.bias, fc2.bias, fc3.bias: build the groups after attaching the method."
+    with pytest.raises(ValueError, match=message(text)):
+        fit(model, digits, SHORT, groups=[{"params": weights}])
+
+
+def test_frozen_parameters_need_no_group_and_stay(digits):
+    model = lenet()
+    model.fc1.bias.requires_grad_(False)
+    before = M.state(model)
+    fit(model, digits, SHORT)
+    after = M.state(model)
+    assert torch.equal(before["fc1.bias"], after["fc1.bias"])
+    assert not torch.equal(before["fc2.bias"], after["fc2.bias"])
+
+
+def test_groups_may_differ_in_weight_decay(digits):
+    """Two groups with the recipe's decay do what one does; no decay does not."""
+    recipe = dataclasses.replace(SHORT, weight_decay=0.1)
+
+    def trained(decay):
+        model = lenet()
+        p = list(model.parameters())
+        groups = [{"params": p[:2], "weight_decay": decay}, {"params": p[2:], "weight_decay": 0.1}]
+        fit(model, digits, recipe, groups=groups)
+        return M.state(model)
+
+    fit(one := lenet(), digits, recipe)
+    assert same(trained(0.1), M.state(one))
+    assert not same(trained(0.0), M.state(one))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, None), (60, None), (10, 10), (20, 10), (0, 61)])
+def test_start_and_stop_out_of_order(digits, start, stop):
+    with pytest.raises(ValueError, match=r"^Invalid start -?\d+, stop \d+: need 0 <= start < stop <= 60\.$"):
+        fit(lenet(), digits, SHORT, start=start, stop=stop)
+
+
+def test_a_batch_larger_than_the_training_set(digits):
+    with pytest.raises(ValueError, match=message("Invalid batch_size 1051: the training set has 1050 images.")):
+        fit(lenet(), digits, dataclasses.replace(SHORT, batch_size=1051))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "rule"),
+    [
+        ("optimizer", ["sdg", None], "give 'adam' or 'sgd'"),
+        ("lr", [0, -0.1, math.nan, math.inf], "give a learning rate above 0"),
+        ("test_readings", ["some"], "give 'all' or 'log'"),
+        ("inputs", ["raw"], "give 'unit' or 'standard'"),
+        ("batch_size", [0, -60, 60.0, None], "give a whole number from 1"),
+        ("iterations", [0, 1e3], "give a whole number from 1"),
+        ("eval_every", [0, 0.5], "give a whole number from 1"),
+        ("momentum", [-0.1, 1.0, math.nan], "give 0 <= momentum < 1"),
+        ("weight_decay", [-1e-4, math.nan], "give a number from 0"),
+        ("gamma", [0.0, -0.1, math.nan], "give a factor above 0"),
+        ("warmup", [-1], "give a whole number of iterations from 0"),
+        ("milestones", [(20, 10)], "give iterations in increasing order"),
+    ],
+)
+def test_bad_recipes_are_told_in_one_line(field, values, rule):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{re.escape(f'Invalid {field} {value!r}: {rule}.')}$"):
+            Recipe(**{field: value})
+
+
+def test_the_papers_recipe_is_the_default():
+    """Figure 2: Adam at 1.2e-3, minibatches of 60, 50,000 iterations; validated every 100 iterations."""
+    recipe = Recipe()
+    assert (recipe.optimizer, recipe.lr, recipe.batch_size, recipe.iterations) == ("adam", 1.2e-3, 60, 50_000)
+    assert (recipe.eval_every, recipe.weight_decay, recipe.milestones, recipe.warmup) == (100, 0, (), 0)
+
+
+# take -----------------------------------------------------------------------------------------------------------------
+
+
+def test_take_is_a_prefix_of_the_shuffled_training_set(digits):
+    tenth = training.take(digits, 0.1)
+    assert torch.equal(tenth.train.x, digits.train.x[:105])
+    assert torch.equal(tenth.train.y, digits.train.y[:105])
+    assert tenth.valid is digits.valid
+    assert tenth.test is digits.test
+    assert tenth.fingerprint == digits.fingerprint
+    assert len(training.take(digits, 1.0).train) == 1050
+    assert len(training.take(digits, 1e-9).train) == 1
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.01, math.nan])
+def test_take_refuses_what_is_no_share(digits, fraction):
+    with pytest.raises(ValueError, match=message(f"Invalid train_fraction {fraction}: give a share")):
+        training.take(digits, fraction)
