@@ -280,14 +280,25 @@ def chance(kinds):
 
 
 def claims(paper, reported_dir=None):
-    """The rules of a paper's claims, `<paper>_claims.csv`, as a pandas.DataFrame; empty cells are NaN or ""."""
+    """The rules of a paper's claims, `<paper>_claims.csv`, as a pandas.DataFrame.
+
+    A row without `kind` only names an item that claims nothing testable. arm_a is the larger one: A > B.
+    arm: "net/control", variants of a net as "net@variant/control". x: densities in % as the paper prints them, cells
+    separated by ";", "a|b" where A and B differ; for "down to" the paper's density, then the next denser level.
+    delta, margin, paper_value: points, a factor for iterations. n: trials that a verdict needs; trials_paper: the
+    paper's. unknown: a decisive setting that is stated nowhere. added, since: dates of the claim, of its last change.
+    """
     from lottery import scorecard as card
 
     return card.read(paper, "_claims", reported_dir)
 
 
 def reported(paper, reported_dir=None):
-    """The numbers that a paper printed, `<paper>.csv`, as a pandas.DataFrame."""
+    """The numbers that a paper printed, `<paper>.csv`, as a pandas.DataFrame.
+
+    provenance: "paper" (drawn as the paper's), "secondary", "computed" or "memory" (never drawn as the paper's), each
+    with its `source`. series: an arm, "A vs B" for a difference or ratio, or what a threshold says.
+    """
     from lottery import scorecard as card
 
     return card.read(paper, "", reported_dir)

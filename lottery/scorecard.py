@@ -4,7 +4,7 @@ Nothing here is typed: evidence is what the runs' specs and data fingerprints sa
 """
 
 import functools
-import importlib
+import importlib.util
 import math
 from collections import Counter
 from pathlib import Path
@@ -406,4 +406,4 @@ def _plain(value):
     if isinstance(value, bool | str | None):
         return value
     value = float(value)
-    return None if not math.isfinite(value) else int(value) if value.is_integer() else round(value, 6)
+    return None if not math.isfinite(value) else int(value) if value.is_integer() else round(value, 6) + 0.0  # no −0
