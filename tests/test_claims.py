@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -261,7 +261,6 @@ positive = st.integers(1, 500).map(lambda i: i / 100)
 RANK = {"not reproduced": 0, "inconclusive": 1, "partly": 2, "reproduced": 3}
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(samples, st.sampled_from([0.9, 0.95]))
 def test_t_interval_is_scipys(d, level):
     if d.std() > 0:
@@ -269,7 +268,6 @@ def test_t_interval_is_scipys(d, level):
         assert claims.t_interval(d, level) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
-@settings(deadline=None)
 @given(samples, positive)
 def test_antisymmetry(d, effect):
     if claims.direction(d, effect).word in ("reproduced", "partly"):
@@ -277,7 +275,6 @@ def test_antisymmetry(d, effect):
     assert claims.same(d, effect).word == claims.same(-d, effect).word
 
 
-@settings(deadline=None)
 @given(samples, positive, positive)
 def test_more_of_a_is_never_worse_for_a(d, effect, more):
     for rule in (claims.direction, claims.at_least_matches):
@@ -285,21 +282,18 @@ def test_more_of_a_is_never_worse_for_a(d, effect, more):
         assert after >= before
 
 
-@settings(deadline=None)
 @given(samples, positive, positive)
 def test_a_wider_margin_never_hurts(d, margin, more):
     for rule in (claims.same, claims.at_least_matches):
         assert RANK[rule(d, margin + more).word] >= RANK[rule(d, margin).word]
 
 
-@settings(deadline=None)
 @given(samples, positive)
 def test_units_do_not_matter(d, effect):
     scaled = claims.direction(8 * d, 8 * effect)
     assert (scaled.word, scaled.note) == (claims.direction(d, effect).word, claims.direction(d, effect).note)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_lies_between_bonferroni_and_none(p):
     for value, passed in zip(p, claims.holm(p), strict=True):
@@ -307,7 +301,6 @@ def test_holm_lies_between_bonferroni_and_none(p):
         assert not passed or value <= 0.05
 
 
-@settings(deadline=None)
 @given(st.lists(samples.map(lambda d: d[:5]), min_size=2, max_size=4))
 def test_a_held_out_score_is_one_of_the_trials_own(levels):
     levels = np.array(levels)
@@ -318,7 +311,6 @@ def test_a_held_out_score_is_one_of_the_trials_own(levels):
         assert others[level] == pytest.approx(others.max())
 
 
-@settings(deadline=None)
 @given(st.integers(2, 6), st.integers(0, 2**32 - 1))
 def test_the_second_interval_contains_the_first(n, seed):
     d = np.random.default_rng(seed).integers(-1, 2, size=(n, 40))
