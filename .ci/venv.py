@@ -41,8 +41,8 @@ def find_pip(scratch: Path) -> list[object]:
 
 
 def find_uv(scratch: Path, pip: list[object]) -> str:
-    """The user's uv, else the one that the lock pins, in the scratch folder."""
-    if uv := shutil.which("uv"):
+    """The user's uv, else the one that the lock pins: in .venv already, or new in the scratch folder."""
+    if uv := shutil.which("uv") or shutil.which("uv", path=VENV / "bin"):
         return uv
     pin = re.search(r"^uv==.*?(?=^\S)", LOCK.read_text(), re.MULTILINE | re.DOTALL)[0]
     (scratch / "uv.lock").write_text(pin)

@@ -60,7 +60,7 @@ def test_conda_environment_has_the_same_pins():
 
 def test_setup_finds_the_pin_of_its_installer(tmp_path, monkeypatch):
     venv = module(".ci/venv.py")
-    monkeypatch.setattr(venv.shutil, "which", lambda name: None)
+    monkeypatch.setattr(venv.shutil, "which", lambda name, path=None: None)
     calls = []
     monkeypatch.setattr(venv, "call", lambda *command: calls.append(command))
     assert venv.find_uv(tmp_path, ["pip"]) == str(tmp_path / "uv/bin/uv")
