@@ -62,14 +62,16 @@ class NotebookFigure(Figure):
         env = self.state.document.settings.env
         source = Path(env.srcdir)
         env.note_dependency(str(source / path))
-        notebook = nbformat.read(source / path, as_version=4)
-        cell = next(c for c in notebook.cells if c.metadata.get("mystnb", {}).get("figure", {}).get("name") == name)
-        picture = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+        cells = nbformat.read(source / path, as_version=4).cells
+        named = [c for c in cells if c.metadata.get("mystnb", {}).get("figure", {}).get("name") == name]
+        pictures = [o.data["image/png"] for c in named for o in c.outputs if "image/png" in o.get("data", {})]
+        if len(pictures) != 1:
+            raise self.error(f"{path} holds {len(pictures)} pictures named {name}, not one")
         copy = Path(env.app.outdir).parent / "figures" / f"{name}.png"
         copy.parent.mkdir(exist_ok=True)
-        copy.write_bytes(b64decode(picture))
+        copy.write_bytes(b64decode(pictures[0]))
         self.arguments = ["/" + copy.relative_to(source).as_posix()]
-        self.options["alt"] = cell.metadata.mystnb.image.alt
+        self.options["alt"] = named[0].metadata.mystnb.image.alt
         return super().run()
 
 

@@ -34,7 +34,6 @@ def normalise(nb):
     for number, cell in enumerate(nb.cells, start=1):
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
-        cell.metadata.get("tags", []).sort()
         if cell.cell_type == "code":
             cell.outputs = joined(cell.outputs)
             for output in cell.outputs:
