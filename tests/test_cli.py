@@ -1,0 +1,236 @@
+"""The command line as its users meet it: what it prints, what it refuses, and what an interrupt leaves behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lottery
+from lottery.cli import app
+from lottery.experiments import Store, lth
+
+ROOT = Path(lottery.__file__).parents[1]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def call(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def command(*words, **options):
+    """The command line as a process of its own."""
+    words = [sys.executable, "-m", "lottery", *map(str, words)]
+    return subprocess.Popen(words, env=ENV, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Trainings run in this process, where no second Python has to start."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Smoke runs of 10 iterations and two levels."""
+    at = lth.override(lth.setting("smoke"), iterations=10, rounds=3, trials=1)
+    monkeypatch.setitem(lth.SETTINGS, "smoke", at)
+
+
+def finished(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / ".spool").glob("*.parquet")}
+
+
+# The package ----------------------------------------------------------------------------------------------------------
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], env=ENV, text=True, capture_output=True, check=True).stdout
+
+
+def test_importing_lottery_imports_nothing_heavy():
+    heavy = python(
+        "import sys, lottery; dir(lottery)\n"
+        "print([m for m in ('torch', 'numpy', 'pandas', 'pyarrow', 'typer', 'sklearn') if m in sys.modules])"
+    )
+    assert heavy.strip() == "[]"
+
+
+def test_submodules_resolve_after_a_bare_import():
+    code = """
+import lottery
+for name in lottery.__all__:
+    assert getattr(lottery, name).__name__ == f"lottery.{name}", name
+    assert name in dir(lottery)
+lottery.experiments.lth, lottery.experiments.Run, lottery.experiments.run, lottery.experiments.load
+print(*lottery.__all__)
+"""
+    names = python(code).split()
+    assert {"masks", "lth", "training", "models", "data", "experiments", "cli"} <= set(names)
+    assert not [name for name in names if name.startswith("_")]
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="module 'lottery' has no attribute 'nothing'"):
+        _ = lottery.nothing
+
+
+# run ------------------------------------------------------------------------------------------------------------------
+
+
+def test_run_trains_once_then_status_and_merge(tmp_path, one_core, tiny):
+    n = len(lth.runs("fig12", "smoke"))
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--results-dir", tmp_path)
+    assert told.exit_code == 0, told.output
+    assert f"{n} runs: 0 were stored, {n} trained now, 0 left." in told.stdout
+    before = finished(tmp_path)
+    assert len(before) == n
+
+    again = call("run", "lth", "fig12", "--scale", "smoke", "--results-dir", tmp_path)
+    assert f"{n} runs: {n} were stored, 0 trained now, 0 left." in again.stdout
+    assert finished(tmp_path) == before
+
+    told = json.loads(call("status", "--json", "--results-dir", tmp_path).stdout)
+    [line] = [line for line in told["items"] if (line["item"], line["scale"]) == ("fig12", "smoke")]
+    assert (line["paper"], line["stored"], line["runs"], line["diverged"]) == ("lth", n, n, 0)
+    assert told["stored"] == n
+
+    assert f"{n} runs packed" in call("merge", "--results-dir", tmp_path).stdout
+    assert not finished(tmp_path)
+    assert "0 runs packed" in call("merge", "--results-dir", tmp_path).stdout
+    assert f"{n} runs are stored in {tmp_path}" in call("status", "--results-dir", tmp_path).stdout
+    other = tmp_path / "other"
+    assert f"{n} runs packed into {other}" in call("merge", tmp_path, "--results-dir", other).stdout
+
+
+def test_a_budget_of_nothing_trains_nothing(tmp_path, one_core, tiny):
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--budget", "0s", "--results-dir", tmp_path / "new")
+    assert told.exit_code == 0
+    n = len(lth.runs("fig12", "smoke"))
+    assert f"{n} runs: 0 were stored, 0 trained now, {n} left." in told.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
+    call("run", "lth", "fig12", "--scale", "smoke", "--trials", "2", "--budget", "0s", "--results-dir", tmp_path)
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--trials", "2", "--results-dir", tmp_path)
+    assert told.exit_code == 0, told.output
+    assert {row["seed"] for row in Store(tmp_path).rows().values()} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["run", "cs"], "Unknown paper 'cs': choose one of lth."),
+        (["run", "lth", "fig99"], "Unknown item 'fig99' of lth: choose from fig1, "),
+        (["run", "lth", "fig3", "table1"], "Unknown item 'table1' of lth: "),
+        (["run", "lth", "--scale", "huge"], "Unknown scale 'huge': choose one of paper, laptop, smoke."),
+        (["run", "lth", "--budget", "20"], "Invalid budget '20': give a number and s, m or h, such as 20m."),
+        (["run", "lth", "--budget", "soon"], "Invalid budget 'soon': "),
+        (["run", "lth", "--device", "tpu"], "Invalid device 'tpu': give cpu, or cuda where a GPU is present."),
+        (["run", "lth", "--threads", "0"], "Invalid threads 0: give a whole number from 1."),
+        (["run", "lth", "--trials", "0"], "Invalid trials 0: give a whole number from 1."),
+        (["merge", "/no/such/folder"], "No folder /no/such/folder: name the results folder to take runs from."),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(tmp_path, words, text):
+    told = call(*words, "--results-dir", tmp_path / "new")
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    assert told.stderr.startswith(f"lottery: {text}")
+    assert told.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "lth", "fig3", "--scale", "smoke"], ["status"], ["status", "--json"], ["merge"]]
+)
+def test_outside_of_a_clone_one_line_says_what_to_do(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    told = call(*words)
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    assert re.fullmatch(r"lottery: No results folder around .*: .*--results-dir\.\n", told.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_result_is_named_on_stderr_and_the_json_stays_json(tmp_path):
+    (tmp_path / "2026-01-01-00000000.parquet").write_bytes(b"PAR1 and nothing else")
+    told = call("status", "--json", "--results-dir", tmp_path)
+    assert told.exit_code == 0
+    assert json.loads(told.stdout)["stored"] == 0
+    assert "2026-01-01-00000000.parquet" in told.stderr
+
+
+def test_status_names_every_item_of_every_scale(tmp_path):
+    told = json.loads(call("status", "--json", "--results-dir", tmp_path / "none").stdout)
+    assert told["schema"] == 1
+    assert {(line["item"], line["scale"]) for line in told["items"]} == {(i, s) for i in lth.ITEMS for s in lth.SCALES}
+    [line] = [line for line in told["items"] if (line["item"], line["scale"]) == ("fig14", "laptop")]
+    assert (line["runs"], line["iterations"], line["stored"]) == (140, 2_100_000, 0)
+    lines = call("status", "--results-dir", tmp_path / "none").stdout.splitlines()
+    assert len(lines) == 1 + len(told["items"])
+    assert re.fullmatch(r"lth fig14 +laptop +0 of +140 runs", next(x for x in lines if "fig14  laptop" in x))
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_a_command_there_is_help():
+    told = call("--help")
+    assert told.exit_code == 0
+    for name in ("run", "status", "merge", "scorecard"):
+        assert name in told.stdout
+
+
+def test_scorecard_is_one_json_object(tmp_path):
+    told = call("scorecard", "--json", "--results-dir", tmp_path)
+    assert told.exit_code == 0, told.output
+    card = json.loads(told.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert list(card) == ["schema", "rows", "totals"]
+    assert {f"Figure {i}" for i in range(1, 46)} <= {row["item"] for row in card["rows"]}
+    assert {row["evidence"] for row in card["rows"] if row["claim"] is None} <= {"none", "exact"}
+    for words in (["--paper", "lth"], []):
+        assert call("scorecard", *words, "--results-dir", tmp_path).exit_code == 0
+
+
+# As a process ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_from_another_folder_with_a_relative_results_dir(tmp_path):
+    process = command("status", "--json", "--results-dir", "mine", cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["stored"] == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_where_it_stopped(tmp_path, one_core):
+    words = ["run", "lth", "fig3", "--scale", "smoke", "--trials", "1", "--results-dir", tmp_path]
+    everything = 16 + 2  # figure 3 shows some levels of a chain of 16, and two reinitialised networks
+    process = command(*words, cwd=tmp_path, start_new_session=True)
+    while process.poll() is None and len(finished(tmp_path)) < 2:
+        time.sleep(0.02)  # there is no event to wait for: a finished run is a file
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "Stopping" in out
+    assert "Traceback" not in err
+
+    before = finished(tmp_path)
+    keys = {path.stem for path in before}
+    assert 2 <= len(keys) < everything
+    assert set(Store(tmp_path).rows()) == keys
+
+    told = call(*words)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.endswith(" 0 left.\n")
+    after = finished(tmp_path)
+    assert before.items() <= after.items(), "a finished run was trained again"
+    assert len(after) == len(Store(tmp_path).rows()) == everything
