@@ -1,8 +1,8 @@
 """Sphinx extension of this book: plain docstrings, and figures borrowed from a notebook.
 
-Docstrings are plain text with lists, sections and `code`: |w|, m*θ and x_ mean what they look like, where
-reStructuredText would see a substitution, emphasis and a link. Lines that begin with an argument's name and a colon
-describe that argument, below "Args:" or not.
+Docstrings are plain text with lists, sections and `code`: |w|, m*θ, x_ and net@0.1 mean what they look like, where
+reStructuredText would see a substitution, emphasis and links. Lines that begin with an argument's name and a colon
+describe that argument, below "Args:" or not. An indented block with columns is a table to be kept as it is.
 
 ```{notebook-figure} notebooks/lth.ipynb fig-name
 Caption.
@@ -13,6 +13,7 @@ there, on another page.
 """
 
 import inspect
+import itertools
 import re
 from base64 import b64decode
 from pathlib import Path
@@ -24,7 +25,7 @@ from sphinx.directives.patches import Figure
 def escape(line: str) -> str:
     """The line with a backslash before each mark outside backticks that reStructuredText would act on."""
     parts = re.split(r"(`[^`]*`)", line)
-    parts[::2] = [re.sub(r"\||\*(?!\s)|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"[|@]|\*(?!\s)|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -44,8 +45,23 @@ def listed(lines: list[str], arguments: set[str]) -> list[str]:
     return found
 
 
+def columns(lines: list[str]) -> list[str]:
+    """The lines with `::` before each indented block, after a blank line, whose first line has columns."""
+    found = []
+    for before, line in itertools.pairwise(["", *lines]):
+        if not before.strip() and re.match(r" {4}.*\S {2,}\S", line):
+            found += ["::", ""]
+        found.append(line)
+    return found
+
+
 def plain(app, what, name, obj, options, lines):
-    lines[:] = [line if line.lstrip().startswith((">>>", "...")) else escape(line) for line in lines]
+    lines[:] = columns(lines)
+    literal = False
+    for i, line in enumerate(lines):
+        literal = line == "::" or (literal and line[:1] in ("", " "))
+        if not literal and not line.lstrip().startswith((">>>", "...")):
+            lines[i] = escape(line)
     if what == "property":  # a first colon would end the name of a type
         lines[0] = lines[0].replace(": ", " – ")
     if what in ("class", "function", "method"):

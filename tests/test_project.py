@@ -198,3 +198,21 @@ def test_kernels_see_nothing_of_the_user(monkeypatch):
     for name in ("LOTTERY_DATA", "JUPYTER_PATH", "MPLBACKEND", "PYTHONWARNINGS"):
         monkeypatch.setenv(name, "/elsewhere")
     assert "/elsewhere" not in rebuild.private_environment().values()
+
+
+# The book's reading of docstrings
+
+
+def test_docstrings_are_plain_text():
+    extension = module("book/extension.py")
+    assert extension.escape("|w| of x_, m*θ, net@0.1, `a|b`") == r"\|w\| of x\_, m\*θ, net\@0.1, `a|b`"
+    lines = ["Top.", "", "lr, gamma: rate", "and factor.", "seed: trial.", "", "Else: no argument."]
+    assert extension.listed(lines, {"lr", "gamma", "seed"})[2:8] == [
+        "",
+        "Args:",
+        "    lr, gamma: rate",
+        "        and factor.",
+        "    seed: trial.",
+        "",
+    ]
+    assert extension.columns(["", "    kind  value", "    a     1"]) == ["", "::", "", "    kind  value", "    a     1"]
