@@ -83,12 +83,13 @@ def diff(old: list[str], new: list[str], lines: int = 12) -> str:
 def private_environment() -> dict[str, str]:
     """The environment of every kernel: nothing of the user's Jupyter, Python or matplotlib settings.
 
-    A kernel named python3 can then only be this Python's own. LOTTERY_DATA goes too: the book needs no data.
+    A kernel named python3 can then only be this Python's own. The user's data and own results go too: the book shows
+    what is committed.
     """
-    dropped = ("JUPYTER", "IPYTHON", "PAPERMILL", "PYTEST", "PYTHON", "MPL", "LOTTERY_DATA")
+    dropped = ("JUPYTER", "IPYTHON", "PAPERMILL", "PYTEST", "PYTHON", "MPL", "LOTTERY")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     folders = {"JUPYTER_CONFIG_DIR": "jupyter", "JUPYTER_DATA_DIR": "jupyter", "JUPYTER_RUNTIME_DIR": "runtime"}
-    folders |= {"IPYTHONDIR": "ipython", "MPLCONFIGDIR": "matplotlib"}
+    folders |= {"IPYTHONDIR": "ipython", "MPLCONFIGDIR": "matplotlib", "LOTTERY_RESULTS": "results"}
     private = {key: str(BUILD / "home" / folder) for key, folder in folders.items()}
     return kept | private | {"JUPYTER_NO_CONFIG": "1", "JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": str(ROOT)}
 

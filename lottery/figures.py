@@ -16,7 +16,8 @@ ARMS = {
     "oneshot-reinit": ("one-shot, reinit", "#E69F00", "v", ":"),
     "random": ("random sparse network", "#CC79A7", "D", "--"),
 }
-LEVELS = sns.color_palette("cividis_r", 7)[1:]
+# Levels in learning curves, dense to sparse; a control has its level's colour and its arm's line.
+LEVELS = ("black", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
 LABEL = {
     "step": "early-stop iteration",
     "test_acc": "test accuracy, %",
@@ -93,21 +94,20 @@ def printed(ax, x, y, label, error=None):
 
 
 def over_training(ax, frame, quantity, arms, scale=100):
-    """Readings against iterations, mean over trials with a band from minimum to maximum; arms: [(arm, level)]."""
-    ends = {}
-    for (arm, level), colour in zip(arms, LEVELS, strict=False):
+    """Readings against iterations, mean over trials, with a band from minimum to maximum.
+
+    arms: [(arm, level)], the levels from dense to sparse; scale: 100 for accuracies in %, 1 for losses.
+    """
+    levels = list(dict.fromkeys(level for _, level in arms))
+    for arm, level in arms:
         part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
         curves = scale * np.array(part[quantity].to_list(), dtype=float)
-        steps, density = np.array(part["step"].iloc[0]), 100 * part["density"].mean()
-        line = ARMS[arm][3] if arm != "imp" or level else "-"
-        colour = "black" if level == 0 else colour
-        label = f"{density:.1f}" + ("" if arm == "imp" else f" {ARMS[arm][0]}")
-        ax.plot(steps, curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
-        ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
-        ends[arm, level] = curves.mean(0)
+        colour, line = LEVELS[levels.index(level) % len(LEVELS)], ARMS[arm][3]
+        label = f"{100 * part['density'].mean():.1f}" + ("" if arm == "imp" else f" {ARMS[arm][0]}")
+        ax.plot(part["step"].iloc[0], curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
+        ax.fill_between(part["step"].iloc[0], curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
     ax.set_xlabel("training iterations")
-    ax.legend(title="density, %", fontsize=8)
-    return steps, ends
+    ax.legend(title="density, %", fontsize=7.5, title_fontsize=8)
 
 
 def badge(fig, text):

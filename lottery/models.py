@@ -51,9 +51,8 @@ def create(name, seed=None, **options):
         raise ValueError(f"Invalid in_shape {options['in_shape']}: give (channels, height, width), all at least 1.")
     if not _whole(options.get("classes", 1), n=1):
         raise ValueError(f"Invalid classes {options['classes']}: give a whole number, at least 1.")
-    with torch.device("meta"):  # no values yet, so that no random numbers are spent on PyTorch's own initialisation
+    with torch.random.fork_rng(devices=[]):  # no random numbers are spent on PyTorch's own initialisation
         model = MODELS[name](**options)
-    model.to_empty(device="cpu")
     glorot(model, None if seed is None else torch.Generator().manual_seed(seed))
     return model
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
 from lottery import masks as M
 
@@ -46,18 +45,22 @@ class Recipe:
             if not ok:
                 raise ValueError(f"Invalid {name} {getattr(self, name)!r}: {rule}.")
 
+        def number(value, kind=(int, float)):
+            return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
         need(self.optimizer in ("adam", "sgd"), "optimizer", "give 'adam' or 'sgd'")
-        need(self.lr > 0 and math.isfinite(self.lr), "lr", "give a learning rate above 0")
         need(self.test_readings in ("all", "log"), "test_readings", "give 'all' or 'log'")
         need(self.inputs in ("unit", "standard"), "inputs", "give 'unit' or 'standard'")
+        need(number(self.lr) and self.lr > 0, "lr", "give a learning rate above 0")
+        need(number(self.momentum) and 0 <= self.momentum < 1, "momentum", "give 0 <= momentum < 1")
+        need(number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "give a number from 0")
+        need(number(self.gamma) and self.gamma > 0, "gamma", "give a factor above 0")
         for name in ("batch_size", "iterations", "eval_every"):
-            value = getattr(self, name)
-            need(isinstance(value, int) and value >= 1, name, "give a whole number from 1")
-        need(0 <= self.momentum < 1, "momentum", "give 0 <= momentum < 1")
-        need(self.weight_decay >= 0, "weight_decay", "give a number from 0")
-        need(self.gamma > 0, "gamma", "give a factor above 0")
-        need(self.warmup >= 0, "warmup", "give a whole number of iterations from 0")
-        need(list(self.milestones) == sorted(self.milestones), "milestones", "give iterations in increasing order")
+            need(number(value := getattr(self, name), int) and value >= 1, name, "give a whole number from 1")
+        need(number(self.warmup, int) and self.warmup >= 0, "warmup", "give a whole number of iterations from 0")
+        rising = isinstance(self.milestones, tuple) and all(number(t, int) and t > 0 for t in self.milestones)
+        rising = rising and list(self.milestones) == sorted(self.milestones)
+        need(rising, "milestones", "give a tuple of iterations in increasing order")
 
     def lr_at(self, t):
         """Learning rate of the step that follows `t` finished ones: lr · γ^(milestones ≤ t) · min(1, t / warmup)."""
@@ -161,18 +164,17 @@ def normaliser(data, recipe, like):
 @torch.no_grad()
 def evaluate(model, split, normalise, batch_size=2500):
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was."""
+    if not len(split.y):
+        return math.nan, torch.zeros(0, dtype=torch.bool)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     loss, correct = 0.0, []
-    with parametrize.cached():  # the masks are applied once, not once per batch
-        for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
-            y = y.to(device)
-            logits = model(normalise(x.to(device)))
-            loss += F.cross_entropy(logits, y, reduction="sum")
-            correct.append(logits.argmax(1) == y)
+    for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
+        y = y.to(device)
+        logits = model(normalise(x.to(device)))
+        loss += F.cross_entropy(logits, y, reduction="sum")
+        correct.append(logits.argmax(1) == y)
     model.train(was_training)
-    if not correct:
-        return math.nan, torch.zeros(0, dtype=torch.bool)
     return float(loss) / len(split.y), torch.cat(correct).cpu()
 
 
@@ -187,8 +189,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
             ends after iteration `stop` (default: the recipe's).
         groups: the method's parameter groups; default `param_groups(model, recipe)`.
 
-    Returns a `History`. The model ends with the weights of the last iteration; a loss that is not finite stops the
-    training with status "diverged".
+    Returns a `History`. The model ends with the weights of the last iteration, in the mode it came in; a loss that is
+    not finite at a reading stops the training with status "diverged".
 
     Raises ValueError: start and stop out of order, a batch larger than the training set, a parameter in no group.
     """
@@ -201,7 +203,7 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
     steps, test_steps = recipe.readings(start, stop)
     steps = set(steps)
     history, best, best_step, best_loss = History(), None, None, math.inf
-    masks, lr = M.read(model), recipe.lr
+    masks, lr, was_training = M.read(model), recipe.lr, model.training
     model.train()
 
     for t in range(start, stop):
@@ -218,10 +220,13 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
         if done - start in LOSS_STEPS:
             history.train_loss[done] = loss.item()
         if done in steps:
-            if not math.isfinite(loss.item()):
+            finite = math.isfinite(loss.item())
+            if finite:
+                val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
+                finite = math.isfinite(val_loss) or not len(data.valid.y)
+            if not finite:
                 history.status = "diverged"
                 break
-            val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
             if val_loss < best_loss:
                 best, best_step, best_loss = M.state(model), done, val_loss
 
@@ -231,7 +236,9 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
         history.early_stop = reading(model, data, batch.normalise, best_step)
         M.restore(model, final)
     history.last = reading(model, data, batch.normalise, done)
-    _assert_sparse(model, masks)
+    model.train(was_training)
+    if history.status == "finished":  # a weight that is not finite is not zero under any mask
+        _assert_sparse(model, masks)
     history.wall_s = time.perf_counter() - began
     return history
 

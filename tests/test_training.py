@@ -464,17 +464,17 @@ def test_a_batch_larger_than_the_training_set(digits):
     ("field", "values", "rule"),
     [
         ("optimizer", ["sdg", None], "give 'adam' or 'sgd'"),
-        ("lr", [0, -0.1, math.nan, math.inf], "give a learning rate above 0"),
+        ("lr", [0, -0.1, math.nan, math.inf, "0.1"], "give a learning rate above 0"),
         ("test_readings", ["some"], "give 'all' or 'log'"),
         ("inputs", ["raw"], "give 'unit' or 'standard'"),
         ("batch_size", [0, -60, 60.0, None], "give a whole number from 1"),
-        ("iterations", [0, 1e3], "give a whole number from 1"),
+        ("iterations", [0, 1e3, True], "give a whole number from 1"),
         ("eval_every", [0, 0.5], "give a whole number from 1"),
         ("momentum", [-0.1, 1.0, math.nan], "give 0 <= momentum < 1"),
         ("weight_decay", [-1e-4, math.nan], "give a number from 0"),
         ("gamma", [0.0, -0.1, math.nan], "give a factor above 0"),
-        ("warmup", [-1], "give a whole number of iterations from 0"),
-        ("milestones", [(20, 10)], "give iterations in increasing order"),
+        ("warmup", [-1, 2.5, "a"], "give a whole number of iterations from 0"),
+        ("milestones", [(20, 10), [10], (10.0,), 5], "give a tuple of iterations in increasing order"),
     ],
 )
 def test_bad_recipes_are_told_in_one_line(field, values, rule):

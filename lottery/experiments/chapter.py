@@ -23,8 +23,7 @@ class Chapter:
         paper: module name in `lottery.experiments`.
         scale: "best" takes for each item the highest scale whose runs are all stored, or the preset to show alone.
         recompute: "never" shows what is stored, "missing" trains what is not, "all" trains everything anew.
-        results_dir: where new runs go; default $LOTTERY_RESULTS, else a folder of the user's. The clone's own results
-            are read as well and never written.
+        results_dir: of `open_store`: where new runs go. The clone's own results are read as well and never written.
         device, threads, budget_minutes: of new runs.
         parameters: of the paper's `override`; None keeps the preset's value. Any other value makes the chapter an
             exploration, which gets no verdicts.
@@ -58,10 +57,7 @@ class Chapter:
             }
         except (ValueError, TypeError) as error:
             raise Refused(error) from None
-        mine, committed = _folder(results_dir), _committed()
-        if recompute == "all":
-            mine = mine / f"recomputed-{now().replace(':', '')}"
-        self.store = Store(mine, also=[committed] if committed and recompute != "all" else [])
+        self.store = open_store(results_dir, anew=recompute == "all")
         if recompute != "never":
             runs = self.module.runs(None, self.settings[scale])
             budget = budget_minutes and 60 * budget_minutes
@@ -112,7 +108,7 @@ class Chapter:
         """What the item's numbers rest on, in one line."""
         scale = self.scale(item)
         at, paper, frame = self.settings[scale], self.module.setting("paper"), self.frame(item)
-        same = (at.base.model, at.base.dataset) == (paper.base.model, paper.base.dataset)
+        same = self.stands_beside_paper(item)
         share = at.base.recipe.iterations / paper.base.recipe.iterations
         cells = f"{len(self.module.cells_of(item, at))} of {len(self.module.cells_of(item, paper))}"
         parts = [
@@ -125,6 +121,11 @@ class Chapter:
         ]
         parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in self.partial(item).items()]
         return " · ".join(parts)
+
+    def stands_beside_paper(self, item):
+        """True when the item shows the paper's own network and data, so that its printed points may be drawn."""
+        at, paper = self.settings[self.scale(item)].base, self.module.setting("paper").base
+        return (at.model, at.dataset) == (paper.model, paper.dataset)
 
     def scorecard(self):
         """The paper's claims as `claims.scorecard` rows, or None in an exploration."""
@@ -145,14 +146,16 @@ class Chapter:
         return f"about {max(1, round(seconds / 60))} core minutes"
 
 
-def _folder(results_dir):
-    """The reader's own store."""
+def open_store(results_dir=None, anew=False):
+    """The reader's own store, with the clone's committed results to read; with `anew` an empty one inside it.
+
+    results_dir: default $LOTTERY_RESULTS, else a folder of the user's data.
+    """
     home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    return Path(results_dir or os.environ.get("LOTTERY_RESULTS") or Path(home) / "lottery" / "results").expanduser()
-
-
-def _committed():
+    mine = Path(results_dir or os.environ.get("LOTTERY_RESULTS") or Path(home) / "lottery" / "results").expanduser()
+    if anew:
+        return Store(mine / f"recomputed-{now().replace(':', '')}")
     try:
-        return root() / "ours"
+        return Store(mine, also=[root() / "ours"])
     except FileNotFoundError:  # an installed package, outside of a clone
-        return None
+        return Store(mine)

@@ -10,7 +10,6 @@ import platform
 import signal
 import subprocess
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -32,36 +31,55 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
         budget: seconds; no run starts that is expected to end after it.
         device, threads: of one training.
 
-    A run is kept the moment it ends; an interrupt waits for the trainings under way, a second one abandons them.
+    A run is kept the moment it ends. An interrupt waits for the trainings of other processes that are under way and is
+    then raised; a second one abandons them. A run that raises stops its own descendants only; the first such error is
+    raised at the end.
     """
-    store = store or Store()
+    runs, store = list(runs), store or Store()
+    store.dir.mkdir(parents=True, exist_ok=True)
     todo = missing(runs, store)
     parents = {r.parent for r in todo} | {r.parent for r in runs}
     slots = getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
     slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
-    clock = _Clock(budget, store)
+    clock, under_way, given_up, errors = _Clock(budget, store), {}, set(), []
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(len(todo), progress))
-        if executor is None:
+        if own := executor is None:
             executor = stack.enter_context(_pool(slots))
-        under_way = {}
         try:
             while todo or under_way:
-                ready = (r for r in todo if r.parent not in todo and r.parent not in under_way.values())
-                for r in list(ready)[: max(0, slots - len(under_way))]:
-                    todo.remove(r)
-                    if clock.allows(r):
+                for r in list(todo):
+                    if r.parent in given_up or (len(under_way) < slots and not clock.allows(r)):
+                        todo.remove(r)
+                        given_up.add(r)
+                    elif len(under_way) < slots and r.parent not in todo and r.parent not in under_way.values():
+                        todo.remove(r)
                         job = executor.submit(execute, r, store.dir, store.also, r in parents, device, threads)
                         under_way[job] = r
                 if not under_way:
                     break
                 done, _ = futures.wait(under_way, return_when=futures.FIRST_COMPLETED)
                 for job in done:
-                    clock.finished(under_way.pop(job), job.result())
+                    r = under_way.pop(job)
+                    if error := job.exception():
+                        errors.append(error)
+                        given_up.add(r)
+                    else:
+                        clock.finished(r, job.result())
                     bar.update()
         except KeyboardInterrupt:
-            bar.write(f"Stopping: {len(under_way)} trainings under way will be kept; interrupt again to abandon them.")
-            futures.wait(under_way)
+            if under_way:
+                bar.write(
+                    f"Stopping: {len(under_way)} trainings will be kept when they end; interrupt again to abandon."
+                )
+            try:
+                futures.wait(under_way)
+            except KeyboardInterrupt:
+                if own:
+                    executor.shutdown(wait=False, kill_workers=True)
+            raise
+    if errors:
+        raise errors[0]
     return missing(runs, store)
 
 
@@ -94,7 +112,7 @@ def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1
     torch.set_num_threads(threads)
     try:
         images = training.take(_images(r.dataset, r.valid, r.split_seed), r.train_fraction)
-        model, theta = initialise(r, images, store, device)
+        model, hashes = initialise(r, images, store, device)
         order = int(r.key[:15], 16)
         start = r.rewind_to if r.init == "rewind" and r.rewind_schedule == "continue" else 0
         history = training.fit(model, images, r.recipe, seed=order, start=start)
@@ -112,20 +130,19 @@ def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1
         "started": started,
         "wall_s": round(history.wall_s, 3),
         "code": _code(),
-        "theta0": theta,
         "weights": weights_sha,
-        "parent_weights": _sha(store.artifact(r.parent.key)) if r.parent else None,
+        **hashes,
     }
     store.put(_row(r, images, model, history, certificate))
     return history.wall_s
 
 
 def initialise(r, images, store, device="cpu"):
-    """The network of a run before its training: m ⊙ θ on the model, and the sha256 of θ."""
+    """The network of a run before its training: m ⊙ θ on the model; sha256 of θ and of its parent's weights."""
     create = functools.partial(models.create, r.model, in_shape=tuple(images.train.x.shape[1:]), classes=images.classes)
-    model = M.attach(create(seed=r.seed))
+    model, parent_sha = M.attach(create(seed=r.seed)), None
     if r.parent:
-        trained = _load_artifact(store, r.parent)
+        trained, parent_sha = _load_artifact(store, r.parent)
         m = {name.removeprefix("mask/"): t.bool() for name, t in trained.items() if name.startswith("mask/")}
         trained = {name: t for name, t in trained.items() if not name.startswith("mask/")}
         theta_0 = M.state(model)
@@ -143,7 +160,8 @@ def initialise(r, images, store, device="cpu"):
         dense = M.attach(create(seed=r.seed)).to(device)
         training.fit(dense, images, r.root.recipe, seed=int(r.root.key[:15], 16), stop=r.rewind_to)
         M.restore(model, M.state(dense))
-    return model.to(device), tickets.digest(M.state(model))
+    theta = tickets.digest(M.state(model))
+    return model.to(device), {"theta0": theta, "parent_weights": parent_sha}
 
 
 def _row(r, images, model, history, certificate):
@@ -205,8 +223,6 @@ class _Clock:
 class _Here(futures.Executor):
     """Runs at once, in this process."""
 
-    _max_workers = 1
-
     def submit(self, fn, /, *args, **kwargs):
         future = futures.Future()
         try:
@@ -241,17 +257,21 @@ def _images(name, valid, split_seed):
 
 
 def _load_artifact(store, parent):
-    from safetensors.torch import load_file
+    """The final weights and masks of a parent, and the file's sha256; a damaged file is set aside by name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-    return load_file(store.artifact(parent.key))
+    path = store.artifact(parent.key)
+    content = path.read_bytes()
+    try:
+        return load(content), hashlib.sha256(content).hexdigest()
+    except SafetensorError:
+        path.rename(path.with_suffix(".damaged"))
+        raise ValueError(f"Damaged weights {path}: set aside; run again, and they are trained again.") from None
 
 
 def _prefixed(masks):
     return {f"mask/{name}": m for name, m in masks.items()}
-
-
-def _sha(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _device_name(device):
@@ -264,10 +284,10 @@ def _device_name(device):
 def _code():
     """Commit and hash of the package's source: information only, neither makes a run stale."""
     folder = Path(__file__).parents[1]
-    with warnings.catch_warnings(), contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.run(
-            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
-        return {"commit": commit, "source": hashlib.sha256(source).hexdigest()[:16]}
-    return {"commit": None}
+    source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
+    git = ["git", "-C", folder, "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"commit": commit, "source": hashlib.sha256(source).hexdigest()[:16]}

@@ -6,12 +6,14 @@ the bias initialisation (zeros, as in the authors' code), the last incomplete mi
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 from lottery import data, masks, models
 from lottery.experiments.runs import INITS, Run, rates
 from lottery.training import Recipe
 
+PRUNING = ("rate", "rate_conv", "rate_output", "scope", "rewind_to")
 GUESSED = ("input scaling", "Adam β, ε", "bias initialisation", "incomplete last minibatch")
 
 
@@ -52,15 +54,18 @@ class Setting:
     # The arms: what is trained of one trial at one level, as a list of Runs.
 
     def dense(self, seed, level=0):
-        return [dataclasses.replace(self.base, seed=seed, rewind_to=0)]
+        """The whole network; how it would be pruned is no part of it."""
+        unpruned = {name: getattr(Run, name) for name in PRUNING}
+        return [dataclasses.replace(self.base, seed=seed, **unpruned)]
 
     def imp(self, seed, level):
         """The network after `level` rounds of iterative magnitude pruning."""
         [run] = self.dense(seed)
+        pruning = {name: getattr(self.base, name) for name in PRUNING}
         chain = {"rewind": "rewind", "continue": "continue"}.get(self.init, "reset")
         for r in range(1, level + 1):
             init = chain if r < level else "reset" if self.init == "continue" else self.init
-            run = dataclasses.replace(run, parent=run, init=init, rewind_to=self.base.rewind_to)
+            run = dataclasses.replace(run, parent=run, init=init, **pruning)
         return [run]
 
     def reinit(self, seed, level):
@@ -94,18 +99,18 @@ class Setting:
 
     def density(self, level):
         """Fraction of all weights kept after `level` rounds, by the counts that `lth.prune` keeps."""
-        sizes = self._sizes()
-        return sum(_after(n, rate, level) for n, rate in sizes) / sum(n for n, _ in sizes)
+        return sum(_after(n, rate, level) for n, rate in self._sizes) / sum(n for n, _ in self._sizes)
 
     def one_shot_rate(self, density):
         """The p that leaves `density` when p of the hidden weights and p/2 of the output layer go."""
-        *hidden, (out, _) = self._sizes()
+        *hidden, (out, _) = self._sizes
         n = sum(n for n, _ in hidden)
         return (1 - density) * (n + out) / (n + out / 2)
 
+    @functools.cached_property
     def _sizes(self):
         """(weights, rate per round) of each layer."""
-        model = models.create(self.base.model, in_shape=data.SETS[self.base.dataset].shape)
+        model = models.create(self.base.model, seed=0, in_shape=data.SETS[self.base.dataset].shape)
         each = rates(model, self.base)
         return [(layer.weight.numel(), each[name]) for name, layer in masks.prunable(model).items()]
 

@@ -50,6 +50,9 @@ class Run:
     def __post_init__(self):
         if self.init not in INITS:
             raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
+        for name in ("seed", "draw", "rewind_to", "split_seed"):
+            if type(value := getattr(self, name)) is not int or value < 0:
+                raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
         if self.rewind_schedule not in ("continue", "restart"):
             raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
         if not 0 <= self.rewind_to < self.recipe.iterations:

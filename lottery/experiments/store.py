@@ -60,12 +60,18 @@ class Store:
     def __init__(self, results_dir=None, also=()):
         self.dir = Path(results_dir).expanduser() if results_dir else root() / "ours"
         self.also = [Path(folder) for folder in also]
-        self._rows, self._seen = {}, {}
+        if self.dir.exists() and not self.dir.is_dir():
+            raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
+        self._rows, self._seen, self._folders = {}, {}, {}
 
     def rows(self):
         """`{key: row}` of all sound runs; files that were read before are not read again."""
-        for folder in (self.dir, *self.also):
-            for path in [*sorted(folder.glob("*.parquet")), *sorted((folder / ".spool").glob("*.parquet"))]:
+        for folder in (f for base in (self.dir, *self.also) for f in (base, base / ".spool")):
+            changed = folder.stat().st_mtime_ns if folder.is_dir() else None
+            if self._folders.get(folder) == changed:
+                continue
+            self._folders[folder] = changed
+            for path in sorted(folder.glob("*.parquet")):
                 with contextlib.suppress(FileNotFoundError):  # packed into a shard by another process meanwhile
                     stamp = path.stat().st_mtime_ns
                     if self._seen.get(path) != stamp:
@@ -79,8 +85,8 @@ class Store:
         row = self.rows().get(run.key)
         if row:
             stored, wanted = json.loads(row["spec"]), run.spec()
-            if differ := [name for name in stored if name in wanted and stored[name] != wanted[name]]:
-                name = differ[0]
+            stored, wanted = ({**spec, **spec.pop("recipe")} for spec in (stored, wanted))
+            for name in (name for name in stored if name in wanted and stored[name] != wanted[name]):
                 raise ValueError(
                     f"Run {run.key} is stored with {name} = {stored[name]!r}, not {wanted[name]!r}: "
                     f"two runs share a key, or the file was edited; move it away and run again."
@@ -88,10 +94,12 @@ class Store:
         return row
 
     def put(self, row):
-        """Keep a finished run, atomically; False when another process was first and this copy is discarded."""
+        """Keep a finished run, atomically; False when it is stored already and this copy is discarded."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        if row["key"] in self.rows():
+            return False
         table = pa.Table.from_pylist([row], schema=schema())
         table = _signed(table)
         path = self.dir / ".spool" / f"{row['key']}.parquet"
@@ -99,6 +107,7 @@ class Store:
             os.replace(path, path.with_suffix(".damaged"))
         with _temporary(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
+            self._folders.clear()
             return _publish(temporary, path, replace=False)
 
     def artifact(self, key):
@@ -178,9 +187,9 @@ def read(path):
 
     try:
         rows = pq.read_table(path, schema=schema()).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
         print(f"Damaged result {path}: {str(error).splitlines()[0]} It is passed over; run it again.", file=sys.stderr)
         return []
     sound = []
@@ -195,11 +204,11 @@ def read(path):
 def _problem(row):
     """What is wrong with a stored row, or None: every accuracy is recomputed from the packed correctness."""
     for r in ("early_stop", "last"):
-        packed = row[f"{r}_correct"]
-        if packed is not None:
-            accuracy = int(unpack(packed, row["n_test"]).sum()) / row["n_test"]
-            if abs(accuracy - row[f"{r}_test_acc"]) > 1e-9:
-                return f"{r}_test_acc is {row[f'{r}_test_acc']:.4f}, its test images give {accuracy:.4f}."
+        packed, stated, n = row[f"{r}_correct"], row[f"{r}_test_acc"], row["n_test"]
+        if packed and n and stated is not None:
+            accuracy = int(unpack(packed, n).sum()) / n
+            if abs(accuracy - stated) > 1e-9:
+                return f"{r}_test_acc is {stated:.4f}, its test images give {accuracy:.4f}."
     return None if _digest(row) == row["payload_sha"] else "its content does not match its hash."
 
 
