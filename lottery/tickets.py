@@ -97,8 +97,8 @@ def load(path):
 
 
 def digest(theta):
-    """sha256 of a state's values, in order."""
-    return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in theta.values())).hexdigest()
+    """sha256 of a state's values, by name, since masks change the order of a model's parameters."""
+    return hashlib.sha256(b"".join(theta[name].cpu().numpy().tobytes() for name in sorted(theta))).hexdigest()
 
 
 def _create(spec, seed=0):
