@@ -16,8 +16,8 @@ ARMS = {
     "oneshot-reinit": ("one-shot, reinit", "#E69F00", "v", ":"),
     "random": ("random sparse network", "#CC79A7", "D", "--"),
 }
-# Levels in learning curves, dense to sparse; a control has its level's colour and its arm's line.
-LEVELS = ("black", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7")
+# Learning curves: a level has its colour in every panel, a control its level's colour and its arm's line.
+LEVELS = {0: "black", 3: "#56B4E9", 7: "#0072B2", 12: "#009E73", 15: "#E69F00", 18: "#D55E00"}
 LABEL = {
     "step": "early-stop iteration",
     "test_acc": "test accuracy, %",
@@ -96,13 +96,12 @@ def printed(ax, x, y, label, error=None):
 def over_training(ax, frame, quantity, arms, scale=100):
     """Readings against iterations, mean over trials, with a band from minimum to maximum.
 
-    arms: [(arm, level)], the levels from dense to sparse; scale: 100 for accuracies in %, 1 for losses.
+    arms: [(arm, level)]; scale: 100 for accuracies in %, 1 for losses.
     """
-    levels = list(dict.fromkeys(level for _, level in arms))
     for arm, level in arms:
         part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
         curves = scale * np.array(part[quantity].to_list(), dtype=float)
-        colour, line = LEVELS[levels.index(level) % len(LEVELS)], ARMS[arm][3]
+        colour, line = LEVELS.get(level, "#CC79A7"), ARMS[arm][3]
         label = f"{100 * part['density'].mean():.1f}" + ("" if arm == "imp" else f" {ARMS[arm][0]}")
         ax.plot(part["step"].iloc[0], curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
         ax.fill_between(part["step"].iloc[0], curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)

@@ -113,7 +113,9 @@ class Chapter:
         cells = f"{len(self.module.cells_of(item, at))} of {len(self.module.cells_of(item, paper))}"
         parts = [
             f"net, data: {'the paper’s' if same else f'stand-in ({at.base.model}, {at.base.dataset})'}",
-            f"training: {share:.3g} of the paper's steps" if same else f"{at.base.recipe.iterations} iterations",
+            f"training: {100 * share:.3g} % of the paper's steps"
+            if same
+            else f"{at.base.recipe.iterations} iterations",
             f"trials {frame['seed'].nunique()} of {paper.trials}",
             f"device {', '.join(sorted(frame['device'].unique()))}",
             f"{len(self.module.GUESSED)} settings guessed",
