@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import lottery
+from lottery import cli, training
 from lottery.cli import app
 from lottery.experiments import Store, lth
 
@@ -114,7 +117,57 @@ def test_a_budget_of_nothing_trains_nothing(tmp_path, one_core, tiny):
     assert told.exit_code == 0
     n = len(lth.runs("fig12", "smoke"))
     assert f"{n} runs: 0 were stored, 0 trained now, {n} left." in told.stdout
-    assert not (tmp_path / "new").exists()
+    assert not finished(tmp_path / "new")
+
+
+@pytest.mark.parametrize("budget", ["0s", "1h"])
+def test_parents_that_an_item_does_not_show_are_counted_apart(tmp_path, one_core, tiny, budget):
+    """Figure 3 shows levels 0 and 3; levels 1 and 2 are trained for them: no count is negative."""
+    n, stored = len(lth.runs("fig3", "smoke")), 4 if budget == "1h" else 0
+    words = ["run", "lth", "fig3", "--scale", "smoke", "--results-dir", tmp_path]
+    told = call(*words, "--budget", budget)
+    assert told.exit_code == 0, told.output
+    counts = [int(count) for count in re.findall(r"-?\d+", told.stdout)]
+    assert min(counts) >= 0
+    assert counts[0] == n
+    assert len(finished(tmp_path)) == (stored and n + 2)
+    assert (" 0 left" in told.stdout) is (budget == "1h")
+    again = call(*words, "--budget", "0s").stdout
+    assert min(int(count) for count in re.findall(r"-?\d+", again)) >= 0
+
+
+@pytest.mark.parametrize("words", [["run", "lth", "fig3", "--scale", "smoke"], ["status"], ["merge"]])
+def test_a_results_dir_that_is_a_file_is_told_before_any_training(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
+    (tmp_path / "file").write_text("mine")
+    told = call(*words, "--results-dir", tmp_path / "file")
+    assert told.exit_code == 2
+    assert told.stdout == ""
+    assert told.stderr.startswith("lottery: ")
+    assert str(tmp_path / "file") in told.stderr
+    assert told.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def queue_lines():
+    """Every line of lottery/experiments/queue/*.txt without its comment."""
+    files = sorted((Path(lottery.__file__).parent / "experiments/queue").glob("*.txt"))
+    lines = [(file.name, line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [(name, words) for name, line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_there_is_a_queue_of_each_paper():
+    assert {f"{paper}.txt" for paper in cli.PAPERS} == {name for name, _ in queue_lines()}
+
+
+@pytest.mark.parametrize(("file", "words"), queue_lines())
+def test_a_line_of_the_queue_is_the_arguments_of_run(file, words):
+    given = typer.main.get_command(app).commands["run"].make_context("run", words).params
+    assert file == f"{given['paper']}.txt"
+    module, at = cli._setting(given["paper"], given["scale"], given["trials"])
+    assert module.runs(given["items"], at)
+    if given["budget"]:
+        assert cli._seconds(given["budget"]) > 0
 
 
 def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
@@ -210,24 +263,39 @@ def test_from_another_folder_with_a_relative_results_dir(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+INTERRUPTED = """
+import os
+from lottery.cli import app
+from lottery.experiments import lth
+os.cpu_count = lambda: 2  # two workers on any machine
+lth.SETTINGS["smoke"] = lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2)
+app()
+"""
+
+
 @pytest.mark.slow
-def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_where_it_stopped(tmp_path, one_core):
-    words = ["run", "lth", "fig3", "--scale", "smoke", "--trials", "1", "--results-dir", tmp_path]
-    everything = 16 + 2  # figure 3 shows some levels of a chain of 16, and two reinitialised networks
-    process = command(*words, cwd=tmp_path, start_new_session=True)
+def test_an_interrupted_run_keeps_what_is_under_way_and_goes_on_where_it_stopped(tmp_path, one_core, monkeypatch):
+    """Ctrl-C reaches every process of the group; what two workers were training at that moment is kept."""
+    words = ["run", "lth", "fig3", "--scale", "smoke", "--results-dir", str(tmp_path)]
+    everything = 2 * (4 + 1)  # of each trial four levels of a chain and a reinitialised network
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, *words],
+        env=ENV, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
     while process.poll() is None and len(finished(tmp_path)) < 2:
         time.sleep(0.02)  # there is no event to wait for: a finished run is a file
-    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # the next two are under way
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "Stopping" in out
-    assert "Traceback" not in err
+    assert process.returncode == 130, err
+    assert "will be kept" in out + err
+    assert "Traceback" not in out + err
 
     before = finished(tmp_path)
-    keys = {path.stem for path in before}
-    assert 2 <= len(keys) < everything
-    assert set(Store(tmp_path).rows()) == keys
+    assert 2 + 2 <= len(before) < everything
+    assert set(Store(tmp_path).rows()) == {path.stem for path in before}
 
+    monkeypatch.setitem(lth.SETTINGS, "smoke", lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2))
     told = call(*words)
     assert told.exit_code == 0, told.output
     assert told.stdout.endswith(" 0 left.\n")

@@ -454,3 +454,46 @@ def test_random_reinitialisation_changes_every_survivor_and_no_mask():
         assert (weight[masks[name]] != ticket[name][masks[name]]).all()
         assert not weight[~masks[name]].any()
     assert same(M.read(model), masks)
+
+
+# A golden trajectory --------------------------------------------------------------------------------------------------
+
+GOLDEN_LOSSES = [2.480424820751013, 2.3550118321281697, 2.2408779408564197, 1.9662430896921401, 1.7299912752725561]
+GOLDEN_LARGEST = {  # layer: (index, value) of its largest weight
+    "fc1": (13345, 0.1505306109405575),
+    "fc2": (14115, 0.1454605808901993),
+    "fc3": (726, -0.2544607163196733),
+}
+GOLDEN_SUMS = [1186.0830301279793, 1778.8216210871406, 117.02222969996288]  # of |weight|, layer by layer
+
+
+def test_golden_trajectory():
+    """Pruning once and training what is left: a change beyond these digits means raising `VERSION` in lottery/lth.py.
+
+    θ₀ is uniform and float64, because normal float32 draws differ in their last bit from one kind of CPU to another.
+    """
+    from lottery import data
+
+    train = data.load("digits").train
+    model = models.create("lenet_300_100", seed=0, in_shape=(1, 8, 8)).double()
+    generator = torch.Generator().manual_seed(0)
+    theta = {name: torch.rand(t.shape, generator=generator, dtype=t.dtype) for name, t in M.state(model).items()}
+    M.restore(model, {name: (t - 0.5) * math.sqrt(24 / sum((*t.shape, 1)[:2])) for name, t in theta.items()})
+    M.attach(model, lth.prune(model, {"fc1": 0.2, "fc2": 0.2, "fc3": 0.1}))
+    adam, losses = torch.optim.Adam(model.parameters(), lr=1.2e-3), []
+    for x, y in zip(train.x[:1000].split(50), train.y[:1000].split(50), strict=True):
+        loss = nn.functional.cross_entropy(model(x.double() / 255), y)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+
+    assert lth.VERSION == 1
+    assert [int(m.sum()) for m in M.read(model).values()] == [15_360, 24_000, 900]
+    assert [losses[t] for t in (0, 1, 4, 9, 19)] == pytest.approx(GOLDEN_LOSSES, rel=1e-9)
+    weights = {name: w.flatten() for name, w in effective(model).items()}
+    largest = {name: int(w.abs().argmax()) for name, w in weights.items()}
+    assert largest == {name: index for name, (index, _) in GOLDEN_LARGEST.items()}
+    values = [float(weights[name][index]) for name, index in largest.items()]
+    assert values == pytest.approx([value for _, value in GOLDEN_LARGEST.values()], rel=1e-9)
+    assert [float(w.abs().sum()) for w in weights.values()] == pytest.approx(GOLDEN_SUMS, rel=1e-9)

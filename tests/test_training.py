@@ -415,6 +415,34 @@ def test_a_training_that_diverges_late_keeps_its_early_stop(digits):
     assert history.early_stop.test_acc > 0.3
 
 
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("valid", [None, 0])
+def test_divergence_on_the_last_step_is_divergence(valid, density):
+    """The loss of the last minibatch is finite; the weights after its step are not."""
+    recipe = Recipe(optimizer="sgd", lr=0.1, iterations=10, eval_every=10, milestones=(9,), gamma=1e35)
+    history = fit(lenet(density=density), data.load("digits", valid=valid), recipe)
+    assert history.status == "diverged"
+    assert math.isfinite(history.train_loss[10])
+    assert history.early_stop is None
+    assert history.last.test_acc < 0.2
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_without_validation_set_there_is_no_early_stop(density):
+    history = fit(lenet(density=density), data.load("digits", valid=0), SHORT)
+    assert (history.status, history.early_stop, history.censored) == ("finished", None, False)
+    assert all(math.isnan(loss) for loss in history.val_loss)
+    assert history.last.test_acc > 0.5
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("lr", [0.1, 1e30])
+def test_fit_leaves_the_models_mode(digits, mode, lr):
+    model = lenet().train(mode)
+    fit(model, digits, Recipe(optimizer="sgd", lr=lr, iterations=20, eval_every=10))
+    assert all(module.training is mode for module in model.modules())
+
+
 def test_a_parameter_in_no_group_raises(digits):
     model = lenet()
     weights = [p for name, p in model.named_parameters() if "bias" not in name]
