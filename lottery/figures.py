@@ -113,7 +113,7 @@ def badge(fig, text):
     """The line below a figure that says what its numbers rest on, wrapped to the figure's width."""
     import textwrap
 
-    width = int(fig.get_size_inches()[0] * 16)
+    width = int(fig.get_size_inches()[0] * 19)
     fig.text(0.01, -0.02, "\n".join(textwrap.wrap(text, width)), fontsize=7.5, color="0.35", va="top")
 
 
