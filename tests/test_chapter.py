@@ -1,0 +1,400 @@
+"""experiments.chapter and lottery.figures: what a notebook shows, refuses and never writes."""
+
+import ast
+import concurrent.futures as futures
+import json
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+
+import lottery
+from lottery import cli, experiments, figures, training
+from lottery.experiments import Store, lth
+from lottery.experiments.chapter import Chapter, Refused
+
+NOTEBOOK = Path(lottery.__file__).parents[1] / "notebooks/lth.ipynb"
+TINY = {"iterations": 20, "rounds": 1, "trials": 1}
+
+
+def presets():
+    """The three scales on the digits, with three rounds, one control round and seconds of training in all."""
+    at = lth.override(lth.setting("smoke"), rounds=3, trials=1)
+    at = replace(at, control_rounds=(3,), one_shot=(0.825,))
+    recipes = {"paper": 40, "laptop": 30, "smoke": 20}
+    return {scale: lth.override(at, iterations=n) for scale, n in recipes.items()}
+
+
+@pytest.fixture(autouse=True)
+def clone(tmp_path, monkeypatch):
+    """A clone with nothing stored, around the working directory; the reader's own folder is a temporary one, too."""
+    for folder in ("results/ours", "lottery", "notebooks"):
+        (tmp_path / "clone" / folder).mkdir(parents=True)
+    (tmp_path / "clone/results/reported").symlink_to(NOTEBOOK.parents[1] / "results/reported")
+    monkeypatch.chdir(tmp_path / "clone/notebooks")
+    monkeypatch.setenv("LOTTERY_RESULTS", str(tmp_path / "mine"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for scale, at in presets().items():
+        monkeypatch.setitem(lth.SETTINGS, scale, at)
+    return tmp_path / "clone"
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Every run of every scale, as spool files."""
+    folder = tmp_path_factory.mktemp("everything")
+    runs = [r for at in presets().values() for r in lth.runs(None, at)]
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert experiments.run(runs, pool, store=Store(folder), progress=False) == []
+    return Store(folder)
+
+
+@pytest.fixture
+def commit(clone, everything):
+    """Puts runs into the clone's results, as `lottery merge` does."""
+
+    def put(runs):
+        committed = Store(clone / "results/ours")
+        for r in runs:
+            committed.put(everything.get(r))
+        committed.merge()
+        return tree(clone / "results")
+
+    return put
+
+
+def tree(folder):
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def test_best_is_the_highest_scale_that_is_complete(commit):
+    commit([*lth.runs(None, "smoke"), *lth.runs("fig12", "laptop"), *lth.runs("fig12", "paper")[:-1]])
+    chapter = Chapter("lth")
+    assert {item: chapter.scale(item) for item in lth.ITEMS} == {
+        item: "laptop" if set(lth.runs(item, "laptop")) <= set(lth.runs("fig12", "laptop")) else "smoke"
+        for item in lth.ITEMS
+    }
+    assert chapter.scale("fig12") == "laptop"
+    assert chapter.scale("fig14") == "smoke"
+    n = len(lth.runs("fig12", "paper"))
+    assert chapter.partial("fig12") == {"paper": (n - 1, n)}
+    assert chapter.stored("fig12", "paper") == (n - 1, n)
+    assert not chapter.exploration
+    commit([lth.runs("fig12", "paper")[-1]])
+    assert Chapter("lth").scale("fig12") == "paper"
+    assert Chapter("lth", scale="smoke").scale("fig12") == "smoke"
+
+
+def test_missing_runs_are_told_with_their_number_minutes_and_command(commit):
+    runs = lth.runs("fig4", "smoke")
+    commit([*runs[:-2], *lth.runs("fig12", "laptop")])
+    for scale in ("best", "smoke"):
+        with pytest.raises(Refused) as told:
+            Chapter("lth", scale=scale).scale("fig4")
+        text = str(told.value)
+        assert "\n" not in text
+        assert f"fig4 needs 2 of {len(runs)} runs that are not stored" in text
+        assert "about 1 core minutes" in text
+        command = re.search("lottery run .*?(?= trains)", text)[0]
+        words = shlex.split(command)[2:]
+        given = typer.main.get_command(cli.app).commands["run"].make_context("run", words).params
+        assert (given["paper"], given["items"], given["scale"]) == ("lth", ["fig4"], "smoke")
+    assert told.value._render_traceback_() == [text]
+
+
+def test_without_any_run_the_time_is_unknown():
+    with pytest.raises(Refused, match="time unknown"):
+        Chapter("lth").frame("fig3")
+
+
+def test_an_exploration_has_no_verdicts_and_other_words(commit):
+    commit(lth.runs(None, "smoke"))
+    chapter = Chapter("lth", scale="smoke", lr=0.01)
+    assert chapter.exploration
+    assert chapter.scorecard() is None
+    with pytest.raises(Refused, match="recompute='missing'"):
+        chapter.scale("fig3")
+    assert not Chapter("lth", scale="smoke", lr=None, trials=None).exploration
+
+
+def test_the_scorecard_is_that_of_the_store(commit):
+    commit(lth.runs(None, "smoke"))
+    card = Chapter("lth").scorecard()
+    assert {"schema", "rows", "totals"} == card.keys()
+    assert {row["paper"] for row in card["rows"]} == {"lth"}
+
+
+def test_a_frame_has_one_row_for_each_network_of_the_item(commit):
+    commit(lth.runs(None, "smoke"))
+    chapter = Chapter("lth")
+    frame = chapter.frame("fig4")
+    assert list(frame.columns[:2]) == ["arm", "point"]
+    assert {"key", "seed", "level", "density", "early_stop_test_acc", "last_test_acc", "stale"} <= set(frame.columns)
+    assert sorted(frame["key"]) == sorted(r.key for r in lth.runs("fig4", "smoke"))
+    cells = list(zip(frame["arm"], frame["point"], strict=True))
+    assert cells == [("imp", 0), ("imp", 1), ("imp", 2), ("imp", 3), ("reinit", 3), ("oneshot", 0.825)]
+    assert frame["level"].tolist() == [0, 1, 2, 3, 3, 1]
+    commit(lth.runs("fig4", "laptop"))
+    assert set(Chapter("lth").frame("fig4")["iterations"]) == {30}
+    assert set(Chapter("lth").frame("fig4", "smoke")["iterations"]) == {20}
+
+
+def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
+    commit([*lth.runs(None, "smoke"), *lth.runs("fig4", "paper")[:2]])
+    device = Store("../results/ours").get(lth.runs("fig4", "smoke")[0])["device"]
+    paper = lth.setting("paper")
+    monkeypatch.setitem(lth.SETTINGS, "paper", replace(paper, trials=5, one_shot=(0.825, 0.95)))
+    assert Chapter("lth").badge("fig4").split(" · ") == [
+        "net, data: the paper’s",  # as far as the presets of these tests go
+        "training: 50 % of the paper's steps",
+        "trials 1 of 5",
+        f"device {device}",
+        f"{len(lth.GUESSED)} settings guessed",
+        "cells 6 of 7",
+        f"2 of {len(lth.runs('fig4', 'paper'))} runs at scale paper",
+    ]
+    monkeypatch.setitem(lth.SETTINGS, "paper", replace(paper, base=replace(paper.base, dataset="mnist")))
+    chapter = Chapter("lth")
+    assert not chapter.stands_beside_paper("fig4")
+    parts = chapter.badge("fig4").split(" · ")
+    assert parts[0] == "net, data: stand-in (lenet_300_100, digits)"
+    assert parts[1] == "training: 20 iterations"
+
+
+# What is trained, and where it goes -----------------------------------------------------------------------------------
+
+
+def test_missing_runs_are_trained_into_the_readers_own_folder(commit, clone, tmp_path):
+    runs = lth.runs(None, "smoke")
+    before = commit(runs[:3])
+    chapter = Chapter("lth", scale="smoke", recompute="missing")
+    assert chapter.scale("fig4") == "smoke"
+    assert tree(clone / "results") == before
+    assert set(Store(tmp_path / "mine").rows()) == {r.key for r in runs[3:]}
+    assert len(chapter.frame("fig4")) == len(lth.runs("fig4", "smoke"))
+
+
+def test_all_trains_everything_anew_in_a_folder_of_its_own(commit, clone, tmp_path):
+    before = commit(lth.runs(None, "smoke"))
+    chapter = Chapter("lth", scale="smoke", recompute="all", results_dir=tmp_path / "other", **TINY)
+    assert tree(clone / "results") == before
+    assert not (tmp_path / "mine").exists()
+    [anew] = (tmp_path / "other").iterdir()
+    assert chapter.store.dir == anew
+    at = lth.override(lth.setting("smoke"), **TINY)
+    assert set(Store(anew).rows()) == {r.key for r in lth.runs(None, at)}
+    assert chapter.exploration
+    for item in lth.ITEMS:
+        assert chapter.scale(item) == "smoke"
+        assert len(chapter.frame(item)) == len(lth.runs(item, at)) > 0
+        assert "20 iterations" in chapter.badge(item) or "of the paper's steps" in chapter.badge(item)
+
+
+def test_what_a_reader_trained_is_shown_beside_what_is_committed(commit, clone):
+    commit(lth.runs(None, "smoke"))
+    chapter = Chapter("lth", scale="smoke", recompute="missing", lr=0.01, **TINY)
+    assert len(chapter.frame("fig3")) == 1  # the dense network: a single round has no level 3
+    again = Chapter("lth", scale="smoke", lr=0.01, **TINY)
+    assert again.frame("fig3")["key"].tolist() == chapter.frame("fig3")["key"].tolist()
+
+
+def test_a_budget_leaves_the_rest_missing(commit):
+    commit(lth.runs(None, "laptop"))  # from which the pace is known
+    chapter = Chapter("lth", scale="smoke", recompute="missing", budget_minutes=1e-9, lr=0.5)
+    with pytest.raises(Refused, match="runs that are not stored"):
+        chapter.scale("fig4")
+
+
+def test_never_trains_and_never_writes(commit, clone, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
+    before = commit(lth.runs(None, "smoke"))
+    chapter = Chapter("lth")
+    for item in lth.ITEMS:
+        chapter.frame(item), chapter.badge(item)
+    assert tree(clone / "results") == before
+    assert not (tmp_path / "mine").exists()
+
+
+def test_without_a_clone_a_reader_has_results_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chapter = Chapter("lth", scale="smoke", recompute="missing", **TINY)
+    assert chapter.scale("fig12") == "smoke"
+    assert chapter.store.dir == tmp_path / "mine"
+
+
+def test_one_stored_accuracy_half_a_point_higher_turns_the_figure_red(commit, clone, capsys):
+    commit(lth.runs(None, "smoke"))
+    [shard] = (clone / "results/ours").glob("*.parquet")
+    assert Chapter("lth").scale("fig4") == "smoke"
+    frame = pd.read_parquet(shard)
+    victim = lth.runs("fig4", "smoke")[1].key
+    frame.loc[frame["key"] == victim, "early_stop_test_acc"] += 0.005
+    frame.to_parquet(shard, index=False)
+    capsys.readouterr()
+    chapter = Chapter("lth")
+    with pytest.raises(Refused, match="fig4 needs 1 of"):
+        chapter.frame("fig4")
+    err = capsys.readouterr().err
+    assert victim in err
+    assert "early_stop_test_acc" in err
+
+
+# Bad parameters -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "scale": ["huge", "Smoke", 5, None, ["smoke"]],
+    "recompute": ["sometimes", True, None],
+    "device": ["tpu", 0, None],
+    "threads": [0, -1, "2", 1.5, None],
+    "budget_minutes": [0, -1, "soon"],
+    "trials": [0, -1, 2.5, "5", True],
+    "seed": [-1, 1.5, "0", True],
+    "model": ["lenet", 5],
+    "dataset": ["digit", 3],
+    "train_fraction": [0, -0.5, 1.5, "half"],
+    "iterations": [0, -5, 2.5, "20", True],
+    "batch_size": [0, 2.5, "60"],
+    "lr": [0, -1, float("nan"), "fast"],
+    "rate": [1, -0.1, float("nan"), "0.2"],
+    "rate_output": [1, -0.1, "0.1"],
+    "rounds": [0, -1, 2.5, "3", True],
+    "scope": ["all", 1],
+    "init": ["rest", 0],
+    "rewind_to": [-1, 10**6, 1.5, "5"],
+    "one_shot_densities": [0.5, [2], [0.0], [-0.1], ["0.1"], "0.1"],
+}
+
+
+def test_every_parameter_of_the_notebook_has_bad_values_here():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    [first] = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    names = [node.target.id for node in ast.parse("".join(first["source"])).body]
+    assert set(names) == BAD.keys() | {"results_dir"}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_value_is_one_line_before_any_training(tmp_path, monkeypatch, name, value):
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
+    for recompute in ("never", "missing"):
+        given = {"scale": "smoke", "recompute": recompute, name: value}
+        with pytest.raises(Refused) as told:
+            Chapter("lth", **given)
+        text = str(told.value)
+        assert "\n" not in text
+        assert name in text
+        assert str(value).strip("[]'") in text
+        assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("given", [{"init": "rewind"}, {"rewind_to": 5}])
+def test_rewinding_needs_both_of_its_parameters(given):
+    with pytest.raises(Refused, match=r"rewind_to .* they go together"):
+        Chapter("lth", scale="smoke", **given)
+
+
+def test_recomputing_needs_a_scale():
+    with pytest.raises(Refused, match="needs a scale: give one of paper, laptop, smoke"):
+        Chapter("lth", recompute="missing")
+
+
+def test_a_results_dir_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for recompute in ("never", "missing", "all"):
+        with pytest.raises(Refused, match=re.escape(str(tmp_path / "file"))):
+            Chapter("lth", scale="smoke", recompute=recompute, results_dir=tmp_path / "file")
+
+
+def test_what_only_the_data_can_tell_is_one_line_too():
+    """1,050 training images make no batch of 2,000: nothing is trained."""
+    with pytest.raises(Refused, match=r"^Invalid batch_size 2000: the training set has 1050 images\.$"):
+        Chapter("lth", scale="smoke", recompute="missing", batch_size=2000)
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def small_frame():
+    """Two trials; a reinitialised network with two draws in the first trial and one in the second."""
+    rows = [
+        ("imp", 0, 0, 0, 1.0, 0.90, 100),
+        ("imp", 0, 0, 1, 1.0, 0.94, 300),
+        ("imp", 3, 3, 0, 0.5, 0.96, 80),
+        ("imp", 3, 3, 1, 0.5, 0.92, 60),
+        ("reinit", 3, 3, 0, 0.5, 0.80, 200),
+        ("reinit", 3, 3, 0, 0.5, 0.84, 400),
+        ("reinit", 3, 3, 1, 0.5, 0.90, 500),
+        ("oneshot", 1, 0.825, 0, 0.176, 0.7, 10),
+        ("oneshot", 1, None, 0, 0.108, 0.6, 20),
+    ]
+    columns = ["arm", "level", "point", "seed", "density", "early_stop_test_acc", "early_stop_step"]
+    return pd.DataFrame(rows, columns=columns).assign(last_test_acc=0.5)
+
+
+def test_repeated_draws_of_a_trial_are_averaged_first():
+    table = figures.per_trial(small_frame(), "test_acc")
+    reinit = table[table["arm"] == "reinit"]
+    assert reinit["seed"].tolist() == [0, 1]
+    assert reinit["value"].tolist() == pytest.approx([82, 90])
+    assert reinit["density"].tolist() == [50, 50]
+    assert len(table) == 8
+
+
+def test_summary_by_hand():
+    table = figures.summary(small_frame(), "test_acc")
+    assert table[["arm", "level"]].to_numpy().tolist() == [
+        ["imp", 0], ["imp", 3], ["reinit", 3], ["oneshot", 1], ["oneshot", 1],
+    ]  # fmt: skip
+    assert table["mean"].tolist() == pytest.approx([92, 94, 86, 70, 60])
+    assert table["min"].tolist() == pytest.approx([90, 92, 82, 70, 60])
+    assert table["max"].tolist() == pytest.approx([94, 96, 90, 70, 60])
+    assert table["trials"].tolist() == [2, 2, 2, 1, 1]
+    assert table["density"].tolist() == pytest.approx([100, 50, 50, 17.6, 10.8])
+
+
+def test_iterations_and_other_readings_keep_their_unit():
+    steps = figures.summary(small_frame(), "step")
+    assert steps["mean"].tolist() == [200, 70, 400, 10, 20]
+    assert set(figures.summary(small_frame(), "test_acc", "last")["mean"]) == {50}
+
+
+def test_a_figure_draws_the_summary(tmp_path):
+    import matplotlib.pyplot as plt
+
+    fig, [ax, other] = figures.panels(2)
+    table = figures.by_density(ax, small_frame(), "test_acc")
+    pd.testing.assert_frame_equal(table, figures.summary(small_frame(), "test_acc"))
+    [line] = [c for c in ax.containers if c.get_label() == figures.ARMS["reinit"][0]]
+    assert line.lines[0].get_xydata().tolist() == [[50, pytest.approx(86)]]
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlim()[0] > ax.get_xlim()[1], "dense is on the left"
+    assert "%" in ax.get_xlabel()
+    assert "%" in ax.get_ylabel()
+    figures.printed(other, [51.3], [98.2], "paper", 0.1)
+    figures.badge(fig, "net, data: the paper’s · " * 9)
+    fig.savefig(tmp_path / "figure.png")
+    plt.close(fig)
+
+
+def test_learning_curves_are_means_over_trials():
+    import matplotlib.pyplot as plt
+
+    frame = small_frame().assign(step=[np.array([10, 20])] * 9)
+    frame["test_acc"] = [np.array([a - 0.1, a]) for a in frame["early_stop_test_acc"]]
+    fig, [ax] = figures.panels(1)
+    figures.over_training(ax, frame, "test_acc", [("imp", 0), ("reinit", 3)])
+    first, second = ax.get_lines()
+    assert first.get_xdata().tolist() == [10, 20]
+    assert first.get_ydata().tolist() == pytest.approx([82, 92])
+    assert second.get_ydata().tolist() == pytest.approx([100 * (0.7 + 0.74 + 0.8) / 3, 100 * (0.8 + 0.84 + 0.9) / 3])
+    assert (first.get_label(), second.get_label()) == ("100.0", "50.0 random reinit")
+    plt.close(fig)

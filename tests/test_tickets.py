@@ -1,0 +1,157 @@
+"""lottery.tickets: from the store and back from a file, bit for bit; what is no ticket is told in one line."""
+
+import concurrent.futures as futures
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lottery import data, experiments, models, tickets, training
+from lottery import masks as M
+from lottery.experiments import Store, lth
+
+SPARSE = {"fc1": 15_360, "fc2": 24_000, "fc3": 900}  # what one round keeps of 19,200, 30,000 and 1,000 weights
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The dense network and the first round of the digits' preset: 2 × 300 iterations."""
+    folder = tmp_path_factory.mktemp("stored")
+    [run] = lth.setting("smoke").imp(0, 1)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert experiments.run([run], pool, store=Store(folder), progress=False) == []
+    return folder
+
+
+@pytest.fixture
+def ticket(stored):
+    return tickets.level(1, seed=0, store=Store(stored))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_ticket_of_the_store_is_the_initialisation_and_the_mask(ticket, stored):
+    theta_0 = M.state(models.create("lenet_300_100", seed=0, in_shape=(1, 8, 8)))
+    assert equal(ticket.theta, theta_0)
+    assert {name: int(m.sum()) for name, m in ticket.masks.items()} == SPARSE
+    assert ticket.density == pytest.approx(sum(SPARSE.values()) / 50_200)
+    [run] = lth.setting("smoke").imp(0, 1)
+    assert ticket.spec == run.spec()
+    weights = load_file(Store(stored).artifact(run.parent.key))
+    for name, m in ticket.masks.items():
+        size = weights[f"{name}.weight"].abs()
+        assert size[m].min() >= size[~m].max()
+
+
+def test_the_dense_network_is_the_ticket_of_level_0(stored):
+    ticket = tickets.level(0, store=Store(stored), scale="smoke")
+    assert ticket.density == 1
+    assert all(m.all() for m in ticket.masks.values())
+
+
+def test_from_a_file_it_is_bitwise_the_same(ticket, tmp_path):
+    path = tmp_path / "ticket.safetensors"
+    tickets.save(ticket, path)
+    back = tickets.load(path)
+    assert equal(back.theta, ticket.theta)
+    assert equal(back.masks, ticket.masks)
+    assert back.spec == ticket.spec
+    assert back.density == ticket.density
+    assert tickets.load(str(path)).spec == ticket.spec
+
+
+def test_a_model_trains_and_keeps_its_density(ticket):
+    model, digits = ticket.model(), data.load("digits")
+    assert equal(M.state(model), ticket.theta)
+    assert equal(M.read(model), ticket.masks)
+    history = training.fit(model, digits, training.Recipe(iterations=60, eval_every=30))
+    assert history.last.test_acc > 0.8
+    assert M.density(model) == ticket.density
+    for name, layer in M.prunable(model).items():
+        assert not layer.weight[~ticket.masks[name]].any()
+    assert equal(M.state(ticket.model()), ticket.theta), "training one model must leave the ticket"
+
+
+def test_drawing_a_ticket_leaves_torchs_random_state(stored):
+    before = torch.get_rng_state()
+    tickets.level(1, store=Store(stored)).model()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_not_stored_is_told_in_one_line(stored):
+    for options, text in (
+        ({"level": 2}, "No run of level 2, seed 0 is stored at paper or laptop or smoke: see lottery status."),
+        ({"level": 1, "seed": 3}, "No run of level 1, seed 3 is stored at "),
+        ({"level": -1}, "No run of level -1, "),
+        ({"level": 99}, "No run of level 99, "),
+        ({"level": 1, "scale": "paper"}, "No run of level 1, seed 0 is stored at paper: "),
+        ({"level": 1, "scale": "huge"}, "Unknown scale 'huge': choose one of paper, laptop, smoke."),
+        ({"level": 1, "seed": "a"}, "Invalid seed 'a': give a whole number from 0."),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}") as told:
+            tickets.level(**options, store=Store(stored))
+        assert "\n" not in str(told.value)
+
+
+def test_another_initialisation_than_the_one_that_trained_is_refused(stored, tmp_path):
+    [run] = lth.setting("smoke").imp(0, 1)
+    row = dict(Store(stored).get(run))
+    certificate = json.loads(row["certificate"])
+    row["certificate"] = json.dumps({**certificate, "theta0": "0" * 64}, sort_keys=True)
+    Store(tmp_path).put(row)
+    with pytest.raises(ValueError, match=f"draws another θ₀ from seed 0 than the one that trained run {run.key}"):
+        tickets.level(1, store=Store(tmp_path))
+
+
+def test_no_file_is_told_in_one_line(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^No ticket at {re.escape(str(path))}\\.$"):
+            tickets.load(path)
+
+
+SPEC = lth.setting("smoke").base.spec()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {"other": "x"}, {"spec": "no json"}, {"spec": "{}"}, {"spec": "5"}, {"spec": json.dumps(SPEC)}],
+)
+def test_safetensors_that_are_no_ticket_are_told_in_one_line(tmp_path, metadata):
+    path = tmp_path / "weights.safetensors"
+    save_file({"theta/fc1.weight": torch.zeros(300, 64)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no ticket: give a file that .*save wrote\\.$"):
+        tickets.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\xff" * 500])
+def test_any_other_file_is_told_in_one_line(tmp_path, content):
+    path = tmp_path / "ticket.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no ticket: "):
+        tickets.load(path)
+
+
+def test_a_truncated_ticket_is_told_in_one_line(ticket, tmp_path):
+    path = tmp_path / "ticket.safetensors"
+    tickets.save(ticket, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is no ticket"):
+        tickets.load(path)
+
+
+def test_a_ticket_of_a_network_with_convolutions(tmp_path):
+    model = M.attach(models.create("conv2", seed=3, in_shape=(1, 8, 8)))
+    generator = torch.Generator().manual_seed(1)
+    masks = {name: torch.rand(m.shape, generator=generator) < 0.3 for name, m in M.read(model).items()}
+    run = replace(lth.setting("smoke").base, model="conv2", seed=3)
+    ticket = tickets.Ticket(M.state(model), masks, run.spec())
+    tickets.save(ticket, tmp_path / "conv.safetensors")
+    back = tickets.load(tmp_path / "conv.safetensors")
+    assert equal(back.theta, ticket.theta)
+    assert equal(back.masks, masks)
+    assert M.density(back.model()) == pytest.approx(M.density(masks))
