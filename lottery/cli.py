@@ -55,10 +55,11 @@ def run(
     seconds = None if budget is None else _seconds(budget)
     _check_device(device, threads)
     before = len(experiments.load(runs, store))
-    left = experiments.run(runs, budget=seconds, store=store, device=device, threads=threads)
-    typer.echo(
-        f"{len(runs)} runs: {before} were stored, {len(runs) - before - len(left)} trained now, {len(left)} left."
-    )
+    try:
+        experiments.run(runs, budget=seconds, store=store, device=device, threads=threads)
+    finally:
+        after = len(experiments.load(runs, store))
+        typer.echo(f"{len(runs)} runs: {before} were stored, {after - before} trained now, {len(runs) - after} left.")
 
 
 @app.command()

@@ -87,6 +87,7 @@ class Reading:
     val_loss: float
     val_acc: float
     test_acc: float
+    train_loss: float
     train_acc: float
     correct: np.ndarray
 
@@ -236,6 +237,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
         history.early_stop = reading(model, data, batch.normalise, best_step)
         M.restore(model, final)
     history.last = reading(model, data, batch.normalise, done)
+    if not math.isfinite(history.last.train_loss):  # the last step was one too many
+        history.status = "diverged"
     model.train(was_training)
     if history.status == "finished":  # a weight that is not finite is not zero under any mask
         _assert_sparse(model, masks)
@@ -256,8 +259,9 @@ def reading(model, data, normalise, step):
     """Everything at one reading point, of the model as it is now."""
     val_loss, val_correct = evaluate(model, data.valid, normalise)
     correct = evaluate(model, data.test, normalise)[1]
-    train_acc = _accuracy(evaluate(model, data.train, normalise)[1])
-    return Reading(step, val_loss, _accuracy(val_correct), _accuracy(correct), train_acc, correct.numpy())
+    train_loss, train_correct = evaluate(model, data.train, normalise)
+    accuracies = [_accuracy(part) for part in (val_correct, correct, train_correct)]
+    return Reading(step, val_loss, *accuracies[:2], train_loss, accuracies[2], correct.numpy())
 
 
 def _accuracy(correct):

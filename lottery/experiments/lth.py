@@ -220,6 +220,6 @@ def override(at, **given):
     run = dataclasses.replace(at.base, **base, recipe=dataclasses.replace(at.base.recipe, **recipe))
     if "rounds" in given:
         given["control_rounds"] = tuple(r for r in at.control_rounds if r <= given["rounds"])
-    if "one_shot_densities" in given:
-        given["one_shot"] = tuple(at.one_shot_rate(d) for d in given.pop("one_shot_densities"))
-    return dataclasses.replace(at, base=run, **given)
+    densities = given.pop("one_shot_densities", None)
+    at = dataclasses.replace(at, base=run, **given)
+    return dataclasses.replace(at, one_shot=tuple(map(at.one_shot_rate, densities))) if densities else at

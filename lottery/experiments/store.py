@@ -85,7 +85,7 @@ class Store:
         row = self.rows().get(run.key)
         if row:
             stored, wanted = json.loads(row["spec"]), run.spec()
-            stored, wanted = ({**spec, **spec.pop("recipe")} for spec in (stored, wanted))
+            stored, wanted = ({**spec.pop("recipe"), **spec} for spec in (stored, wanted))
             for name in (name for name in stored if name in wanted and stored[name] != wanted[name]):
                 raise ValueError(
                     f"Run {run.key} is stored with {name} = {stored[name]!r}, not {wanted[name]!r}: "
