@@ -1,0 +1,244 @@
+"""The chapter as a reader runs it: papermill with other parameters, with bad ones, and on altered results.
+
+Every notebook runs in a copy of the clone's layout, in the environment that `make book` gives it.
+"""
+
+import importlib.util
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lottery.experiments import Store, lth
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("rebuild", ROOT / "book/rebuild.py")
+rebuild = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(rebuild)
+
+COMMITTED = nbformat.read(ROOT / "notebooks/lth.ipynb", as_version=4)
+TRAINED = {"scale": "smoke", "recompute": "missing"}
+EXPLORATIONS = {
+    "half-of-the-weights": TRAINED | {"rounds": 3, "trials": 1, "iterations": 60, "rate": 0.5},
+    "rewinding": TRAINED
+    | {"init": "rewind", "rewind_to": 10, "iterations": 60, "rounds": 3, "trials": 1, "seed": 5, "scope": "global"},
+}
+BAD = {
+    "rate": TRAINED | {"rate": 1.5},
+    "scope": TRAINED | {"scope": "everywhere"},
+    "dataset": TRAINED | {"dataset": "mnst"},
+}
+# One number of each figure that draws printed points, and one of the table of claims: the label of the figure or
+# section; file, start of the line, what becomes of the number.
+REPORTED = {
+    "fig-lth-4": ("lth.csv", "Figure 4,a/early stop,lenet/imp vs dense,21.1,", ",-38,", ",-48,"),
+    "fig-lth-12": ("lth.csv", 'Figure 4,b/train accuracy/last,"lenet, all curves",5,', ",100,", ",90,"),
+    "fig-lth-14": ("lth.csv", 'Figure 14,"test accuracy, reading point not stated",lenet/imp,', ",98.3,", ",97.3,"),
+    "lth-claims": ("lth_claims.csv", "lth-fig4-accuracy-13,", ",5,0.3,paper", ",5,0.4,paper"),
+}
+pytestmark = pytest.mark.slow
+
+
+@dataclass(repr=False)
+class Executed:
+    """One run of papermill: the notebook without the cell of its parameters, the clone, and where new runs went."""
+
+    notebook: nbformat.NotebookNode
+    code: int
+    seconds: float
+    clone: Path
+    results: Path
+
+    def outputs(self, kind):
+        return [output for cell in self.notebook.cells for output in cell.get("outputs", []) if kind(output)]
+
+    def completed(self):
+        """Itself, in normal form; fails with the error, or with what was written to stderr."""
+        assert [f"{e.ename}: {e.evalue}" for e in self.outputs(is_error)] == []
+        assert self.code == 0
+        rebuild.normalise(self.notebook)
+        return self
+
+    @property
+    def text(self):
+        """All that its cells printed."""
+        return "".join(output.text for output in self.outputs(lambda output: output.output_type == "stream"))
+
+
+def is_picture(output):
+    return "image/png" in output.get("data", {})
+
+
+def is_error(output):
+    return output.output_type == "error"
+
+
+def clone(folder, ours=True):
+    """The layout of a clone with copies of the results; `ours` as committed, or absent."""
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "lottery").symlink_to(ROOT / "lottery")
+    shutil.copytree(ROOT / "results/reported", folder / "results/reported")
+    if ours:
+        (folder / "results/ours").mkdir()
+        for path in (ROOT / "results/ours").glob("*.parquet"):
+            shutil.copy(path, folder / "results/ours")
+    return folder
+
+
+def papermill(clone, results, **parameters):
+    """Execute the chapter in a clone. With no parameters the notebook has the cells that are committed."""
+    copy = results.parent / f"{results.name}.ipynb"
+    options = ["--cwd", clone / "notebooks", "--kernel", "python3", "--no-progress-bar", "--log-level", "CRITICAL"]
+    if parameters:
+        options += ["--parameters_yaml", json.dumps(parameters | {"results_dir": str(results)})]
+    environment = rebuild.private_environment() | {"LOTTERY_RESULTS": str(results), "OMP_NUM_THREADS": "1"}
+    started = time.perf_counter()
+    code = subprocess.run(
+        [sys.executable, "-m", "papermill", ROOT / "notebooks/lth.ipynb", copy, *options],
+        env=environment, capture_output=True,
+    ).returncode  # fmt: skip
+    notebook = nbformat.read(copy, as_version=4)
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    return Executed(notebook, code, time.perf_counter() - started, clone, results)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Also makes matplotlib's cache of fonts, whose message must not land in a notebook."""
+    subprocess.run([sys.executable, "-c", "import matplotlib.font_manager"], env=rebuild.private_environment())
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def anew(folder):
+    """All runs trained again in a clone without any; alone, since it is timed."""
+    return papermill(clone(folder / "bare", ours=False), folder / "anew", scale="smoke", recompute="all")
+
+
+@pytest.fixture(scope="module")
+def others(folder, anew):
+    """Futures of all other executions, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = {name: (anew.clone, given) for name, given in (EXPLORATIONS | BAD).items()}
+        runs |= {"damaged": (damaged(folder), {}), "reported": (other_reported(folder), {})}
+        yield {name: pool.submit(papermill, at, folder / name, **given) for name, (at, given) in runs.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+def damaged(folder):
+    """A clone in which one stored test accuracy, of a network that Figure 4 shows, is 0.5 points higher."""
+    stored = Store(ROOT / "results/ours").rows()
+    choices = [{r.key for r in lth.runs("fig4", scale)} for scale in lth.SCALES]
+    shown = next(keys for keys in choices if keys <= stored.keys())
+    found = clone(folder / "damaged-clone")
+    for path in (found / "results/ours").glob("*.parquet"):
+        table = pq.read_table(path)
+        hit = [key == min(shown) for key in table["key"].to_pylist()]
+        values = [v + 0.005 * h for v, h in zip(table["last_test_acc"].to_pylist(), hit, strict=True)]
+        at = table.schema.get_field_index("last_test_acc")
+        pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values)), path)
+    return found
+
+
+def other_reported(folder):
+    """A clone in which numbers that the paper printed are others."""
+    found = clone(folder / "reported-clone")
+    for name, start, old, new in REPORTED.values():
+        path = found / "results/reported" / name
+        lines = path.read_text().splitlines(keepends=True)
+        [number] = [i for i, line in enumerate(lines) if line.startswith(start)]
+        assert old in lines[number]
+        lines[number] = lines[number].replace(old, new)
+        path.write_text("".join(lines))
+    return found
+
+
+# From nothing
+
+
+def test_smoke_from_nothing_fills_every_figure(anew, capsys):
+    with capsys.disabled():
+        print(f" [scale smoke from nothing: {anew.seconds:.0f} s] ", end="")
+    cells = anew.completed().notebook.cells
+    for number, (old, new) in enumerate(zip(COMMITTED.cells, cells, strict=True), start=1):
+        assert any(map(is_picture, old.get("outputs", []))) == any(map(is_picture, new.get("outputs", []))), number
+    assert len(anew.outputs(is_picture)) >= len(lth.ITEMS)
+
+
+def test_smoke_from_nothing_shows_what_it_trained(anew):
+    [line] = [line for line in anew.text.splitlines() if line.startswith("scale ")]
+    assert line == f"scale smoke: {', '.join(lth.ITEMS)}"
+    assert not (anew.clone / "results/ours").exists()
+    [store] = anew.results.iterdir()
+    assert set(Store(store).rows()) == {r.key for r in lth.runs(None, "smoke")}
+
+
+# Other parameters
+
+
+@pytest.mark.parametrize("name", EXPLORATIONS)
+def test_an_exploration_completes_without_verdict(name, others):
+    run, given = others[name].result().completed(), EXPLORATIONS[name]
+    assert run.text.count("exploration: no verdict") == 2  # the summary and the table of claims
+    assert len(run.outputs(is_picture)) == sum(any(map(is_picture, c.get("outputs", []))) for c in COMMITTED.cells)
+    rows = Store(run.results).rows().values()
+    assert {row["seed"] for row in rows} == {given.get("seed", 0)}
+    assert {row["iterations"] for row in rows} == {given["iterations"]}
+    assert max(row["level"] for row in rows) == given["rounds"]
+    assert not (run.clone / "results/ours").exists()
+
+
+# Bad parameters
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_parameter_is_one_line_and_trains_nothing(name, others):
+    run = others[name].result()
+    assert run.code != 0
+    [error] = run.outputs(is_error)
+    setup = next(cell for cell in run.notebook.cells if "Chapter(" in cell.source)
+    assert error in setup.outputs
+    [line] = "\n".join(error.traceback).splitlines()
+    assert name in line
+    assert str(BAD[name][name]) in line
+    assert not run.results.exists()
+
+
+# Altered results
+
+
+def test_a_stored_accuracy_that_was_changed_stops_the_chapter(others):
+    run = others["damaged"].result()
+    assert run.code != 0
+    assert run.outputs(is_error)
+    assert "last_test_acc is" in run.text
+    assert "its test images give" in run.text
+
+
+@pytest.mark.parametrize("name", REPORTED)
+def test_a_reported_number_that_was_changed_is_found(name, others):
+    run = others["reported"].result().completed()
+    _, found = rebuild.compare(COMMITTED, run.notebook)
+    assert set(found) & set(belonging(name)), f"a number of {name} changed and no checked cell after it did"
+
+
+def belonging(name):
+    """Numbers of the code cells that follow a picture, or the label of a section, up to the next text."""
+    cells = COMMITTED.cells
+    [start] = [
+        i
+        for i, cell in enumerate(cells)
+        if cell.source.startswith(f"({name})=") or cell.metadata.get("mystnb", {}).get("figure", {}).get("name") == name
+    ]
+    after = itertools.takewhile(lambda i: cells[i].cell_type == "code", range(start + 1, len(cells)))
+    return [i + 1 for i in after]
