@@ -1,0 +1,324 @@
+"""Continuous Sparsification. Savarese, Silva & Maire, NeurIPS 2020, arXiv 1912.04427v4.
+
+(The body of the paper was out of reach: the steps follow its summaries and the authors' code.)
+
+Find weights w and a binary mask m = H(s) of few ones, H(s) = 1 for s > 0, by annealing a soft mask, without sampling:
+
+    min over w, s of  L(f(·; σ(βs) ⊙ w)) + λ ‖σ(βs)‖₁,   β from 1 to β_T = 200; β → ∞ gives H(s).
+
+1. s ← s0 everywhere, β ← 1. s0 is the sparsity knob: lower s0, fewer weights.
+2. Train w and s together for T steps while β rises exponentially (`temperature`).
+3. Between rounds w stays, s ← min(β_T s, s0), β ← 1 (`restart`): what was removed keeps its mask value σ(β_T s)
+   and stays removed, what was kept starts again from s0. Go to 2.
+4. After the last round: the mask H(s), with w rewound to iteration k (ticket) or as it is (pruning), is trained alone.
+
+Switches where paper and code disagree:
+    restart rule: "as-described" is step 3; "code" is what the authors' driver runs, which sets β to 1 *before* that
+        step, so that s ← min(s, s0) and removed weights come back almost fully.
+    scale: the code multiplies every mask, soft, hard and in the penalty, by c = 1/σ(s0), so that training starts as the
+        dense network; True by default and not in the paper's formulas.
+    temperature: per epoch β_T^(e/(E−1)) (code) or per iteration β_T^(t/T) (paper).
+
+Differs from the authors' code in:
+    the layers: any Linear or Conv weight (`layers=`); theirs are the convolutions without the shortcuts;
+    the density: always the mean of H(s); they count soft masks that underflow to exactly 0;
+    one epoch: refused by the per-epoch schedule; they divide by zero.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lottery import masks as M
+
+VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
+
+
+class Gate(nn.Module):
+    """The parametrization w ↦ c·σ(βs) ⊙ w with c = 1/σ(s0), or c = 1 with `scale=False`.
+
+    Parameter `s`: shape, dtype and device of `weight`, starts at s0. Buffer `beta`: scalar, the inverse temperature,
+    starts at 1; written in place, so that a compiled model sees it change.
+    """
+
+    def __init__(self, weight, s0=0.0, scale=True):
+        super().__init__()
+        self.s = nn.Parameter(torch.empty_like(weight))
+        self.register_buffer("beta", weight.new_ones(()))
+        self.reset(s0, scale)
+
+    @torch.no_grad()
+    def reset(self, s0, scale=True):
+        """s ← s0 and β ← 1, in place."""
+        if not abs(s0) <= 80:
+            raise ValueError(f"Invalid s0 {s0}: give a number near 0, at most 80 in size; lower keeps fewer weights.")
+        self.s0, self.scale, self.c = s0, scale, 1 + math.exp(-s0) if scale else 1.0
+        self.s.fill_(s0)
+        self.beta.fill_(1.0)
+
+    def mask(self):
+        """The soft mask c·σ(βs), entries in (0, c), of the weight's shape; carries the gradient to s."""
+        return torch.sigmoid(self.beta * self.s) * self.c
+
+    def forward(self, weight):
+        return weight * self.mask()
+
+    def right_inverse(self, weight):
+        return weight
+
+
+class Scale(nn.Module):
+    """The parametrization w ↦ c·w that stays on a ticket: its retraining sees the c of the search."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+
+    def forward(self, weight):
+        return weight * self.c
+
+    def right_inverse(self, weight):
+        return weight
+
+
+class Level(NamedTuple):
+    """What one round found; tensors and numbers only, so that a process can send it. `ticket` makes a network of it."""
+
+    s0: float
+    round: int  # from 1
+    masks: dict[str, torch.Tensor]
+    density: float  # of the masks, over the gated layers; 0.0 when nothing is kept
+    theta: dict[str, torch.Tensor]  # `masks.state` of the network to start from: of iteration k, or as trained
+    scale: bool
+
+
+def attach(model, s0=0.0, layers=None, scale=True):
+    """Put a gate on the model's weights, in place; on a layer that has one, s ← s0 and β ← 1.
+
+    Args:
+        s0: where every s starts, |s0| <= 80.
+        layers: names of the layers to gate, the denominator of all densities; default: all of `masks.prunable(model)`.
+        scale: multiply the masks by 1/σ(s0).
+
+    Attach before the optimiser is built, and build it from `param_groups`: an older one never moves s.
+
+    Raises ValueError: s0 out of range, a name that is no prunable layer, a weight under another parametrization.
+    """
+    found = M.prunable(model)
+    names = list(found) if layers is None else list(layers)
+    if not names:
+        raise ValueError("Nothing prunable: there is no Linear or Conv layer to put a gate on.")
+    M._check_names(names, found, "layers", "model", complete=False)
+    for name in names:
+        if parametrize.is_parametrized(found[name], "weight") and not _gate(found[name]):
+            raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
+    for name in names:
+        weight = M._original(found[name])
+        if gate := _gate(found[name]):
+            gate.reset(s0, scale)
+            continue
+        gate = Gate(weight, s0, scale)
+        for module in list(model.modules()):  # tied layers share one tensor, hence one gate
+            if M._original(module) is weight:
+                parametrize.register_parametrization(module, "weight", gate)
+    return model
+
+
+def penalty(model):
+    """‖mask‖₁ = Σ c·σ(βs) over all gates, a scalar with gradient to s: the penalty without λ (the code's 1e-8)."""
+    return sum(gate.mask().sum() for gate in _gates(model))
+
+
+def set_beta(model, beta):
+    """Write the inverse temperature 0 < β < ∞ into every gate, in place."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"Invalid beta {beta}: give a finite inverse temperature above 0.")
+    for gate in _gates(model):
+        gate.beta.fill_(beta)
+
+
+def temperature(t, iterations, epoch=None, final=200.0):
+    """β of the step that follows `t` finished ones of a round of `iterations`, from 1 to `final`.
+
+    Args:
+        epoch: iterations per epoch: β is constant within an epoch, final^(e/(E−1)) in epoch e of E (the authors' code;
+            an incomplete last epoch counts). None: final^(t/T) per iteration, which reaches `final` at t = T.
+
+    Raises ValueError: t outside the round, fewer than two epochs, final below 1.
+    """
+    if not 0 <= t <= iterations or iterations < 1:
+        raise ValueError(f"Invalid t {t}: give finished iterations of the round, 0 <= t <= {iterations}.")
+    if not 1 <= final < math.inf:
+        raise ValueError(f"Invalid final {final}: give the last inverse temperature, at least 1.")
+    if epoch is None:
+        return final ** (t / iterations)
+    if not 1 <= epoch < iterations:
+        raise ValueError(
+            f"Invalid epoch {epoch}: beta needs two epochs to rise in, of {iterations} iterations together."
+        )
+    last = math.ceil(iterations / epoch) - 1
+    return final ** (min(t // epoch, last) / last)
+
+
+def param_groups(model, recipe):
+    """Two groups for the optimiser: s without weight decay, all other trainable parameters with the recipe's.
+
+    Both have the recipe's learning rate and momentum, as in the authors' code. (Decay would pull s to the threshold 0.)
+    """
+    s = {id(gate.s) for gate in _gates(model)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trainable if id(p) not in s], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trainable if id(p) in s], "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def restart(model, rule="as-described"):
+    """Between rounds: s ← min(βs, s0) ("as-described") or min(s, s0) ("code"), then β ← 1; w stays. In place.
+
+    β is the one on the gates: the last of the round. With s0 = 0 every kept s is then exactly 0, so that H(s) means
+    nothing until the next round has been trained.
+    """
+    _check_rule(rule)
+    for gate in _gates(model):
+        s = gate.beta * gate.s if rule == "as-described" else gate.s
+        gate.s.copy_(s.clamp(max=gate.s0))
+        gate.beta.fill_(1.0)
+
+
+def read(model):
+    """The hard masks H(s) as they stand, `{layer: BoolTensor}`, True where s > 0; the gates stay on the model."""
+    s = {name: _gate(layer).s.detach() for name, layer in _gated(model).items()}
+    for name in s:
+        if torch.isnan(s[name]).any():
+            raise ValueError(f"NaN in s of layer {name!r}: the search diverged; lower the learning rate.")
+    return {name: s[name] > 0 for name in s}
+
+
+def harden(model):
+    """Replace the gates by their hard masks H(s), in place, and return these: `lottery.masks` masks from now on.
+
+    The effective weight becomes c·H(s) ⊙ w; the parameters w are the same objects with the same values.
+    """
+    masks = read(model)
+    _replace(model, masks)
+    return masks
+
+
+def search(
+    model,
+    train: Callable,
+    s0: float = 0.0,
+    rounds: int = 1,
+    rule: str = "as-described",
+    rewind_to: int | None = 0,
+    layers=None,
+    scale: bool = True,
+) -> Iterator[Level]:
+    """The ticket search, round by round; the authors' CIFAR-10 default is 3 rounds of 85 epochs, rewinding to epoch 2.
+
+    Args:
+        model: initialised; gated and trained in place.
+        train: `train(model, start, stop)` trains w and s in place from iteration `start` of a round to `stop` (None:
+            to its end), with `penalty` in the loss and `set_beta` along the way, up to β_T at the end. Momentum carries
+            over between the calls, as in the authors' code, if `train` keeps its optimiser.
+        s0, layers, scale: as in `attach`; rule: as in `restart`.
+        rewind_to: k, in iterations of the first round: tickets start from w_k. None: pruning, they start from the
+            trained w.
+
+    Yields a `Level` after each round, while the soft network is on the model.
+    """
+    if rounds < 1:
+        raise ValueError(f"Invalid rounds {rounds}: give a whole number from 1.")
+    if rewind_to is not None and rewind_to < 0:
+        raise ValueError(f"Invalid rewind_to {rewind_to}: give an iteration from 0, or None to keep the trained w.")
+    _check_rule(rule)
+    attach(model, s0, layers, scale)
+    if rewind_to:
+        train(model, 0, rewind_to)
+    theta_k = _weights(model)
+    for r in range(1, rounds + 1):
+        train(model, (rewind_to or 0) if r == 1 else 0, None)
+        m = read(model)
+        yield Level(s0, r, m, M.density(m), _weights(model) if rewind_to is None else theta_k, scale)
+        if r < rounds:
+            restart(model, rule)
+
+
+def sweep(model, train, s0s, executor=None, **options):
+    """One `search` from the same initial model for each s0, on copies; yields the levels in the order of `s0s`.
+
+    executor: any `concurrent.futures.Executor`; the searches run in parallel on it (with processes, `train` and the
+    model must pickle, so attach nothing before). Default: one after the other, lazily. options: of `search`.
+    """
+    run = map if executor is None else executor.map
+    for levels in run(functools.partial(_levels, model, train, options), s0s):
+        yield from levels
+
+
+def ticket(model, level):
+    """A copy of the model, gated or plain, as the level's ticket: weights `level.theta`, masks H(s) and the factor c.
+
+    Train it as any masked model; the authors run the whole schedule of a round again, without penalty.
+
+    Raises ValueError: the level keeps no weight.
+    """
+    if not level.density:
+        raise ValueError(f"Round {level.round} of s0 = {level.s0} keeps no weight: raise s0.")
+    net = attach(copy.deepcopy(model), level.s0, level.masks, level.scale)
+    _replace(net, level.masks)
+    return M.restore(net, level.theta)
+
+
+def _levels(model, train, options, s0):
+    return list(search(copy.deepcopy(model), train, s0, **options))
+
+
+def _replace(model, masks):
+    """Masks, and the factor c, where the gates were; swapped within, since a deepcopy shares the class that
+    `remove_parametrizations` takes the weight's property from."""
+    new = {id(_gate(layer)): M.Mask(masks[name], like=layer.weight) for name, layer in _gated(model).items()}
+    for module in model.modules():
+        if gate := _gate(module):
+            chain = module.parametrizations.weight
+            chain[list(chain).index(gate)] = new[id(gate)]
+            if gate.scale:
+                chain.append(Scale(gate.c))
+
+
+def _weights(model):
+    """`masks.state` without s and β."""
+    gates = {id(t) for gate in _gates(model) for t in (gate.s, gate.beta)}
+    return {name: t.detach().clone() for name, t in M._tensors(model).items() if id(t) not in gates}
+
+
+def _check_rule(rule):
+    if rule not in ("as-described", "code"):
+        raise ValueError(f"Invalid rule {rule!r}: give 'as-described' or 'code'.")
+
+
+def _gates(model):
+    """All gates of the model, each once."""
+    if gates := [module for module in model.modules() if isinstance(module, Gate)]:
+        return gates
+    raise ValueError("No gates on the model: call lottery.cs.attach(model, s0) first.")
+
+
+def _gated(model):
+    """The prunable layers with a gate: `{layer: module}`."""
+    _gates(model)
+    return {name: layer for name, layer in M.prunable(model).items() if _gate(layer)}
+
+
+def _gate(module):
+    """The Gate on a layer's weight, or None."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return next((p for p in module.parametrizations.weight if isinstance(p, Gate)), None)
