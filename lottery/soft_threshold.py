@@ -1,0 +1,350 @@
+"""Soft Threshold weight Reparameterization (STR). Kusupati et al., ICML 2020, arXiv 2002.03231.
+
+Every layer l trains its weights W_l and a threshold parameter s_l together, by plain SGD from scratch:
+
+1. The layer computes with S_g(W, s) = sign(W) · relu(|W| − α), α = g(s), in the place of W. g = sigmoid for weights,
+   exp for the inner dimension of a low-rank product. No mask, no straight-through estimator, no schedule, no target.
+2. s starts far below 0 (−3200 for a ResNet-50), where α is zero: the network starts dense.
+3. Weight decay λ acts on s as on W. It pulls s up towards 0 and so raises α; where the data need a weight, the
+   gradient dL/ds = −g′(s) · Σ over |W| > α of dL/dS · sign(W) pushes s back.
+4. Until s reaches about −10, the onset of pruning, that gradient is zero and all layers share one trajectory,
+   s_t = s_init · exp(−λ · Σ lr / (1 − momentum)). s_init says when pruning starts, λ when and how hard.
+5. The densities of the layers at the end, the budget, are learnt: a random outcome of (λ, s_init) and the training.
+
+At the kinks autograd's conventions hold, as in the authors' code: |W| = α and W = 0 count as pruned and pass no
+gradient, neither to W nor to s. A pruned weight moves by its decay and momentum only.
+
+Differs from the authors' code in:
+    g: theirs runs with sigmoid only, any other choice fails at the first forward; exp is the paper's;
+    granularity: theirs has one s per layer, of shape (1, 1); global, per filter and per weight thresholds are the
+        paper's remarks, without an experiment. A threshold of one number is a scalar tensor here;
+    the classifier: theirs is a 1x1 convolution without bias; any Linear or Conv layer will do here;
+    `param_groups`: theirs also splits off the parameters with "bn" in their names, which matters only where their
+        decay is switched off; decay on W, biases, batch norms and s is one λ, in their models and here;
+    the density: theirs rounds each layer's count down; the count is exact here.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lottery import masks as M
+
+VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
+
+G = {"sigmoid": torch.sigmoid, "exp": torch.exp}
+GRANULARITIES = ("layer", "global", "filter", "weight")
+ONSET = -10.0  # sigmoid(−10) = exp(−10) = 4.5e-5: below, no weight is pruned to speak of
+
+
+class SoftThreshold(nn.Module):
+    """The parametrization w ↦ sign(w) · relu(|w| − g(s)), with trainable `s`.
+
+    s_init: a number, or a tensor that broadcasts with the weight. g: "sigmoid" | "exp".
+
+    s is left unclamped and g without an epsilon: that g is exactly 0 far left (float32: s below about −89), where
+    the weights pass bit for bit, is relied upon.
+    """
+
+    def __init__(self, s_init, g="sigmoid"):
+        super().__init__()
+        if g not in G:
+            raise ValueError(f"Invalid g {g!r}: give 'sigmoid' or 'exp'.")
+        s = s_init.detach().clone() if isinstance(s_init, torch.Tensor) else torch.tensor(float(s_init))
+        if not s.isfinite().all():
+            bad = s[~s.isfinite()][0].item()
+            raise ValueError(f"Invalid s_init {bad}: give a finite number, far below 0 for a dense start.")
+        self.g, self.s = g, nn.Parameter(s)
+
+    def forward(self, weight):
+        return torch.sign(weight) * torch.relu(torch.abs(weight) - self.threshold())
+
+    def threshold(self):
+        """α = g(s), of the shape of s."""
+        return G[self.g](self.s)
+
+
+def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
+    """Put soft thresholds on the model, in place. Build the optimiser afterwards: it has to hold s.
+
+    Args:
+        s_init: where every s starts; −3200 or −12800 in the paper's models. Near 0 (from −5 or so) it prunes at once.
+        g: "sigmoid" | "exp".
+        granularity: "layer" one s per weight tensor (the paper), "global" one for all, "filter" one per output unit,
+            s of shape [C_out, 1, …], "weight" one per weight.
+        layers: names of the layers to threshold; default: all prunable ones, as in the paper.
+
+    Called again with the same kind it sets s back to `s_init` in place, and never stacks. Returns the model.
+
+    Raises ValueError: an argument out of its range, an unknown layer, nothing prunable, half-precision weights, a
+    layer that carries a threshold of another kind.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"Invalid granularity {granularity!r}: give {', '.join(map(repr, GRANULARITIES))}.")
+    every = M.prunable(model)
+    layers = list(every) if layers is None else list(layers)
+    if not layers:
+        raise ValueError("Nothing prunable: the model has no Linear or Conv layer, or `layers` is empty.")
+    M._check_names(layers, every, "layers", "model", complete=False)
+    like = {name: M._original(every[name]) for name in layers}
+    for name, weight in like.items():
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"Invalid dtype {weight.dtype} of layer {name!r}: thresholds need float32 or float64 weights; "
+                "for bfloat16 use torch.autocast."
+            )
+    new = {n: SoftThreshold(torch.full(_shape(w, granularity), float(s_init)).to(w), g) for n, w in like.items()}
+
+    on = {name: p for name in layers if (p := _threshold(every[name]))}
+    uses = Counter(id(p) for module in every.values() if (p := _threshold(module)))
+    shared = next(iter(on.values()), next(iter(new.values())))
+    for name, p in on.items():
+        sharing = p is shared if granularity == "global" else uses[id(p)] == 1
+        if p.g != g or p.s.shape != new[name].s.shape or not sharing:
+            raise ValueError(f"Layer {name!r} carries a soft threshold of another kind: lottery.masks.bake it first.")
+    for name, weight in like.items():
+        if name in on:
+            nn.init.constant_(on[name].s, s_init)
+        else:
+            p = shared if granularity == "global" else new[name]
+            for module in list(model.modules()):  # tied layers share one tensor, hence one threshold
+                if M._original(module) is weight:
+                    parametrize.register_parametrization(module, "weight", p)
+    return model
+
+
+def _shape(weight, granularity):
+    if granularity == "weight":
+        return weight.shape
+    return (len(weight), *[1] * (weight.dim() - 1)) if granularity == "filter" else ()
+
+
+def _threshold(module):
+    """The SoftThreshold on a layer's weight, or None."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    return next((p for p in module.parametrizations.weight if isinstance(p, SoftThreshold)), None)
+
+
+def thresholds(model):
+    """α = g(s) of the layers that carry a threshold, detached: `{layer: tensor}`, a scalar or of the shape of s."""
+    return {n: p.threshold().detach() for n, module in M.prunable(model).items() if (p := _threshold(module))}
+
+
+def param_groups(model, recipe):
+    """Two groups for `training.fit`: everything else, and every s once; both with the recipe's weight decay.
+
+    Decay on s is what prunes. Without it (1-d parameters left out of decay, as many scripts do) s stays where it
+    starts; with Adam, s of size 3200 moves by lr a step and never arrives. The paper's optimiser is SGD.
+
+    Raises ValueError: no threshold on the model.
+    """
+    s = {id(m.s) for m in model.modules() if isinstance(m, SoftThreshold)}
+    if not s:
+        raise ValueError("No soft threshold on the model: call lottery.soft_threshold.attach before building groups.")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    rest, s = [p for p in trainable if id(p) not in s], [p for p in trainable if id(p) in s]
+    return [{"params": params, "weight_decay": recipe.weight_decay} for params in (rest, s)]
+
+
+def read(model):
+    """Where the effective weight is not zero: `{layer: BoolTensor}` of every prunable layer, thresholded or not."""
+    return {name: module.weight.detach() != 0 for name, module in M.prunable(model).items()}
+
+
+def budgets(model):
+    """The learnt density of every prunable layer, `{layer: float}`: to be given to `masks.top_k` as it is.
+
+    top_k then keeps exactly as many weights of every layer. Reads baked models as well.
+
+    Raises ValueError: a layer of which nothing is left.
+    """
+    found = {name: mask.count_nonzero().item() / mask.numel() for name, mask in read(model).items()}
+    if gone := [name for name, density in found.items() if not density]:
+        raise ValueError(f"Layer collapse: no weight is left in {', '.join(gone)}; lower the weight decay or s_init.")
+    return found
+
+
+def decay_path(s_init, recipe):
+    """The closed form of s under decay alone, valid until the onset: float64 [iterations + 1], from s_0 = s_init.
+
+    s_t = s_init · exp(−Λ_t), Λ_t = λ · Σ_{i<t} lr_i / (1 − momentum). Exact as λ · lr / (1 − momentum)² goes to 0.
+
+    Args:
+        recipe: anything with the `lr_at(t)`, `iterations`, `optimizer`, `momentum`, `weight_decay` of a `Recipe`.
+
+    Raises ValueError: an optimiser other than SGD, s_init not below 0.
+    """
+    return s_init * np.exp(-recipe.weight_decay * _pull(s_init, recipe))
+
+
+def onset(s_init, recipe, s=ONSET):
+    """Number of iterations after which s first is at or above `s` by the closed form; None: not in this training."""
+    (reached,) = np.nonzero(decay_path(s_init, recipe) >= s)
+    return int(reached[0]) if len(reached) else None
+
+
+def decay_for(s_init, recipe, share=0.3, s=ONSET):
+    """The λ with which s arrives at `s` after `share` of the recipe's iterations: where `reach` may start.
+
+    The paper's 90 % ResNet-50 has its onset after 28 % of the training. A λ taken from another training length does
+    nothing: what counts is λ · Σ lr / (1 − momentum).
+
+    Raises ValueError: a share outside (0, 1], s_init not below `s`, learning rates that sum to zero, as `decay_path`.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"Invalid share {share}: give a share of the training, 0 < share <= 1.")
+    if not s_init < s < 0:
+        raise ValueError(f"Invalid s_init {s_init}: give a number below s = {s}, which is below 0.")
+    pull = _pull(s_init, recipe)[max(1, round(share * recipe.iterations))]
+    if not pull > 0:
+        raise ValueError(f"Invalid share {share}: the learning rates until there sum to zero.")
+    return float(math.log(s_init / s) / pull)
+
+
+def _pull(s_init, recipe):
+    """Λ_t / λ for t = 0 … iterations."""
+    if recipe.optimizer != "sgd":
+        raise ValueError(f"Invalid optimizer {recipe.optimizer!r}: the closed form is that of SGD, give 'sgd'.")
+    if not -math.inf < s_init < 0:
+        raise ValueError(f"Invalid s_init {s_init}: give a finite number below 0.")
+    lr = [recipe.lr_at(t) for t in range(recipe.iterations)]
+    return np.cumsum([0.0, *lr]) / (1 - recipe.momentum)
+
+
+class Trial(NamedTuple):
+    """One training of a search; density is NaN where a weight was not finite."""
+
+    weight_decay: float
+    s_init: float
+    density: float
+
+
+@dataclass
+class Reach:
+    """What `reach` tried, in order, and whether it arrived. `model` is what `train` returned in the best trial."""
+
+    density: float
+    tolerance: float
+    trials: list[Trial] = field(default_factory=list)
+    model: object = None
+
+    @property
+    def best(self):
+        """The trial nearest to the target, or None."""
+        usable = [trial for trial in self.trials if not math.isnan(trial.density)]
+        return min(usable, key=lambda trial: abs(trial.density - self.density), default=None)
+
+    @property
+    def found(self):
+        """Whether the best trial is within the tolerance."""
+        return self.best is not None and abs(self.best.density - self.density) <= self.tolerance
+
+    def __str__(self):
+        what = f"density {self.density:g} ± {self.tolerance:g} in {len(self.trials)} trials"
+        if self.found:
+            head = f"Reached {what}: weight_decay={self.best.weight_decay:.6g}, s_init={self.best.s_init:.6g}."
+        elif self.best:
+            head = f"Not reached: {what}; nearest {self.best.density:.4g}. Allow more trials, or go on there."
+        else:
+            head = f"Not reached: {what}; every training diverged. Lower weight_decay or the learning rate."
+        rows = [f"{t.weight_decay:>14.6g} {t.s_init:>12.6g} {t.density:>10.5f}" for t in self.trials]
+        return "\n".join([head, f"{'weight_decay':>14} {'s_init':>12} {'density':>10}", *rows])
+
+
+def reach(density, train, weight_decay, s_init=-3200.0, tolerance=0.005, trials=12, report=None):
+    """Search λ, then s_init, for a density: how to get to 90 %. There is no knob for it, so this trains.
+
+    Density falls with λ and, at one λ, with a smaller |s_init|. λ is doubled or halved until two values enclose the
+    target, then interpolated (log density over log λ); where two λ less than 5 % apart still enclose it, |s_init|,
+    on whose logarithm the onset depends, is the fine knob at the lower one. Density also depends on seed and epochs:
+    search with the training that is going to be used.
+
+    Args:
+        density: fraction of the prunable weights to keep, 0 < density < 1 (0.1 for 90 % sparsity).
+        train: `train(weight_decay, s_init)` trains a fresh model with thresholds from the beginning and returns it, or
+            its density as a number. It must apply the decay to s: see `param_groups`.
+        weight_decay, s_init: the first trial; `decay_for` proposes a weight decay.
+        tolerance: largest |density − target| to be satisfied with.
+        trials: largest number of trainings.
+        report: called with every `Trial` as it ends, e.g. `print`.
+
+    Returns a `Reach`, also when the target was not reached; `print` shows it. An exception of `train` passes through,
+    with what had been tried as a note.
+
+    Raises ValueError: an argument out of its range, before any training; `train` returns something else.
+    """
+    for name, value, ok, rule in (
+        ("density", density, 0 < density < 1, "a fraction of weights to keep, 0 < density < 1"),
+        ("weight_decay", weight_decay, 0 < weight_decay < math.inf, "a finite number above 0"),
+        ("s_init", s_init, -math.inf < s_init < 0, "a finite number below 0"),
+        ("tolerance", tolerance, 0 <= tolerance < 1, "a difference in density, 0 <= tolerance < 1"),
+        ("trials", trials, isinstance(trials, int) and trials >= 1, "a whole number from 1"),
+    ):
+        if not ok:
+            raise ValueError(f"Invalid {name} {value}: give {rule}.")
+    result, points, y = Reach(density, tolerance), _points(weight_decay, s_init), None
+    while len(result.trials) < trials and not result.found:
+        try:
+            point = points.send(y)
+        except StopIteration:  # both brackets have closed without a density inside the tolerance
+            break
+        try:
+            trained = train(*point)
+        except Exception as error:
+            error.add_note(str(result))
+            raise
+        trial = Trial(*point, _density(trained))
+        result.trials.append(trial)
+        if result.best is trial:
+            result.model = trained
+        if report:
+            report(trial)
+        y = math.log(trial.density / density) if trial.density > 0 else -math.inf  # diverged: λ was too high
+    return result
+
+
+def _density(trained):
+    if isinstance(trained, nn.Module):
+        weights = [module.weight.detach() for module in M.prunable(trained).values()]
+        if not all(w.isfinite().all() for w in weights):
+            return math.nan
+        return sum(w.count_nonzero().item() for w in weights) / sum(w.numel() for w in weights)
+    try:
+        trained = float(trained)
+    except (TypeError, ValueError):
+        trained = math.inf
+    if trained < 0 or trained > 1:
+        raise ValueError("Invalid result of train: return the trained model, or its density as a number from 0 to 1.")
+    return trained
+
+
+def _points(weight_decay, s_init):
+    """(λ, s_init) to try, one after the other; is sent log(density / target) of each."""
+    x, y = yield from _line(lambda x: (weight_decay * math.exp(x), s_init), 0.0, None, math.log(1.05))
+    yield from _line(lambda z: (weight_decay * math.exp(x), s_init * math.exp(-z)), math.log(2), (0.0, y), 1e-3)
+
+
+def _line(point, x, low, width):
+    """Enclose y = 0 of a falling y(x), then regula falsi (Illinois), until the bracket is narrow; gives its low end."""
+    high, step, last = None, math.log(2), None
+    while low is None or high is None or high[0] - low[0] > width:
+        y = yield point(x)
+        if y > 0:
+            low, high = (x, y), high and (high[0], high[1] / 2 if last == "low" else high[1])
+            last = "low"
+        else:
+            high, low = (x, y), low and (low[0], low[1] / 2 if last == "high" else low[1])
+            last = "high"
+        if low and high:  # the share of the bracket to go: a secant, kept off the ends; a half where nothing was left
+            share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9) if high[1] > -math.inf else 0.5
+            x = low[0] + share * (high[0] - low[0])
+        else:
+            x, step = x + (step if y > 0 else -step), 1.5 * step
+    return low
