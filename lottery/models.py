@@ -3,9 +3,19 @@
 Figure 2 of Frankle & Carbin (ICLR 2019, arXiv 1803.03635): LeNet-300-100 for MNIST and the VGG-like Conv-2, Conv-4 and
 Conv-6 for CIFAR-10, all with ReLU, Gaussian Glorot initialisation and no batch norm. The paper does not say how biases
 start; the authors' code uses zeros, and so do we. "Same" padding, also unsaid, is what its weight counts imply.
+
+Networks with batch norm, whose convolutions have no bias:
+
+* ResNet-8, -20 and -32 for CIFAR (He et al. 2016, 6n + 2 layers), VGG-16 and -19 with one fully connected layer: LTH,
+  CS, GraSP. What LTH and CS call "Resnet-18" is ResNet-20. GraSP's ResNet-32 has doubled widths, `width=32`.
+* ResNet-18, ResNet-50 and MobileNetV1 for ImageNet as STR counts them (Kusupati et al., ICML 2020, arXiv 2002.03231):
+  the classifier is a 1x1 convolution without bias, and ResNet-50 strides in its 3x3 convolutions. Layers have the names
+  in STR's published budgets. For images below 64 pixels the first convolution does not stride (in the ResNets it is 3x3
+  then) and there is no max-pool.
 """
 
 from collections import OrderedDict
+from functools import partial
 from itertools import pairwise
 from math import prod
 
@@ -33,36 +43,146 @@ def conv6(in_shape=(3, 32, 32), classes=10):
     return _conv([64, 128, 256], in_shape, classes)
 
 
-MODELS = {f.__name__: f for f in (lenet_300_100, conv2, conv4, conv6)}
+def resnet8(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
+    """One block of two 3x3 convolutions per stage, widths 16, 32, 64."""
+    return _cifar_resnet(1, in_shape, classes, width, shortcut)
 
 
-def create(name, seed=None, **options):
-    """Build lenet_300_100, conv2, conv4 or conv6: float [B, C, H, W] -> logits [B, classes].
+def resnet20(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
+    """Three blocks per stage: 267,696 weights in 3x3 convolutions, 2,560 in shortcuts, 640 in the classifier."""
+    return _cifar_resnet(3, in_shape, classes, width, shortcut)
 
-    seed: weights are drawn from a generator of their own, so the same seed gives the same weights bit for bit and
-    torch's random state stays as it was; None draws from torch's random state.
-    options: in_shape=(C, H, W), default (1, 28, 28) for LeNet and (3, 32, 32) for the others; classes=10.
 
-    Weighted layers are called conv1, conv2, ..., fc1, fc2, fc3, in the order of the forward pass.
+def resnet32(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
+    """Five blocks per stage; at GraSP's `width=32` 1,855,584 weights on CIFAR-10."""
+    return _cifar_resnet(5, in_shape, classes, width, shortcut)
+
+
+def vgg16(in_shape=(3, 32, 32), classes=10):
+    """Thirteen 3x3 convolutions and a classifier: 14,715,584 weights on CIFAR-10."""
+    return _vgg([2, 2, 3, 3, 3], in_shape, classes)
+
+
+def vgg19(in_shape=(3, 32, 32), classes=10):
+    """Sixteen 3x3 convolutions and a classifier: 20,024,000 weights on CIFAR-10."""
+    return _vgg([2, 2, 4, 4, 4], in_shape, classes)
+
+
+def resnet18(in_shape=(3, 224, 224), classes=1000):
+    """Two blocks of two 3x3 convolutions in each of four stages: 11,678,912 weights on ImageNet."""
+    return _imagenet_resnet("resnet18", in_shape, classes)
+
+
+def resnet50(in_shape=(3, 224, 224), classes=1000):
+    """Sixteen bottlenecks in four stages: 25,502,912 weights on ImageNet."""
+    return _imagenet_resnet("resnet50", in_shape, classes)
+
+
+def mobilenetv1(in_shape=(3, 224, 224), classes=1000):
+    """A convolution, thirteen depthwise-separable ones (Howard et al. 2017), a classifier: 4,209,088 weights."""
+    widths = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+    stages, c_in = [_conv_bn(in_shape[0], 32, 3, stride=1 if _small(in_shape) else 2)], 32
+    for c_out, stride in widths:
+        stages.append(nn.Sequential(*_conv_bn(c_in, c_in, 3, stride, groups=c_in), *_conv_bn(c_in, c_out, 1)))
+        c_in = c_out
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": Classifier(c_in, classes)}
+    return nn.Sequential(OrderedDict(model=nn.Sequential(*stages), **head))
+
+
+class Classifier(nn.Conv2d):
+    """STR's output layer: fully connected, written as a 1x1 convolution without bias. [B, C] -> [B, classes]."""
+
+    def __init__(self, features, classes):
+        super().__init__(features, classes, 1, bias=False)
+
+    def forward(self, x):
+        return super().forward(x[..., None, None]).flatten(1)
+
+
+MODELS = {
+    f.__name__: f
+    for f in (
+        lenet_300_100, conv2, conv4, conv6, resnet8, resnet20, resnet32, vgg16, vgg19, resnet18, resnet50, mobilenetv1
+    )
+}  # fmt: skip
+STR_INITS = {"resnet18": "kaiming fan_in", "resnet50": "kaiming fan_in", "mobilenetv1": "pytorch"}
+
+
+def create(name, seed=None, init=None, **options):
+    """Build a network: float [B, C, H, W] -> logits [B, classes].
+
+    Args:
+        name: lenet_300_100, conv2, conv4, conv6, resnet8, resnet20, resnet32, vgg16, vgg19, resnet18, resnet50 or
+            mobilenetv1.
+        seed: weights are drawn from a generator of their own, so the same seed gives the same weights bit for bit and
+            torch's random state stays as it was; None draws from torch's random state.
+        init: the distribution of the weights; biases start at 0, batch norm at scale 1 and shift 0.
+            "glorot": N(0, 2 / (fan_in + fan_out)); LTH and the code of CS. The default but for STR's networks.
+            "kaiming fan_in": N(0, 2 / fan_in); STR's ResNets, and their default.
+            "kaiming fan_out": N(0, 2 / fan_out) for convolutions, N(0, 0.01²) for Linear layers; GraSP.
+            "pytorch": uniform in ±1 / √fan_in, what a new PyTorch layer has, and N(0, 2 / fan_in) for STR's classifier;
+            STR's MobileNetV1, and its default.
+        in_shape: (C, H, W); default (1, 28, 28) for LeNet, (3, 224, 224) for STR's networks, else (3, 32, 32).
+        classes: default 1000 for STR's networks, else 10.
+        width: filters of the first stage of resnet8, resnet20 and resnet32; default 16.
+        shortcut: where widths change in resnet8, resnet20 and resnet32 there is a 1x1 convolution, followed by batch
+            norm ("batch norm", the default: LTH, GraSP) or alone ("plain": the code of CS).
+
+    Modules are in the order of the forward pass. The weighted layers of LeNet, Conv and VGG are called conv1, conv2,
+    ..., fc1, fc2, fc3 (VGG: fc), those of the ResNets as in torchvision.
+
+    Raises ValueError: an unknown name or init, an in_shape that is too small, a number below 1.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}.")
     if not _whole(*options.get("in_shape", (1, 1, 1)), n=3):
         raise ValueError(f"Invalid in_shape {options['in_shape']}: give (channels, height, width), all at least 1.")
-    if not _whole(options.get("classes", 1), n=1):
-        raise ValueError(f"Invalid classes {options['classes']}: give a whole number, at least 1.")
+    for option in {"classes", "width"} & options.keys():
+        if not _whole(options[option], n=1):
+            raise ValueError(f"Invalid {option} {options[option]}: give a whole number, at least 1.")
+    init = init or STR_INITS.get(name, "glorot")
+    if init not in INITS:  # before a large network is built
+        raise ValueError(f"Invalid init {init!r}: choose one of {', '.join(INITS)}.")
     with torch.random.fork_rng(devices=[]):  # no random numbers are spent on PyTorch's own initialisation
         model = MODELS[name](**options)
-    glorot(model, None if seed is None else torch.Generator().manual_seed(seed))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            INITS[init](module, generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return model
 
 
-def glorot(model, generator=None):
-    """Draw every weight from N(0, 2 / (fan_in + fan_out)), in module order, and set every bias to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_normal_(module.weight, generator=generator)
-            nn.init.zeros_(module.bias)
+def _glorot(layer, generator):
+    nn.init.xavier_normal_(layer.weight, generator=generator)
+
+
+def _kaiming(layer, generator, mode):
+    nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu", generator=generator)
+
+
+def _grasp(layer, generator):
+    if isinstance(layer, nn.Linear):
+        nn.init.normal_(layer.weight, std=0.01, generator=generator)
+    else:
+        _kaiming(layer, generator, "fan_out")
+
+
+def _pytorch(layer, generator):
+    if isinstance(layer, Classifier):
+        _kaiming(layer, generator, "fan_in")
+    else:
+        bound = prod(layer.weight.shape[1:]) ** -0.5
+        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+
+
+INITS = {
+    "glorot": _glorot,
+    "kaiming fan_in": partial(_kaiming, mode="fan_in"),
+    "kaiming fan_out": _grasp,
+    "pytorch": _pytorch,
+}
 
 
 def _whole(*numbers, n):
@@ -93,3 +213,68 @@ def _conv(widths, in_shape, classes):
         layers[f"pool{i}"] = nn.MaxPool2d(2)
     features = channels * (height // shrink) * (width // shrink)
     return nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), **_dense(features, 256, 256, classes)))
+
+
+def _vgg(repeats, in_shape, classes):
+    """Groups of 3x3 convolutions of 64, 128, 256, 512, 512 filters; max-pool between groups, average-pool after all."""
+    channels, height, width = in_shape
+    if min(height, width) < 16:
+        raise ValueError(f"Invalid in_shape {in_shape}: 4 poolings need at least 16x16 pixels.")
+    layers, i = {}, 0
+    for n, repeat in zip([64, 128, 256, 512, 512], repeats, strict=True):
+        if i:
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+        for _ in range(repeat):
+            i += 1
+            conv, bn, relu = _conv_bn(channels, n, 3)
+            layers |= {f"conv{i}": conv, f"bn{i}": bn, f"relu{i}": relu}
+            channels = n
+    return nn.Sequential(OrderedDict(**layers, **_linear_head(channels, classes)))
+
+
+def _cifar_resnet(blocks, in_shape, classes, width, shortcut):
+    """A 3x3 convolution, three stages of basic blocks of width, 2·width, 4·width filters, average-pool, classifier."""
+    from torchvision.models.resnet import BasicBlock
+
+    if shortcut not in ("batch norm", "plain"):
+        raise ValueError(f"Invalid shortcut {shortcut!r}: give 'batch norm' or 'plain'.")
+    conv, bn, relu = _conv_bn(in_shape[0], width, 3)
+    layers = {"conv1": conv, "bn1": bn, "relu": relu}
+    c_in = width
+    for stage, c_out in enumerate([width, 2 * width, 4 * width], start=1):
+        down = None
+        if c_out != c_in:
+            conv, bn, _ = _conv_bn(c_in, c_out, 1, stride=2)
+            down = nn.Sequential(conv, bn) if shortcut == "batch norm" else nn.Sequential(conv)
+        first = BasicBlock(c_in, c_out, stride=2 if down else 1, downsample=down)
+        layers[f"layer{stage}"] = nn.Sequential(first, *(BasicBlock(c_out, c_out) for _ in range(blocks - 1)))
+        c_in = c_out
+    return nn.Sequential(OrderedDict(**layers, **_linear_head(c_in, classes)))
+
+
+def _imagenet_resnet(name, in_shape, classes):
+    """torchvision's network with STR's classifier; small images get 3x3 stride 1 instead of 7x7 stride 2 and pool."""
+    from torchvision.models import resnet
+
+    model = getattr(resnet, name)()
+    if _small(in_shape):
+        model.conv1 = nn.Conv2d(in_shape[0], 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    elif in_shape[0] != 3:
+        model.conv1 = nn.Conv2d(in_shape[0], 64, 7, stride=2, padding=3, bias=False)
+    model.fc = Classifier(model.fc.in_features, classes)
+    return model
+
+
+def _conv_bn(c_in, c_out, size, stride=1, groups=1):
+    """Convolution without bias, batch norm, ReLU."""
+    conv = nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+def _linear_head(features, classes):
+    return {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(features, classes)}
+
+
+def _small(in_shape):
+    return min(in_shape[1:]) < 64

@@ -1,7 +1,10 @@
-"""lottery.models against the paper's table: weight counts, layer order, Glorot initialisation, seeds."""
+"""lottery.models against the papers: weight and parameter counts, layers in order, initialisations, seeds."""
 
+import csv
+import hashlib
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ WEIGHTS = {"lenet_300_100": 266_200, "conv2": 4_300_992, "conv4": 2_425_024, "co
 SHAPES = {"lenet_300_100": (1, 28, 28), "conv2": (3, 32, 32), "conv4": (3, 32, 32), "conv6": (3, 32, 32)}
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_weight_counts_are_the_papers(name):
     weights = {n: p.numel() for n, p in models.create(name).named_parameters() if n.endswith("weight")}
     assert sum(weights.values()) == WEIGHTS[name]
@@ -30,7 +33,7 @@ def test_tensors_of_lenet_and_conv6_one_by_one():
     assert dense == [(256, 4096), (256, 256), (10, 256)]
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_layer_names_are_in_forward_order(name):
     model, called = models.create(name), []
     for layer, module in masks.prunable(model).items():
@@ -66,7 +69,7 @@ def test_conv4_is_pairs_of_convolutions_with_a_pool_after_each():
     torch.testing.assert_close(model(x), h @ w["fc3.weight"].T + w["fc3.bias"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_initialisation_is_gaussian_glorot_with_zero_biases(name):
     for n, p in models.create(name, seed=0).named_parameters():
         if n.endswith("bias"):
@@ -106,11 +109,190 @@ def test_without_a_seed_the_global_generator_decides():
     assert torch.equal(a.fc1.weight, seeded.fc1.weight)  # the same stream, so nothing else was drawn from it
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_digits_fit_and_classes_can_differ(name):
     model = models.create(name, in_shape=(1, 8, 8), classes=7)
     assert model(torch.zeros(4, 1, 8, 8)).shape == (4, 7)
     assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+
+
+CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
+DEEP = [  # name, options, weights, all parameters, prunable layers: from the papers and their code
+    ("resnet20", {}, 270_896, 272_474, 22),  # LTH's "Resnet-18": 267,696 + 2,560 + 640, biases, batch norm
+    ("resnet20", {"shortcut": "plain"}, 270_896, 272_282, 22),  # CS: 267,696 + 2,560 + 650 + 1,376
+    ("resnet32", {"width": 32}, 1_855_584, None, 34),  # GraSP
+    ("resnet32", {"width": 32, "classes": 100}, 1_867_104, None, 34),
+    ("resnet32", {"width": 32, "classes": 200, "in_shape": (3, 64, 64)}, 1_879_904, None, 34),
+    ("vgg16", {}, 14_710_464 + 5_120, 14_724_042, 14),  # CS
+    ("vgg19", {}, 20_024_000, None, 17),  # LTH, GraSP
+    ("vgg19", {"classes": 100}, 20_070_080, None, 17),
+    ("vgg19", {"classes": 200, "in_shape": (3, 64, 64)}, 20_121_280, None, 17),
+    ("resnet18", {}, 11_678_912, None, 21),
+    ("resnet50", {}, 25_502_912, 25_556_032, 54),  # STR
+    ("mobilenetv1", {}, 4_209_088, 4_209_088 + 21_888, 28),
+    ("resnet18", {"in_shape": CIFAR, "classes": 10}, 11_164_352, None, 21),
+    ("resnet50", {"in_shape": CIFAR, "classes": 10}, 23_467_712, None, 54),
+    ("mobilenetv1", {"in_shape": CIFAR, "classes": 10}, 3_195_328, None, 28),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "weights", "parameters", "layers"), DEEP)
+def test_deep_networks_have_the_counts_of_the_papers(name, options, weights, parameters, layers):
+    with torch.device("meta"):
+        model = models.MODELS[name](**options)
+    prunable = masks.prunable(model)
+    assert sum(layer.weight.numel() for layer in prunable.values()) == weights
+    assert len(prunable) == layers
+    assert parameters in (None, sum(p.numel() for p in model.parameters()))
+    assert list(prunable)[-1] == "fc"
+    assert not any(layer.bias is not None for name, layer in prunable.items() if name != "fc")
+
+
+def test_resnet20_by_kind_of_layer():
+    model = models.create("resnet20")
+    n = {name: layer.weight.numel() for name, layer in masks.prunable(model).items()}
+    assert sum(v for name, v in n.items() if "downsample" in name) == 2_560
+    assert n["fc"] == 640
+    assert sum(n.values()) - 2_560 - 640 == 267_696
+    saved = sum(t.numel() for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked"))
+    assert saved - 10 == 274_032  # the 274K that LTH prints: with running statistics, without the classifier's biases
+
+
+def test_vgg19_layer_by_layer():
+    weights = [layer.weight.numel() for layer in masks.prunable(models.create("vgg19")).values()]
+    assert weights[:2] == [1_728, 36_864]
+    assert weights[-2:] == [2_359_296, 5_120]
+    assert sum(weights[:-1]) == 20_018_880
+
+
+def test_shortcuts_of_grasps_resnet32_are_layers_13_and_24():
+    layers = list(masks.prunable(models.create("resnet32", width=32)))
+    assert [i for i, name in enumerate(layers) if "downsample" in name] == [13, 24]
+    assert layers[33] == "fc"
+
+
+def test_resnet50_has_the_layers_of_strs_budgets():
+    path = Path(__file__).parents[1] / "results/reported/str_budgets.csv"
+    with path.open() as file:
+        rows = [row["layer"] for row in csv.DictReader(file) if row["budget"] == "90.23"]
+    assert list(masks.prunable(models.create("resnet50"))) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("resnet8", {}, CIFAR),
+        ("resnet20", {"shortcut": "plain"}, (1, 8, 8)),
+        ("resnet32", {"width": 32}, CIFAR),
+        ("vgg16", {}, CIFAR),
+        ("vgg19", {}, (3, 64, 64)),
+        ("resnet18", {}, CIFAR),
+        ("resnet18", {}, (1, 64, 64)),
+        ("resnet50", {}, (3, 64, 64)),
+        ("mobilenetv1", {}, CIFAR),
+        ("mobilenetv1", {}, (3, 64, 64)),
+    ],
+)
+def test_deep_networks_run_their_layers_in_order(name, options, shape):
+    model, called = models.create(name, seed=0, in_shape=shape, classes=7, **options), []
+    for layer, module in masks.prunable(model).items():
+        module.register_forward_hook(lambda *_, layer=layer: called.append(layer))
+    logits = model(torch.randn(2, *shape))
+    assert logits.shape == (2, 7)
+    assert called == list(masks.prunable(model))
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_feature_maps_of_the_last_convolution():
+    sizes = {}
+    for name, shape in [("resnet50", IMAGENET), ("resnet50", CIFAR), ("mobilenetv1", IMAGENET), ("mobilenetv1", CIFAR)]:
+        with torch.device("meta"):
+            model = models.MODELS[name](in_shape=shape)
+            *_, (_, last), _ = masks.prunable(model).items()
+            last.register_forward_hook(lambda m, i, o, key=(name, shape): sizes.update({key: o.shape[-1]}))
+            model.eval()(torch.empty(1, *shape))
+    assert list(sizes.values()) == [7, 4, 7, 2]
+
+
+def test_basic_block_from_its_definition():
+    model, x = models.create("resnet8", seed=0).double().eval(), torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    block, F = model.layer2[0], nn.functional
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_var, 0.5, 2)
+            nn.init.normal_(m.running_mean)
+            nn.init.normal_(m.weight)
+
+    def bn(h, m):
+        a = m.weight / (m.running_var + m.eps).sqrt()
+        return h * a[:, None, None] + (m.bias - m.running_mean * a)[:, None, None]
+
+    h = torch.relu(bn(F.conv2d(x, block.conv1.weight, stride=2, padding=1), block.bn1))
+    h = bn(F.conv2d(h, block.conv2.weight, padding=1), block.bn2)
+    shortcut = bn(F.conv2d(x, block.downsample[0].weight, stride=2), block.downsample[1])
+    torch.testing.assert_close(block(x), torch.relu(h + shortcut))
+
+
+SIGMA = {
+    "glorot": lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
+    "kaiming fan_in": lambda fan_in, fan_out: math.sqrt(2 / fan_in),
+    "kaiming fan_out": lambda fan_in, fan_out: math.sqrt(2 / fan_out),
+    "pytorch": lambda fan_in, fan_out: math.sqrt(1 / (3 * fan_in)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "used"),
+    [
+        ("resnet20", None, "glorot"),
+        ("resnet20", "kaiming fan_out", "kaiming fan_out"),
+        ("conv2", "kaiming fan_in", "kaiming fan_in"),
+        ("resnet18", None, "kaiming fan_in"),
+        ("mobilenetv1", None, "pytorch"),
+    ],
+)
+def test_initialisations(name, init, used):
+    model = models.create(name, seed=0, init=init)
+    for layer, module in masks.prunable(model).items():
+        w = module.weight.detach()
+        receptive = w[0, 0].numel()
+        sigma = SIGMA[used](receptive * w.shape[1], receptive * w.shape[0])
+        if layer == "fc" and used == "kaiming fan_out":
+            sigma = 0.01
+        if layer == "fc" and name == "mobilenetv1":
+            sigma = math.sqrt(2 / 1024)
+        elif used == "pytorch":
+            assert w.abs().max() <= math.sqrt(3) * sigma
+        assert abs(w.std() / sigma - 1) < 5 / math.sqrt(2 * w.numel()), layer
+        assert abs(w.mean() / sigma) < 5 / math.sqrt(w.numel()), layer
+        assert module.bias is None or not module.bias.any()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            assert (m.weight == 1).all()
+            assert not m.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("lenet_300_100", "946b9b7ccda77926"),
+        ("conv2", "addcc57c7d825e70"),
+        ("conv4", "3dc905777b630395"),
+        ("conv6", "4fe9a393c691ef4e"),
+    ],
+)
+def test_seed_3_gives_the_weights_that_it_always_gave(name, digest):
+    data = b"".join(p.detach().numpy().tobytes() for p in models.create(name, seed=3).parameters())
+    assert hashlib.sha256(data).hexdigest()[:16] == digest
+
+
+def test_deep_networks_leave_the_global_generator():
+    before = torch.get_rng_state()
+    a, b = models.create("resnet20", seed=1), models.create("resnet20", seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(a.layer3[2].conv2.weight, b.layer3[2].conv2.weight)
+    assert torch.equal(a.fc.weight, b.fc.weight)
 
 
 def test_odd_sizes_are_pooled_as_torch_pools():
@@ -120,12 +302,18 @@ def test_odd_sizes_are_pooled_as_torch_pools():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lenet", {}, "Unknown model 'lenet': choose one of lenet_300_100, conv2, conv4, conv6."),
+        ("lenet", {}, "Unknown model 'lenet': choose one of lenet_300_100, conv2, conv4, conv6, resnet8, "
+         "resnet20, resnet32, vgg16, vgg19, resnet18, resnet50, mobilenetv1."),
         ("conv6", {"in_shape": (1, 7, 8)}, "Invalid in_shape (1, 7, 8): 3 poolings need at least 8x8 pixels."),
         ("conv2", {"in_shape": (32, 32)}, "Invalid in_shape (32, 32): give (channels, height, width), all at least 1."),
         ("lenet_300_100", {"in_shape": (1, 0, 8)},
          "Invalid in_shape (1, 0, 8): give (channels, height, width), all at least 1."),
         ("conv2", {"classes": 0}, "Invalid classes 0: give a whole number, at least 1."),
+        ("vgg16", {"in_shape": (3, 15, 32)}, "Invalid in_shape (3, 15, 32): 4 poolings need at least 16x16 pixels."),
+        ("resnet8", {"width": 1.5}, "Invalid width 1.5: give a whole number, at least 1."),
+        ("resnet8", {"shortcut": "A"}, "Invalid shortcut 'A': give 'batch norm' or 'plain'."),
+        ("conv2", {"init": "he"},
+         "Invalid init 'he': choose one of glorot, kaiming fan_in, kaiming fan_out, pytorch."),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, options, message):
