@@ -49,11 +49,12 @@ def run(
 ):
     """Train what the store does not have yet of a paper's figures and tables. Interrupt and repeat at will."""
     from lottery import experiments
+    from lottery.experiments import engine
 
     module, at = _setting(paper, scale, trials)
     runs, store = module.runs(items, at), experiments.Store(results_dir)
     seconds = None if budget is None else _seconds(budget)
-    _check_device(device, threads)
+    engine.check(device, threads)
     before = len(experiments.load(runs, store))
     try:
         experiments.run(runs, budget=seconds, store=store, device=device, threads=threads)
@@ -138,12 +139,3 @@ def _seconds(text):
     if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)):
         raise ValueError(f"Invalid budget {text!r}: give a number and s, m or h, such as 20m.")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def _check_device(device, threads):
-    import torch
-
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"Invalid device {device!r}: give cpu, or cuda where a GPU is present.")
-    if threads < 1:
-        raise ValueError(f"Invalid threads {threads}: give a whole number from 1.")

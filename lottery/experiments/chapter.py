@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from lottery import experiments
+from lottery.experiments import engine
 from lottery.experiments.store import Store, load, now, root
 
 RECOMPUTE = ("never", "missing", "all")
@@ -49,19 +50,20 @@ class Chapter:
             raise Refused(f"Invalid recompute {recompute!r}: give one of {', '.join(RECOMPUTE)}.")
         if scale == "best" and recompute != "never":
             raise Refused(f"recompute={recompute!r} needs a scale: give one of {', '.join(self.module.SCALES)}.")
-        if budget_minutes is not None and budget_minutes <= 0:
-            raise Refused(f"Invalid budget_minutes {budget_minutes}: give minutes above 0, or None.")
+        if budget_minutes is not None and not (isinstance(budget_minutes, int | float) and budget_minutes > 0):
+            raise Refused(f"Invalid budget_minutes {budget_minutes!r}: give minutes above 0, or None.")
         try:
+            engine.check(device, threads)
             self.settings = {
                 name: self.module.override(self.module.setting(name), **parameters) for name in self.scales
             }
-        except (ValueError, TypeError) as error:
+            self.store = open_store(results_dir, anew=recompute == "all")
+            if recompute != "never":
+                runs = self.module.runs(None, self.settings[scale])
+                budget = budget_minutes and 60 * budget_minutes
+                experiments.run(runs, store=self.store, device=device, threads=threads, budget=budget, progress=False)
+        except (ValueError, TypeError, OSError) as error:
             raise Refused(error) from None
-        self.store = open_store(results_dir, anew=recompute == "all")
-        if recompute != "never":
-            runs = self.module.runs(None, self.settings[scale])
-            budget = budget_minutes and 60 * budget_minutes
-            experiments.run(runs, store=self.store, device=device, threads=threads, budget=budget, progress=False)
 
     def scale(self, item):
         """The highest scale for which every run of the item is stored. Raises Refused, with the command to run."""

@@ -35,6 +35,7 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
     then raised; a second one abandons them. A run that raises stops its own descendants only; the first such error is
     raised at the end.
     """
+    check(device, threads)
     runs, store = list(runs), store or Store()
     store.dir.mkdir(parents=True, exist_ok=True)
     todo = missing(runs, store)
@@ -81,6 +82,15 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
     if errors:
         raise errors[0]
     return missing(runs, store)
+
+
+def check(device, threads):
+    """Raises ValueError for a device that is not here or a number of threads that is none."""
+    here = device == "cpu" or (str(device).startswith("cuda") and torch.cuda.is_available())
+    if not here:
+        raise ValueError(f"Invalid device {device!r}: give cpu, or cuda where a GPU is present.")
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"Invalid threads {threads!r}: give a whole number from 1.")
 
 
 def missing(runs, store):

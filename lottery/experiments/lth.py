@@ -23,7 +23,8 @@ class Setting:
 
     base: the dense Run of the first trial. trials: seeds base.seed … base.seed + trials − 1. rounds: of IMP.
     control_rounds: rounds at which the controls run. draws: random reinitialisations per ticket; random_draws: random
-    sparse networks per trial. one_shot: fractions p to remove in one step (None: the IMP density of round 10).
+    sparse networks per trial. one_shot: fractions p to remove in one step (None: the IMP density of round 10, or of the
+    last one before).
     init: what the tickets of the "imp" arm start from; anything but "reset" is an exploration, not the paper.
     """
 
@@ -38,7 +39,7 @@ class Setting:
 
     def __post_init__(self):
         for name in ("trials", "rounds", "draws", "random_draws"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
         if any(p is not None and not 0 < p < 1 for p in self.one_shot):
             raise ValueError(f"Invalid one_shot {self.one_shot}: give fractions to remove, 0 < p < 1.")
@@ -79,7 +80,7 @@ class Setting:
     def oneshot(self, seed, p):
         """The dense network pruned once: fraction p of the hidden weights, p/2 of the output layer (appendix G.4)."""
         [dense] = self.dense(seed)
-        p = self.one_shot_rate(self.density(10)) if p is None else p
+        p = self.one_shot_rate(self.density(min(10, self.rounds))) if p is None else p
         return [dataclasses.replace(dense, recipe=self._off_trunk, parent=dense, rate=p, rate_output=p / 2)]
 
     def oneshot_reinit(self, seed, p):
@@ -152,7 +153,7 @@ ITEMS = {
 
 def setting(scale):
     """The preset of a scale. Raises ValueError for an unknown one."""
-    if scale not in SETTINGS:
+    if scale not in SCALES:
         raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(SCALES)}.")
     return SETTINGS[scale]
 
@@ -212,6 +213,9 @@ def arm(name, x, seed, scale):
 def override(at, **given):
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing."""
     given = {name: value for name, value in given.items() if value is not None}
+    for name in ("iterations", "rounds"):
+        if name in given and (type(given[name]) is not int or given[name] < 1):
+            raise ValueError(f"Invalid {name} {given[name]!r}: give a whole number from 1.")
     recipe = {name: given.pop(name) for name in ("iterations", "batch_size", "lr") if name in given}
     in_base = ("model", "dataset", "seed", "train_fraction", "rate", "rate_output", "scope", "rewind_to")
     base = {name: given.pop(name) for name in in_base if name in given}
@@ -219,7 +223,17 @@ def override(at, **given):
         recipe["eval_every"] = min(at.base.recipe.eval_every, recipe["iterations"])
     run = dataclasses.replace(at.base, **base, recipe=dataclasses.replace(at.base.recipe, **recipe))
     if "rounds" in given:
-        given["control_rounds"] = tuple(r for r in at.control_rounds if r <= given["rounds"])
+        given["control_rounds"] = tuple(r for r in at.control_rounds if r <= given["rounds"]) or (given["rounds"],)
     densities = given.pop("one_shot_densities", None)
     at = dataclasses.replace(at, base=run, **given)
-    return dataclasses.replace(at, one_shot=tuple(map(at.one_shot_rate, densities))) if densities else at
+    return at if densities is None else dataclasses.replace(at, one_shot=_one_shot(at, densities))
+
+
+def _one_shot(at, densities):
+    """Fractions to remove in one step for a list of densities."""
+    listed = isinstance(densities, list | tuple) and all(isinstance(d, float) for d in densities)
+    rates = tuple(map(at.one_shot_rate, densities)) if listed else ()
+    if not rates or not all(0 < p < 1 for p in rates):
+        least = 1 - 1 / at.one_shot_rate(0)
+        raise ValueError(f"Invalid one_shot_densities {densities!r}: give a list of fractions, {least:.2g} < kept < 1.")
+    return rates

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lottery import masks
+from lottery import data, masks, models
 from lottery.training import Recipe
 
 SCHEMA = 1
@@ -50,6 +50,9 @@ class Run:
     def __post_init__(self):
         if self.init not in INITS:
             raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
+        for name, known in (("model", models.MODELS), ("dataset", data.SETS), ("scope", ("layer", "global"))):
+            if (value := getattr(self, name)) not in list(known):
+                raise ValueError(f"Invalid {name} {value!r}: give one of {', '.join(known)}.")
         for name in ("seed", "draw", "rewind_to", "split_seed"):
             if type(value := getattr(self, name)) is not int or value < 0:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
@@ -58,8 +61,11 @@ class Run:
         if not 0 <= self.rewind_to < self.recipe.iterations:
             raise ValueError(f"Invalid rewind_to {self.rewind_to}: give 0 <= iteration < {self.recipe.iterations}.")
         for name in ("rate", "rate_conv", "rate_output"):
-            if (rate := getattr(self, name)) is not None and not 0 <= rate < 1:
-                raise ValueError(f"Invalid {name} {rate}: give the fraction of survivors to remove, 0 <= {name} < 1.")
+            rate = getattr(self, name)
+            if rate is not None and not (isinstance(rate, int | float) and 0 <= rate < 1):
+                raise ValueError(f"Invalid {name} {rate!r}: give the fraction of survivors to remove, 0 <= {name} < 1.")
+        if not (isinstance(share := self.train_fraction, int | float) and 0 < share <= 1):
+            raise ValueError(f"Invalid train_fraction {share!r}: give a share of the training images, 0 < share <= 1.")
         if self.parent is None and self.init != "reset":
             raise ValueError(f"Invalid init {self.init!r} without a parent: a dense network starts from its own θ₀.")
         for name in ("model", "dataset", "seed", "split_seed", "valid") if self.parent else ():
