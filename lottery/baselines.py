@@ -1,0 +1,150 @@
+"""Baselines: what every chapter compares against. Scores and densities go to `lottery.masks.top_k`.
+
+* Random and magnitude scores; "layer" or "global" scope is top_k's.
+* Layer densities: uniform, and ERK (Erdős–Rényi kernel; Mocanu et al. 2018 with the kernel's size added by Evci et
+  al., ICML 2020, arXiv 1911.11134): density ∝ Σ(dims) / Π(dims) of the weight tensor, at most 1.
+* SNIP (Lee, Ajanthan & Torr, ICLR 2019, arXiv 1810.02340): s_j = |∂L(c ⊙ w)/∂c_j| / Σ_k |∂L/∂c_k| at c = 1, which is
+  |w_j g_j| over its sum; the largest are kept. One batch, no temperature.
+* SynFlow (Tanaka et al., NeurIPS 2020, arXiv 2006.05467): R = 1ᵀ(Π_l |θ_l|)1, score |θ| ⊙ ∂R/∂|θ|, whose sum is the
+  same in every layer; n rounds of scoring the masked network, density ρ^(k/n) after round k (algorithm 1). No data.
+
+Differs from the authors' code in:
+    SNIP: the weights given are the weights scored. Their code scores one draw and trains another, counts biases
+        and has batch norm in inference mode; another widely used port scores a re-initialised copy. To score
+        GraSP's copy, give `grasp.with_xavier_linear(model)`. Only Linear and Conv weights are ranked, and the
+        network is in training mode as in GraSP.
+    SynFlow: biases, batch norm's shifts and its running means carry no flow (`biases="none"`), as in R; their code
+        takes the absolute values of all of them (`biases="absolute"`), which breaks conservation when they are not
+        zero. Exactly k weights are kept even if fewer lie on a live path; scores are float64.
+"""
+
+import torch
+
+from lottery import grasp
+from lottery import masks as M
+
+VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
+
+
+def random_scores(model, generator=None):
+    """Uniform random scores, float64 in [0, 1), of the weights' shapes; from torch's random state without generator."""
+    return {
+        name: torch.rand(w.shape, generator=generator, dtype=torch.float64).to(w.device)
+        for name, w in _weights(model).items()
+    }
+
+
+def magnitude_scores(model):
+    """|effective weight| of every Linear and Conv layer, `{layer: tensor}`."""
+    return {name: w.abs() for name, w in _weights(model).items()}
+
+
+def snip_scores(model, batches):
+    """SNIP's connection sensitivity |w ⊙ g| / Σ|w ⊙ g|: higher = keep, the sum over all layers is 1.
+
+    Args:
+        model: scored as it is, no weight drawn anew; left as it was (mode, buffers, gradients, random state).
+        batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]; g is summed over chunks.
+
+    Returns `{layer: tensor}` of the weights' shapes, dtype and device.
+
+    Raises ValueError: nothing prunable, NaN in the batch, all-zero or non-finite gradients.
+    """
+    w, g = grasp.summed_gradient(model, batches)
+    s = {name: (w[name] * g[name]).abs() for name in w}
+    total = sum(v.sum() for v in s.values())
+    if not total > 0:
+        raise ValueError("All SNIP scores are zero, so no weight ranks above another: are the weights zero?")
+    return {name: v / total for name, v in s.items()}
+
+
+def uniform(model, density):
+    """`{layer: density}` with the same density in every layer, for `top_k`."""
+    w = _weights(model)
+    M.kept(sum(v.numel() for v in w.values()), density)
+    return dict.fromkeys(w, density)
+
+
+def erk(model, density):
+    """ERK densities `{layer: density}` for `top_k`: large layers are sparser, `density` is that of all weights.
+
+    A layer [n_out, n_in, *kernel] gets a density proportional to (n_out + n_in + Σ kernel) / (n_out · n_in · Π kernel);
+    one that would exceed 1 is kept whole and the others share the rest.
+
+    Raises ValueError: a density out of range, nothing prunable.
+    """
+    w = _weights(model)
+    n = {name: v.numel() for name, v in w.items()}
+    M.kept(sum(n.values()), density)
+    raw = {name: sum(v.shape) / v.numel() for name, v in w.items()}
+    whole = set()
+    while rest := w.keys() - whole:
+        left = density * sum(n.values()) - sum(n[name] for name in whole)
+        eps = left / sum(raw[name] * n[name] for name in rest)
+        over = {name for name in rest if eps * raw[name] > 1}
+        if not over:
+            break
+        whole |= over
+    return {name: 1.0 if name in whole else eps * raw[name] for name in w}
+
+
+def synflow(model, input_shape, density, rounds=100, biases="none"):
+    """SynFlow's masks after `rounds` rounds of scoring and pruning, on an exponential schedule.
+
+    Args:
+        model: scored on a float64 copy with absolute weights and batch norm in inference mode; left as it was.
+            Weights that masks on the model have removed stay removed.
+        input_shape: (C, H, W), or the shape of whatever one input is; the input is all ones.
+        density: fraction of all Linear and Conv weights to keep, 0 < density <= 1.
+        rounds: n >= 1; after round k a fraction density^(k/n) is left.
+        biases: "none" or "absolute", see above.
+
+    Returns `{layer: BoolTensor}`, exactly k kept over all layers. Warns of layer collapse, naming the layers.
+
+    Raises ValueError: nothing prunable, a bad density, rounds or biases, no flow from input to output.
+    """
+    if rounds < 1:
+        raise ValueError(f"Invalid rounds {rounds}: give a whole number from 1.")
+    if biases not in ("none", "absolute"):
+        raise ValueError(f"Invalid biases {biases!r}: give 'none' or 'absolute'.")
+    on = M.read(model)
+    R, w = _flow(model, input_shape, biases)
+    masks = {name: on.get(name, torch.ones_like(v, dtype=torch.bool)) for name, v in w.items()}
+    n = sum(v.numel() for v in w.values())
+    M.kept(n, density)
+    start = M.density(masks)
+    for k in range(1, rounds + 1):
+        g = torch.autograd.grad(R(), list(w.values()), materialize_grads=True)
+        score = {name: v.detach() * d for (name, v), d in zip(w.items(), g, strict=True)}
+        if not any(v.any() for v in score.values()) or not all(v.isfinite().all() for v in score.values()):
+            raise ValueError(f"No finite flow from input to output in round {k}: a layer is cut off or overflows.")
+        masks = M.top_k(score, density if k == rounds else start * (density / start) ** (k / rounds), within=masks)
+        for name, v in w.items():
+            v.data.mul_(masks[name])
+    grasp.warn_of_collapse(masks)
+    return masks
+
+
+def _flow(model, input_shape, biases):
+    """R as a function of nothing, and the absolute weights `{layer: tensor}` that it depends on."""
+    net = grasp.scored_copy(model)[0].double().eval()
+    state = M.state(net)
+    for name, tensor in state.items():
+        tensor.abs_()
+        if biases == "none" and name.endswith(("bias", "running_mean")):
+            tensor.zero_()
+    M.restore(net, state)
+    w = {name: layer.weight for name, layer in M.prunable(net).items()}
+    ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(iter(w.values())).device)
+
+    @torch.enable_grad()
+    def R():
+        return net(ones).sum()
+
+    return R, w
+
+
+def _weights(model):
+    if not (layers := M.prunable(model)):
+        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    return {name: layer.weight.detach() for name, layer in layers.items()}

@@ -1,0 +1,275 @@
+"""GraSP: pruning at initialisation by preserving gradient flow. Wang, Zhang & Grosse, ICLR 2020, arXiv 2002.07376.
+
+The gradient flow of a network is ‖g‖² = gᵀg, g = ∇L(θ): the decrease of the loss along an infinitesimal gradient step.
+Perturbing θ by δ changes it by S(δ) = 2 δᵀHg + O(‖δ‖²) (eq. 7), H the Hessian of L; removing one weight is
+δ = −θ_q e_q, so, the factor 2 dropped, S(−θ) = −θ ⊙ Hg (eq. 8). What would lower ‖g‖² most if it were removed
+is kept: the lowest S. A score here is −S = θ ⊙ Hg, higher = keep.
+
+Algorithm 2, as the authors' code does it, for chunks c of a class-balanced batch:
+
+1. g = Σ_c ∇CE(f(x_c)/T, y_c), the cross-entropy a mean over the chunk; g is a constant from here on.
+2. Hg = Σ_c H_c g: the gradient of gᵀ∇CE(f(x_c)/T, y_c) by a second backward pass.
+3. Scores θ ⊙ Hg of all convolution and linear weights, ranked together, once.
+
+C equal chunks give C² times the score of their union if the network treats images independently; batch norm
+does not, it normalises every chunk by itself. T = 200 is in the code only, and it is not neutral: at T → ∞ the
+curvature of the loss drops out and that of the network remains. The weights before a train-mode batch norm are
+scale-invariant: their H w is −g, so their scores sum to −‖g_layer‖², up to the norm's ε.
+
+Differs from the authors' code in:
+    the count: exactly k weights are kept, the earlier of ties; theirs keeps n − int(n·sparsity) + 1, and all ties;
+    the scale: their scores are also divided by |Σ S| + 1e-10, which orders nothing and is about 0/0 at T = 200;
+    the classifier: they score a copy whose linear layers are drawn anew (Xavier normal), `prune(reinit_linear=True)`;
+    the batch: they halve it sorted by class, `class_balanced(halves=True)`, and draw it from augmented images.
+"""
+
+import copy
+import math
+import warnings
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from lottery import masks as M
+
+VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
+
+
+def scores(model, batches, temperature=200.0):
+    """GraSP scores θ ⊙ Hg, the negative of the authors' S: higher = keep.
+
+    Two passes over the chunks, with memory for one chunk's double backward whatever their number. What is scored
+    is a copy in training mode: the model's mode, buffers, gradients and torch's random state stay as they are.
+
+    Args:
+        model: maps x to logits [B, classes]. With masks on, the effective weights are scored as the authors' code
+            sees them: zeros among the weights, g and H over all entries; a removed weight's score is 0.
+        batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]; read twice, so a list, not a generator.
+        temperature: T > 0, divides the logits.
+
+    Returns `{layer: tensor}` of the weights' shapes, dtype and device, summed over chunks (not averaged).
+
+    Raises ValueError: nothing prunable, NaN in the batch, all-zero or non-finite gradients, a bad temperature.
+    """
+    net, theta = scored_copy(model)
+    w = list(theta.values())
+    with _same_rng(w[0]):
+        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
+        _check_gradients(g)
+        Hg = _sum(batches, w, lambda x, y: _hessian_product(net, w, g, x, y, temperature))
+    return {name: v.detach() * h for name, v, h in zip(theta, w, Hg, strict=True)}
+
+
+def prune(model, batches, density, temperature=200.0, reinit_linear=False):
+    """Masks that keep the fraction `density` of all weights, those with the highest scores, in one shot.
+
+    Args:
+        model, batches, temperature: as in `scores`. Weights that masks on the model have removed stay removed.
+        density: fraction of all Linear and Conv weights to keep, 0 < density <= 1.
+        reinit_linear: True scores a copy with fresh Xavier-normal linear layers, as the authors' driver does: the
+            classifier's mask is then chosen for weights that are never trained. Draws from torch's random state.
+
+    Returns `{layer: BoolTensor}`; the model is left as it was. Warns of layer collapse, naming the layers.
+
+    Raises ValueError: as `scores`, and for a density out of range or one that keeps no weight.
+    """
+    score = scores(with_xavier_linear(model) if reinit_linear else model, batches, temperature)
+    on = M.read(model)
+    before = {name: on.get(name, torch.ones_like(s, dtype=torch.bool)) for name, s in score.items()}
+    m = M.top_k(score, density, within=before)
+    warn_of_collapse(m)
+    return m
+
+
+def with_xavier_linear(model, generator=None):
+    """A copy whose linear layers have fresh Xavier-normal weights: the one that the authors' driver scores.
+
+    Masks are baked into it. `generator`: a torch.Generator, or None to draw from torch's random state.
+    """
+    net, on = _plain_copy(model), M.read(model)
+    for name, layer in M.prunable(net).items():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_normal_(layer.weight, generator=generator)
+            if name in on:
+                layer.weight.data.mul_(on[name])
+    return net
+
+
+def class_balanced(data, per_class, generator=None, halves=False):
+    """A class-balanced sample of the training images, as chunks for `scores`.
+
+    Images are walked in random order, the first `per_class` of each class are taken and sorted by class. The paper
+    takes 10 per class in all: CIFAR-10 one draw of 10, ResNet-32 on CIFAR-100 two draws of 5 (join the lists).
+
+    Args:
+        data: a `lottery.data.Data`; only its `.train` is used.
+        per_class: images of each class, at least 1.
+        generator: a torch.Generator for the order, or None for torch's random state.
+        halves: True cuts the sorted sample in two, as the authors' code does, so that batch norm sees half of the
+            classes at a time; False keeps one chunk.
+
+    Returns `[(x, y), ...]`: x float32 [B, C, H, W], standardised with the data's mean and std per channel, not
+    augmented; y int64 [B].
+
+    Raises ValueError: per_class below 1, or a class with fewer images.
+    """
+    if per_class < 1:
+        raise ValueError(f"Invalid per_class {per_class}: give a whole number of images of each class, from 1.")
+    order = torch.randperm(len(data.train.y), generator=generator)
+    labels = data.train.y[order]
+    found = [order[labels == c][:per_class] for c in range(data.classes)]
+    if short := [str(c) for c, index in enumerate(found) if len(index) < per_class]:
+        raise ValueError(f"Invalid per_class {per_class}: class {', '.join(short)} has fewer training images.")
+    index = torch.cat(found)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
+    x, y = (data.train.x[index] / 255 - mean) / std, data.train.y[index]
+    cut = len(y) // 2
+    return [(x[:cut], y[:cut]), (x[cut:], y[cut:])] if halves else [(x, y)]
+
+
+def gradient_norm(model, batches, temperature=1.0):
+    """‖g‖₂ of the mean loss over all images of all chunks, over the kept weights; its square is the gradient flow.
+
+    Arguments as in `scores`; one pass. With masks on the model only the weights that they keep count. Zero is an
+    answer here, not an error. In training mode, on a copy; batch norm sees one chunk at a time.
+    """
+    net, theta = scored_copy(model)
+    w, on = list(theta.values()), M.read(model)
+    with _same_rng(w[0]):
+        g = _sum(batches, w, lambda x, y: [len(y) * v for v in _gradient(net, w, x, y, temperature)])
+    kept = [v * on[name] if name in on else v for name, v in zip(theta, g, strict=True)]
+    return math.hypot(*(float(torch.linalg.vector_norm(v)) for v in kept)) / sum(len(y) for _, y in batches)
+
+
+def ntk(model, x):
+    """The tangent kernel Θ = (∂Z/∂θ)(∂Z/∂θ)ᵀ of the outputs Z = f(x), over the kept weights (section 4).
+
+    x: float [B, ...], one batch, which the network sees in training mode.
+
+    Returns float [B·K, B·K] for outputs [B, K]; rows in the order of `Z.flatten()`. Memory for one row's
+    backward pass, time for B·K of them.
+    """
+    net, theta = scored_copy(model)
+    w, on = list(theta.values()), M.read(model)
+    with _same_rng(w[0]), torch.enable_grad():
+        Z = net(x.to(w[0].device)).flatten()
+        u = torch.zeros_like(Z, requires_grad=True)
+        Ju = torch.autograd.grad(Z, w, u, create_graph=True, materialize_grads=True)  # Jᵀu is linear in u, hence:
+        rows = []
+        for e in torch.eye(len(Z)).to(Z):
+            row = torch.autograd.grad(Z, w, e, retain_graph=True, materialize_grads=True)  # Jᵀe
+            row = [v * on[name] if name in on else v for name, v in zip(theta, row, strict=True)]
+            rows += torch.autograd.grad(Ju, u, row, retain_graph=True)  # JJᵀe
+    return torch.stack(rows)
+
+
+def spectrum(theta, direction):
+    """Eigenvalues λ_i of the kernel, largest first, and (u_iᵀ v)², the energy of a direction v along each u_i.
+
+    theta: symmetric [N, N], see `ntk`; direction: N numbers in any shape, such as one-hot labels Y or ∂L/∂Z. With
+    v = ∂L/∂Z the gradient flow is ‖g‖² = Σ λ_i (u_iᵀ v)² (section 4).
+
+    Returns two tensors [N].
+    """
+    eigenvalues, u = torch.linalg.eigh(theta)
+    return eigenvalues.flip(0), (u.T @ direction.flatten().to(u)).square().flip(0)
+
+
+def summed_gradient(model, batches, temperature=1.0):
+    """(θ, g): the effective weights and Σ_c ∇CE(f(x_c)/T, y_c), as `{layer: tensor}`; see `scores`."""
+    net, theta = scored_copy(model)
+    w = list(theta.values())
+    with _same_rng(w[0]):
+        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
+    _check_gradients(g)
+    return {name: v.detach() for name, v in theta.items()}, dict(zip(theta, g, strict=True))
+
+
+def scored_copy(model):
+    """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients."""
+    net = _plain_copy(model).train().requires_grad_(False)
+    layers = M.prunable(net)
+    if not layers:
+        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
+
+
+def warn_of_collapse(masks):
+    """Warn (UserWarning) of layer collapse: layers of which no weight is kept, by name."""
+    if dead := [name for name, m in masks.items() if not m.any()]:
+        warnings.warn(f"Layer collapse: no weight is kept in {', '.join(dead)}; raise the density.", stacklevel=3)
+
+
+def _plain_copy(model):
+    net = _unwrapped(model)
+    for module in net.modules():
+        if parametrize.is_parametrized(module):  # removal edits the class, which a deep copy shares with its original
+            cls = type(module)
+            module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+    return M.bake(net)
+
+
+def _unwrapped(model):
+    """A copy that is neither compiled nor distributed, under the same names: those cannot go backward twice."""
+    if isinstance(model, DistributedDataParallel):
+        return nn.Sequential(OrderedDict(module=_unwrapped(model.module)))
+    if hasattr(model, "_orig_mod"):
+        return nn.Sequential(OrderedDict(_orig_mod=_unwrapped(model._orig_mod)))
+    return copy.deepcopy(model)
+
+
+def _gradient(net, w, x, y, T, create_graph=False):
+    if not T > 0:
+        raise ValueError(f"Invalid temperature {T}: give a number above 0.")
+    with torch.enable_grad():
+        loss = F.cross_entropy(net(x) / T, y)
+        return torch.autograd.grad(loss, w, create_graph=create_graph, materialize_grads=True)
+
+
+def _hessian_product(net, w, g, x, y, T):
+    """H_c g = ∇(gᵀ g_c), g a constant. A function of its own: the chunk's graph is gone before the next is built."""
+    with torch.enable_grad():
+        g_c = _gradient(net, w, x, y, T, create_graph=True)
+        z = sum(torch.dot(a.flatten(), b.flatten()) for a, b in zip(g, g_c, strict=True))
+        return torch.autograd.grad(z, w, materialize_grads=True)
+
+
+def _sum(batches, w, f):
+    """Σ_c f(x_c, y_c), tensors like w."""
+    total = [torch.zeros_like(v) for v in w]
+    for x, y in _chunks(batches, w[0]):
+        for a, b in zip(total, f(x, y), strict=True):
+            a.add_(b)
+    return total
+
+
+def _chunks(batches, like):
+    """The chunks on the device of `like`, checked one by one."""
+    if iter(batches) is batches:
+        raise ValueError("Invalid batches: a generator can be read only once; give a list of chunks (x, y).")
+    count = 0
+    for count, chunk in enumerate(batches, start=1):
+        if not (isinstance(chunk, tuple | list) and len(chunk) == 2):
+            raise ValueError(f"Invalid batches: chunk {count} is no pair; give a list of chunks [(x, y), ...].")
+        x, y = chunk
+        if not x.isfinite().all():
+            raise ValueError(f"NaN or infinity in the batch: chunk {count} of the inputs; check the data.")
+        yield x.to(like.device), y.to(like.device)
+    if not count:
+        raise ValueError("Invalid batches: there is no chunk; give a list of chunks [(x, y), ...].")
+
+
+def _check_gradients(g):
+    if not all(v.isfinite().all() for v in g):
+        raise ValueError("NaN or infinity in the gradients: check the model's weights and the labels.")
+    if not any(v.any() for v in g):
+        raise ValueError("All gradients are zero, so no weight ranks above another: is a layer cut off or dead?")
+
+
+def _same_rng(like):
+    """Random state as before on leaving: dropout in the scored copy must not shift what is drawn afterwards."""
+    return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])
