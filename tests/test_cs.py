@@ -188,6 +188,47 @@ def test_two_rounds_of_ten_steps_agree_with_sgd_written_out(rule):
     assert 0 < M.density(cs.read(model)) < 1
 
 
+GOLDEN_KEPT = [9, 16]
+GOLDEN_LOSSES = [
+    1.957678551750652,
+    1.8242729307381216,
+    1.718665058758436,
+    1.8902964206866253,
+    1.7747279159585605,
+    1.4051548887516954,
+]
+GOLDEN_SUMS = [
+    8.3649779315747,
+    10.316418713846161,
+    460.5214058417879,
+    737.5700682907125,
+    1.2835926279763723,
+    0.25056354004932374,
+    1.84315392565697,
+]  # of |w|, |s|, ... in the order of `parts`
+
+
+def test_golden_trajectory():
+    """Two rounds: a change beyond these digits means raising `VERSION` in lottery/cs.py."""
+    model = cs.attach(small(), 0.02)
+    opt = training.optimizer(model, SGD, cs.param_groups(model, SGD))
+    generator, losses = torch.Generator().manual_seed(0), []
+    for t in range(20):
+        if t == 10:
+            cs.restart(model)
+        x = torch.rand(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+        cs.set_beta(model, cs.temperature(t % 10, 10, epoch=2))
+        opt.zero_grad()
+        loss = loss_of(model, x, torch.arange(8) % 5, 1e-3)
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert cs.VERSION == 1
+    assert [int(m.sum()) for m in cs.read(model).values()] == GOLDEN_KEPT
+    assert [losses[t] for t in (0, 1, 4, 9, 10, 19)] == pytest.approx(GOLDEN_LOSSES, rel=1e-9)
+    assert [float(p.detach().abs().sum()) for p in parts(model).values()] == pytest.approx(GOLDEN_SUMS, rel=1e-9)
+
+
 # Numbers by hand ------------------------------------------------------------------------------------------------------
 
 
