@@ -1,5 +1,7 @@
 """Soft Threshold weight Reparameterization (STR). Kusupati et al., ICML 2020, arXiv 2002.03231.
 
+(The body of the paper was out of reach: the steps follow its summaries and the authors' code.)
+
 Every layer l trains its weights W_l and a threshold parameter s_l together, by plain SGD from scratch:
 
 1. The layer computes with S_g(W, s) = sign(W) · relu(|W| − α), α = g(s), in the place of W. g = sigmoid for weights,
@@ -15,13 +17,13 @@ At the kinks autograd's conventions hold, as in the authors' code: |W| = α and 
 gradient, neither to W nor to s. A pruned weight moves by its decay and momentum only.
 
 Differs from the authors' code in:
-    g: theirs runs with sigmoid only, any other choice fails at the first forward; exp is the paper's;
-    granularity: theirs has one s per layer, of shape (1, 1); global, per filter and per weight thresholds are the
-        paper's remarks, without an experiment. A threshold of one number is a scalar tensor here;
-    the classifier: theirs is a 1x1 convolution without bias; any Linear or Conv layer will do here;
-    `param_groups`: theirs also splits off the parameters with "bn" in their names, which matters only where their
-        decay is switched off; decay on W, biases, batch norms and s is one λ, in their models and here;
-    the density: theirs rounds each layer's count down; the count is exact here.
+
+* g: theirs runs with sigmoid only, another choice fails at the first forward; exp is the paper's;
+* granularity: theirs is one s per layer; the paper remarks on the others without an experiment;
+* the shape of s: a scalar for one number; theirs is (1, 1);
+* the classifier: any Linear or Conv layer; theirs is a 1x1 convolution without bias;
+* `param_groups`: one decay for W, biases, batch norms and s; theirs can switch that of batch norms off;
+* the density: an exact count; theirs rounds each layer's down.
 """
 
 import math
@@ -46,7 +48,8 @@ ONSET = -10.0  # sigmoid(−10) = exp(−10) = 4.5e-5: below, no weight is prune
 class SoftThreshold(nn.Module):
     """The parametrization w ↦ sign(w) · relu(|w| − g(s)), with trainable `s`.
 
-    s_init: a number, or a tensor that broadcasts with the weight. g: "sigmoid" | "exp".
+    s_init: a number, or a tensor that broadcasts with the weight.
+    g: "sigmoid" | "exp".
 
     s is left unclamped and g without an epsilon: that g is exactly 0 far left (float32: s below about −89), where
     the weights pass bit for bit, is relied upon.
@@ -270,7 +273,8 @@ def reach(density, train, weight_decay, s_init=-3200.0, tolerance=0.005, trials=
         density: fraction of the prunable weights to keep, 0 < density < 1 (0.1 for 90 % sparsity).
         train: `train(weight_decay, s_init)` trains a fresh model with thresholds from the beginning and returns it, or
             its density as a number. It must apply the decay to s: see `param_groups`.
-        weight_decay, s_init: the first trial; `decay_for` proposes a weight decay.
+        weight_decay: of the first trial; `decay_for` proposes one.
+        s_init: of the first trial, and of all until λ is as fine as it gets.
         tolerance: largest |density − target| to be satisfied with.
         trials: largest number of trainings.
         report: called with every `Trial` as it ends, e.g. `print`.
