@@ -13,11 +13,12 @@ Find weights w and a binary mask m = H(s) of few ones, H(s) = 1 for s > 0, by an
 4. After the last round: the mask H(s), with w rewound to iteration k (ticket) or as it is (pruning), is trained alone.
 
 Switches where paper and code disagree:
-    restart rule: "as-described" is step 3; "code" is what the authors' driver runs, which sets β to 1 *before* that
-        step, so that s ← min(s, s0) and removed weights come back almost fully.
-    scale: the code multiplies every mask, soft, hard and in the penalty, by c = 1/σ(s0), so that training starts as the
-        dense network; True by default and not in the paper's formulas.
-    temperature: per epoch β_T^(e/(E−1)) (code) or per iteration β_T^(t/T) (paper).
+
+* restart rule: "as-described" is step 3; "code" is what the authors' driver runs, which sets β to 1 before that
+  step, so that s ← min(s, s0) and removed weights come back almost fully.
+* scale: the code multiplies every mask, soft, hard and in the penalty, by c = 1/σ(s0), so that training starts as the
+  dense network; True by default and not in the paper's formulas.
+* temperature: per epoch β_T^(e/(E−1)) (code) or per iteration β_T^(t/T) (the formula attributed to the paper).
 
 Differs from the authors' code in:
     the layers: any Linear or Conv weight (`layers=`); theirs are the convolutions without the shortcuts;
@@ -229,7 +230,8 @@ def search(
         train: `train(model, start, stop)` trains w and s in place from iteration `start` of a round to `stop` (None:
             to its end), with `penalty` in the loss and `set_beta` along the way, up to β_T at the end. Momentum carries
             over between the calls, as in the authors' code, if `train` keeps its optimiser.
-        s0, layers, scale: as in `attach`; rule: as in `restart`.
+        s0, layers, scale: as in `attach`.
+        rule: as in `restart`.
         rewind_to: k, in iterations of the first round: tickets start from w_k. None: pruning, they start from the
             trained w.
 
