@@ -6,6 +6,8 @@ A mask is a boolean tensor of the weight's shape, True where the weight is kept;
 keeps its value where the mask is zero and receives no gradient there.
 """
 
+import re
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -214,10 +216,14 @@ def restore(model, state):
 
 
 def _tensors(model):
-    """Live parameters and buffers by canonical name, without the masks."""
+    """Live parameters and buffers by canonical name, without the masks.
+
+    `fc1.parametrizations.weight.original` is `fc1.weight`; a parametrization's own tensor, `….weight.0.s`, is
+    `fc1.weight.s` wherever in the chain it stands.
+    """
     named = [*model.named_parameters(), *model.named_buffers()]
     owned = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
-    canonical = {name.replace("parametrizations.", "").removesuffix(".original"): t for name, t in named}
+    canonical = {re.sub(r"parametrizations\.(\w+)\.(?:original$|\d+(\.))", r"\1\2", name): t for name, t in named}
     return {name: tensor for name, tensor in canonical.items() if id(tensor) not in owned}
 
 
