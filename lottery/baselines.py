@@ -9,13 +9,13 @@
   same in every layer; n rounds of scoring the masked network, density ρ^(k/n) after round k (algorithm 1). No data.
 
 Differs from the authors' code in:
-    SNIP: the weights given are the weights scored. Their code scores one draw and trains another, counts biases
-        and has batch norm in inference mode; another widely used port scores a re-initialised copy. To score
-        GraSP's copy, give `grasp.with_xavier_linear(model)`. Only Linear and Conv weights are ranked, and the
-        network is in training mode as in GraSP.
-    SynFlow: biases, batch norm's shifts and its running means carry no flow (`biases="none"`), as in R; their code
-        takes the absolute values of all of them (`biases="absolute"`), which breaks conservation when they are not
-        zero. Exactly k weights are kept even if fewer lie on a live path; scores are float64.
+
+* SNIP: the weights given are the weights scored. Their code scores one draw and trains another, counts biases and has
+  batch norm in inference mode; another widely used port scores a re-initialised copy. To score GraSP's copy, give
+  `grasp.with_xavier_linear(model)`. Only Linear and Conv weights are ranked; the network is in training mode.
+* SynFlow: biases, batch norm's shifts and its running means carry no flow (`biases="none"`), as in R; their code takes
+  the absolute values of all of them (`biases="absolute"`), which breaks conservation when they are not zero. Exactly
+  k weights are kept even if fewer lie on a live path; scores are float64.
 """
 
 import torch

@@ -68,7 +68,8 @@ def prune(model, batches, density, temperature=200.0, reinit_linear=False):
     """Masks that keep the fraction `density` of all weights, those with the highest scores, in one shot.
 
     Args:
-        model, batches, temperature: as in `scores`. Weights that masks on the model have removed stay removed.
+        model: as in `scores`; weights that masks on the model have removed stay removed.
+        batches, temperature: as in `scores`.
         density: fraction of all Linear and Conv weights to keep, 0 < density <= 1.
         reinit_linear: True scores a copy with fresh Xavier-normal linear layers, as the authors' driver does: the
             classifier's mask is then chosen for weights that are never trained. Draws from torch's random state.
@@ -170,8 +171,10 @@ def ntk(model, x):
 def spectrum(theta, direction):
     """Eigenvalues λ_i of the kernel, largest first, and (u_iᵀ v)², the energy of a direction v along each u_i.
 
-    theta: symmetric [N, N], see `ntk`; direction: N numbers in any shape, such as one-hot labels Y or ∂L/∂Z. With
-    v = ∂L/∂Z the gradient flow is ‖g‖² = Σ λ_i (u_iᵀ v)² (section 4).
+    With v = ∂L/∂Z the gradient flow is ‖g‖² = Σ λ_i (u_iᵀ v)² (section 4).
+
+    theta: symmetric [N, N], see `ntk`.
+    direction: v, N numbers in any shape, such as one-hot labels Y or ∂L/∂Z.
 
     Returns two tensors [N].
     """
