@@ -115,18 +115,18 @@ def attach(model, s0=0.0, layers=None, scale=True):
     names = list(found) if layers is None else list(layers)
     if not names:
         raise ValueError("Nothing prunable: there is no Linear or Conv layer to put a gate on.")
-    M._check_names(names, found, "layers", "model", complete=False)
+    M.check_names(names, found, "layers", "model", complete=False)
     for name in names:
         if parametrize.is_parametrized(found[name], "weight") and not _gate(found[name]):
             raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
     for name in names:
-        weight = M._original(found[name])
+        weight = M.original(found[name])
         if gate := _gate(found[name]):
             gate.reset(s0, scale)
             continue
         gate = Gate(weight, s0, scale)
         for module in list(model.modules()):  # tied layers share one tensor, hence one gate
-            if M._original(module) is weight:
+            if M.original(module) is weight:
                 parametrize.register_parametrization(module, "weight", gate)
     return model
 
@@ -298,7 +298,7 @@ def _replace(model, masks):
 def _weights(model):
     """`masks.state` without s and β."""
     gates = {id(t) for gate in _gates(model) for t in (gate.s, gate.beta)}
-    return {name: t.detach().clone() for name, t in M._tensors(model).items() if id(t) not in gates}
+    return {name: t.detach().clone() for name, t in M.tensors(model).items() if id(t) not in gates}
 
 
 def _check_rule(rule):

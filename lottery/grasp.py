@@ -32,7 +32,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
 
 from lottery import masks as M
 
@@ -91,7 +90,7 @@ def with_xavier_linear(model, generator=None):
 
     Masks are baked into it. `generator`: a torch.Generator, or None to draw from torch's random state.
     """
-    net, on = _plain_copy(model), M.read(model)
+    net, on = M.bake(_unwrapped(model)), M.read(model)
     for name, layer in M.prunable(net).items():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_normal_(layer.weight, generator=generator)
@@ -194,7 +193,7 @@ def summed_gradient(model, batches, temperature=1.0):
 
 def scored_copy(model):
     """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients."""
-    net = _plain_copy(model).train().requires_grad_(False)
+    net = M.bake(_unwrapped(model)).train().requires_grad_(False)
     layers = M.prunable(net)
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
@@ -205,15 +204,6 @@ def warn_of_collapse(masks):
     """Warn (UserWarning) of layer collapse: layers of which no weight is kept, by name."""
     if dead := [name for name, m in masks.items() if not m.any()]:
         warnings.warn(f"Layer collapse: no weight is kept in {', '.join(dead)}; raise the density.", stacklevel=3)
-
-
-def _plain_copy(model):
-    net = _unwrapped(model)
-    for module in net.modules():
-        if parametrize.is_parametrized(module):  # removal edits the class, which a deep copy shares with its original
-            cls = type(module)
-            module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
-    return M.bake(net)
 
 
 def _unwrapped(model):

@@ -31,14 +31,14 @@ def count(model, input_shape):
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
     ghost = _without_values(model).eval()
     layers = M.prunable(ghost)
-    names = {id(M._original(layer)): name for name, layer in layers.items()}
+    names = {id(M.original(layer)): name for name, layer in layers.items()}
     macs = dict.fromkeys(layers, 0)
 
     def add(layer, _, output):  # every output value takes one MAC for each weight of its filter or row
-        macs[names[id(M._original(layer))]] += output.numel() * prod(layer.weight.shape[1:])
+        macs[names[id(M.original(layer))]] += output.numel() * prod(layer.weight.shape[1:])
 
     for layer in ghost.modules():
-        if id(M._original(layer)) in names:
+        if id(M.original(layer)) in names:
             layer.register_forward_hook(add)
     dtype = next(iter(layers.values())).weight.dtype
     try:

@@ -36,7 +36,7 @@ def prunable(model):
     """
     found, seen = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, PRUNABLE) and (weight := _original(module)) is not None and id(weight) not in seen:
+        if isinstance(module, PRUNABLE) and (weight := original(module)) is not None and id(weight) not in seen:
             seen.add(id(weight))
             found[name] = module
     return found
@@ -44,7 +44,7 @@ def prunable(model):
 
 def unprunable(model):
     """Names of the matrix-shaped parameters that `prunable` does not reach (for example `in_proj_weight`)."""
-    reached = {id(_original(module)) for module in prunable(model).values()}
+    reached = {id(original(module)) for module in prunable(model).values()}
     return [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in reached]
 
 
@@ -88,7 +88,7 @@ def keep(scores, k, within=None):
         if torch.isnan(score).any():
             raise ValueError(f"NaN scores in layer {name!r}: check the weights and the batch that were scored.")
     if within is not None:
-        _check_names(within, scores, "within", "scores")
+        check_names(within, scores, "within", "scores")
     if isinstance(k, dict):
         return {name: _largest([score], k[name], within and [within[name]])[0] for name, score in scores.items()}
     return dict(zip(scores, _largest(scores.values(), k, within and [within[n] for n in scores]), strict=True))
@@ -113,7 +113,7 @@ def per_layer(value, layers, scope, what):
     if scope not in ("global", "layer"):
         raise ValueError(f"Invalid scope {scope!r}: give 'global' or 'layer'.")
     if isinstance(value, dict):
-        _check_names(value, layers, what, "model")
+        check_names(value, layers, what, "model")
         return value
     return value if scope == "global" else dict.fromkeys(layers, value)
 
@@ -131,11 +131,11 @@ def attach(model, masks=None):
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
     if masks is None:
         masks = {
-            name: torch.ones_like(_original(module), dtype=torch.bool)
+            name: torch.ones_like(original(module), dtype=torch.bool)
             for name, module in layers.items()
-            if not _mask(module)
+            if not mask_of(module)
         }
-    _check_names(masks, layers, "masks", "model", complete=False)
+    check_names(masks, layers, "masks", "model", complete=False)
     for name, mask in masks.items():
         shape = layers[name].weight.shape
         if mask.dtype != torch.bool or mask.shape != shape:
@@ -144,19 +144,19 @@ def attach(model, masks=None):
                 f"needs torch.bool of shape {tuple(shape)}."
             )
     for name, mask in masks.items():
-        if on := _mask(layers[name]):
+        if on := mask_of(layers[name]):
             on.mask.copy_(mask)
         else:
-            new, weight = Mask(mask, like=layers[name].weight), _original(layers[name])
+            new, weight = Mask(mask, like=layers[name].weight), original(layers[name])
             for module in list(model.modules()):  # tied layers share one tensor, hence one mask
-                if _original(module) is weight:
+                if original(module) is weight:
                     parametrize.register_parametrization(module, "weight", new)
     return model
 
 
 def read(model):
     """The masks on the model, as boolean copies: `{layer: BoolTensor}` for the layers that carry one."""
-    return {name: p.mask.bool() for name, module in prunable(model).items() if (p := _mask(module))}
+    return {name: p.mask.bool() for name, module in prunable(model).items() if (p := mask_of(module))}
 
 
 def bake(model):
@@ -164,6 +164,9 @@ def bake(model):
     layers = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
     effective = [module.weight.detach().clone() for module in layers]
     for module, weight in zip(layers, effective, strict=True):
+        # PyTorch takes the property off a class that a deep copy of the module shares: give this one its own.
+        cls = type(module)
+        module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         with torch.no_grad():
             module.weight.copy_(weight)
@@ -177,7 +180,7 @@ def density(masks_or_model):
     """
     if isinstance(masks_or_model, nn.Module):
         layers = prunable(masks_or_model).values()
-        masks = [p.mask if (p := _mask(module)) else module.weight.detach() for module in layers]
+        masks = [p.mask if (p := mask_of(module)) else module.weight.detach() for module in layers]
     else:
         masks = list(masks_or_model.values())
     total = sum(mask.numel() for mask in masks)
@@ -192,7 +195,7 @@ def state(model):
     The weight is the tensor behind the mask, so that θ₀ read once serves every mask. Masks are not part of it:
     see `read`.
     """
-    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
 
 
 @torch.no_grad()
@@ -203,19 +206,19 @@ def restore(model, state):
 
     Raises ValueError: a name or shape that differs.
     """
-    tensors = _tensors(model)
-    _check_names(state, tensors, "state", "model")
-    for name, tensor in tensors.items():
+    own = tensors(model)
+    check_names(state, own, "state", "model")
+    for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise ValueError(
                 f"Cannot restore {name!r}: shape {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}."
             )
-    for name, tensor in tensors.items():
+    for name, tensor in own.items():
         tensor.copy_(state[name])
     return model
 
 
-def _tensors(model):
+def tensors(model):
     """Live parameters and buffers by canonical name, without the masks.
 
     `fc1.parametrizations.weight.original` is `fc1.weight`; a parametrization's own tensor, `….weight.0.s`, is
@@ -227,21 +230,25 @@ def _tensors(model):
     return {name: tensor for name, tensor in canonical.items() if id(tensor) not in owned}
 
 
-def _original(module):
+def original(module):
     """The trainable tensor behind a module's `weight`, or None (weight_norm, for one, has several)."""
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
     return getattr(module, "weight", None)
 
 
-def _mask(module):
+def mask_of(module):
     """The Mask on a layer's weight, or None."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     return next((p for p in module.parametrizations.weight if isinstance(p, Mask)), None)
 
 
-def _check_names(given, known, what, whole, complete=True):
+def check_names(given, known, what, whole, complete=True):
+    """Raise ValueError when `given` (called `what`) names something that `known` (of the `whole`) has not.
+
+    With `complete` also when it leaves something out.
+    """
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"Unknown names in {what}: {', '.join(unknown)}; the {whole} has {', '.join(known)}.")
     if complete and (missing := [name for name in known if name not in given]):

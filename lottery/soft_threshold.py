@@ -94,8 +94,8 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
     layers = list(every) if layers is None else list(layers)
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer, or `layers` is empty.")
-    M._check_names(layers, every, "layers", "model", complete=False)
-    like = {name: M._original(every[name]) for name in layers}
+    M.check_names(layers, every, "layers", "model", complete=False)
+    like = {name: M.original(every[name]) for name in layers}
     for name, weight in like.items():
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -117,7 +117,7 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
         else:
             p = shared if granularity == "global" else new[name]
             for module in list(model.modules()):  # tied layers share one tensor, hence one threshold
-                if M._original(module) is weight:
+                if M.original(module) is weight:
                     parametrize.register_parametrization(module, "weight", p)
     return model
 

@@ -628,3 +628,13 @@ def test_writes_to_the_effective_weight_are_lost_and_restore_is_not():
         kept = M.read(model)[name]
         assert (weight[kept] != before[name][kept]).all()
         assert not weight[~kept].any()
+
+
+def test_baking_a_deep_copy_leaves_the_original_alone():
+    model = M.attach(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    M.attach(model, {"0": torch.zeros(3, 4, dtype=torch.bool)})
+    x = torch.randn(5, 4)
+    expected = model(x)
+    baked = M.bake(copy.deepcopy(model))
+    assert torch.equal(model(x), expected) and torch.equal(baked(x), expected)
+    assert type(baked[0]) is nn.Linear and M.read(model)["0"].sum() == 0
