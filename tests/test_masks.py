@@ -640,3 +640,64 @@ def test_baking_a_deep_copy_leaves_the_original_alone():
     assert torch.equal(baked(x), expected)
     assert type(baked[0]) is nn.Linear
     assert M.read(model)["0"].sum() == 0
+
+
+# Under PyTorch's own transformations ----------------------------------------------------------------------------------
+
+
+def trained(model, x, y, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def masked_net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    return M.attach(model, {name: torch.rand(layer.weight.shape) < 0.5 for name, layer in M.prunable(model).items()})
+
+
+def examples():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.arange(8) % 3
+
+
+def test_a_compiled_model_trains_alike_and_sees_new_masks():
+    (x, y), plain, model = examples(), masked_net(), masked_net()
+    compiled = torch.compile(model, backend="aot_eager")
+    trained(plain, x, y)
+    trained(compiled, x, y)
+    for a, b in zip(M.state(plain).values(), M.state(model).values(), strict=True):
+        torch.testing.assert_close(a, b)
+    M.attach(model, {"0": torch.zeros(5, 6, dtype=torch.bool)})
+    torch.testing.assert_close(compiled(x), model[2](torch.relu(model[0].bias)).expand(8, 3))
+
+
+def test_autocast_keeps_what_is_pruned_at_zero():
+    (x, y), model = examples(), masked_net().float()
+    kept = M.read(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained(model, x.float(), y)
+    assert all(not layer.weight[~kept[name]].any() for name, layer in M.prunable(model).items())
+    assert model[0].weight.dtype == torch.float32
+
+
+def ddp_worker(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    (x, y), model = examples(), masked_net()
+    trained(nn.parallel.DistributedDataParallel(model), x[rank::2], y[rank::2])
+    torch.save(M.state(model), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    torch.multiprocessing.spawn(ddp_worker, (tmp_path,), nprocs=2)
+    one = M.state(trained(masked_net(), *examples()))
+    for rank in (0, 1):
+        for name, tensor in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            torch.testing.assert_close(tensor, one[name])

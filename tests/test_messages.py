@@ -1,0 +1,91 @@
+"""The messages that book/messages.md lists: each is given when it says, and none is missing from the page."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lottery import baselines, cs, grasp, lth, masks, soft_threshold, training
+
+PAGE = (Path(__file__).parents[1] / "book" / "messages.md").read_text()
+LISTED = re.findall(r"^\| `(.+?)` \|", PAGE, flags=re.MULTILINE)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def batch(value=None):
+    x = torch.randn(8, 6) if value is None else torch.full((8, 6), value)
+    return [(x, torch.arange(8) % 3)]
+
+
+def collapsed():
+    model = soft_threshold.attach(net(), -5.0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(".s"):
+                p.fill_(20.0)  # g(20) is almost 1, above every weight
+    soft_threshold.budgets(model)
+
+
+def zeros():
+    model = net()
+    masks.restore(model, {name: torch.zeros_like(t) for name, t in masks.state(model).items()})
+    return model
+
+
+def late():
+    model = net()
+    groups = training.param_groups(model, training.Recipe())
+    training.optimizer(cs.attach(model, 0.0), training.Recipe(), groups)
+
+
+def no_scores():
+    masks.top_k({"0": torch.tensor([1.0, float("nan")])}, 0.5)
+
+
+def come_back():
+    masks.top_k({"0": torch.arange(4.0)}, 0.75, within={"0": torch.tensor([True, True, False, False])})
+
+
+SITUATIONS = {
+    "Nothing prunable": [
+        lambda: masks.attach(nn.ReLU()),
+        lambda: cs.attach(nn.ReLU(), 0.0),
+        lambda: soft_threshold.attach(nn.ReLU(), -5.0),
+        lambda: grasp.scores(nn.ReLU(), batch()),
+        lambda: baselines.snip_scores(nn.ReLU(), batch()),
+    ],
+    "Density … keeps none of the … weights": [
+        lambda: masks.top_k({"0": torch.rand(10)}, 0.01),
+        lambda: grasp.prune(net(), batch(), 0.001),
+    ],
+    "Rate … leaves none of the … weights": [lambda: lth.prune(net(), 0.999)],
+    "Cannot keep … weights": [come_back],
+    "Layer collapse": [collapsed],
+    "All gradients are zero": [
+        lambda: grasp.scores(zeros(), batch(0.0)),
+        lambda: baselines.snip_scores(zeros(), batch(0.0)),
+    ],
+    "NaN or infinity in the batch": [
+        lambda: grasp.scores(net(), batch(float("nan"))),
+        lambda: baselines.snip_scores(net(), batch(float("inf"))),
+    ],
+    "NaN scores in layer": [no_scores],
+    "No parameter group holds": [late],
+}
+
+
+@pytest.mark.parametrize(("begins", "situation"), [(name, s) for name, some in SITUATIONS.items() for s in some])
+def test_the_message_is_given_in_one_line(begins, situation):
+    with pytest.raises(ValueError, match="^" + re.escape(begins).replace("…", ".+")) as error:
+        situation()
+    assert "\n" not in str(error.value)
+
+
+def test_the_page_lists_these_messages():
+    assert list(SITUATIONS) == LISTED
