@@ -277,9 +277,9 @@ app()
 def test_an_interrupted_run_keeps_what_is_under_way_and_goes_on_where_it_stopped(tmp_path, one_core, monkeypatch):
     """Ctrl-C reaches every process of the group; what two workers were training at that moment is kept."""
     words = ["run", "lth", "fig3", "--scale", "smoke", "--results-dir", str(tmp_path)]
-    everything = 2 * (4 + 1)  # of each trial four levels of a chain and a reinitialised network
+    everything = 20 * (4 + 1)  # of each trial four levels of a chain and a reinitialised network
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *words],
+        [sys.executable, "-c", INTERRUPTED, *words, "--trials", "20"],
         env=ENV, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     while process.poll() is None and len(finished(tmp_path)) < 2:
@@ -295,10 +295,13 @@ def test_an_interrupted_run_keeps_what_is_under_way_and_goes_on_where_it_stopped
     assert 2 + 2 <= len(before) < everything
     assert set(Store(tmp_path).rows()) == {path.stem for path in before}
 
-    monkeypatch.setitem(lth.SETTINGS, "smoke", lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2))
+    two = lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2)
+    monkeypatch.setitem(lth.SETTINGS, "smoke", two)
     told = call(*words)
     assert told.exit_code == 0, told.output
     assert told.stdout.endswith(" 0 left.\n")
     after = finished(tmp_path)
     assert before.items() <= after.items(), "a finished run was trained again"
-    assert len(after) == len(Store(tmp_path).rows()) == everything
+    # figure 12 draws every level, so its runs are those of figure 3 and their parents
+    wanted = {path.stem for path in before} | {r.key for r in lth.runs("fig12", two)}
+    assert set(Store(tmp_path).rows()) == {path.stem for path in after} == wanted
