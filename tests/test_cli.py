@@ -265,9 +265,11 @@ def test_from_another_folder_with_a_relative_results_dir(tmp_path):
 
 INTERRUPTED = """
 import os
+import signal
 from lottery.cli import app
 from lottery.experiments import lth
 os.cpu_count = lambda: 2  # two workers on any machine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 lth.SETTINGS["smoke"] = lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2)
 app()
 """
