@@ -104,4 +104,5 @@ def digest(theta):
 
 def _create(spec, seed=0):
     facts = data.SETS[spec["dataset"]]
-    return models.create(spec["model"], seed=seed, in_shape=facts.shape, classes=facts.classes)
+    options = dict(spec.get("options", ()))  # tickets that were saved before there were options have none
+    return models.create(spec["model"], seed=seed, in_shape=facts.shape, classes=facts.classes, **options)

@@ -117,6 +117,7 @@ CHANGES = {
     "valid": 100,
     "split_seed": 1,
     "train_fraction": 0.5,
+    "options": (("init", "pytorch"),),
 }
 RECIPE_CHANGES = {
     "optimizer": "sgd",
@@ -200,6 +201,11 @@ def test_level_root_and_spec():
         ({"parent": Run(dataset="digits")}, "Invalid parent: its dataset is 'digits', not 'mnist'."),
         ({"parent": Run(valid=10)}, "Invalid parent: its valid is 10, not None."),
         ({"parent": Run(split_seed=1)}, "Invalid parent: its split_seed is 1, not 0."),
+        ({"options": {"width": 4}}, "Invalid options {'width': 4}: give a tuple of (name, value), sorted by name."),
+        (
+            {"options": (("width", 4), ("init", "pytorch"))},
+            "Invalid options (('width', 4), ('init', 'pytorch')): give a tuple of (name, value), sorted by name.",
+        ),
     ],
 )
 def test_bad_runs_are_told_in_one_line(options, text):
@@ -479,6 +485,15 @@ def test_correct_bits_changed_with_their_accuracy_break_the_hash(tmp_path, capsy
     edit(spool(tmp_path)[0], last_correct=all_right, last_test_acc=1.0)
     assert len(load(None, Store(tmp_path))) == 0
     assert "does not match its hash" in capsys.readouterr().err
+
+
+def test_options_of_the_model_reach_it_and_are_found_again(tmp_path):
+    recipe = replace(DENSE.recipe, iterations=1)
+    narrow = Run(model="resnet8", dataset="digits", recipe=recipe, options=(("shortcut", "plain"), ("width", 2)))
+    wide = replace(narrow, options=(("shortcut", "plain"), ("width", 3)))
+    train([narrow, wide], tmp_path)
+    for run, width in (narrow, 2), (wide, 3):
+        assert json.loads(Store(tmp_path).get(run)["layers"])["conv1"] == [9 * width] * 2
 
 
 def test_a_column_added_later_leaves_old_results_sound(tmp_path, monkeypatch):

@@ -149,7 +149,8 @@ def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1
 
 def initialise(r, images, store, device="cpu"):
     """The network of a run before its training: m ⊙ θ on the model; sha256 of θ and of its parent's weights."""
-    create = functools.partial(models.create, r.model, in_shape=tuple(images.train.x.shape[1:]), classes=images.classes)
+    shape = tuple(images.train.x.shape[1:])
+    create = functools.partial(models.create, r.model, in_shape=shape, classes=images.classes, **dict(r.options))
     model, parent_sha = M.attach(create(seed=r.seed)), None
     if r.parent:
         trained, parent_sha = _load_artifact(store, r.parent)

@@ -20,6 +20,7 @@ class Run:
     """One training. Defaults are the lottery ticket paper's LeNet; a published default never changes.
 
     model, dataset, valid, split_seed, train_fraction: as in `models.create`, `data.load` and `training.take`.
+    options: further options of `models.create`, as pairs in order of their names, such as (("width", 32),).
     seed: the trial; it draws θ₀. The data order comes from the key, so no two trainings share one.
     parent: the training whose final weights are pruned to make this one's mask; None for a dense network.
     rate, rate_conv, rate_output: fraction of survivors removed from Linear, Conv and the last layer
@@ -46,6 +47,7 @@ class Run:
     valid: int | None = None
     split_seed: int = 0
     train_fraction: float = 1.0
+    options: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self):
         if self.init not in INITS:
@@ -56,6 +58,8 @@ class Run:
         for name in ("seed", "draw", "rewind_to", "split_seed"):
             if type(value := getattr(self, name)) is not int or value < 0:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
+        if not (isinstance(self.options, tuple) and list(self.options) == sorted(dict(self.options).items())):
+            raise ValueError(f"Invalid options {self.options!r}: give a tuple of (name, value), sorted by name.")
         if self.rewind_schedule not in ("continue", "restart"):
             raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
         if not 0 <= self.rewind_to < self.recipe.iterations:
@@ -68,7 +72,7 @@ class Run:
             raise ValueError(f"Invalid train_fraction {share!r}: give a share of the training images, 0 < share <= 1.")
         if self.parent is None and self.init != "reset":
             raise ValueError(f"Invalid init {self.init!r} without a parent: a dense network starts from its own θ₀.")
-        for name in ("model", "dataset", "seed", "split_seed", "valid") if self.parent else ():
+        for name in ("model", "dataset", "seed", "split_seed", "valid", "options") if self.parent else ():
             mine, its = getattr(self, name), getattr(self.parent, name)
             if mine != its:
                 raise ValueError(f"Invalid parent: its {name} is {its!r}, not {mine!r}.")
@@ -127,5 +131,10 @@ def _fields(spec, all):
                 fields[f.name] = value
         elif all or value != f.default:
             is_float = f.type in (float, float | None) and value is not None
-            fields[f.name] = float(value) if is_float else list(value) if isinstance(value, tuple) else value
+            fields[f.name] = float(value) if is_float else _lists(value)
     return fields
+
+
+def _lists(value):
+    """Tuples as JSON's lists, at any depth."""
+    return [_lists(v) for v in value] if isinstance(value, tuple) else value
