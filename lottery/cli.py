@@ -12,7 +12,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 PAPERS = ("lth",)
 
 ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
-Scale = Annotated[str, typer.Option(help="paper, laptop or smoke.")]
+Scale = Annotated[str, typer.Option(help="paper, primary, laptop or smoke.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

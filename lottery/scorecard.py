@@ -154,7 +154,8 @@ class Judge:
         tried = [at for scale in getattr(self.experiment, "SCALES", ()) if (at := _At(self, claim, scale)).cells]
         if not tried:
             return {}
-        best = next((at for at in tried if at.complete), None)
+        complete = [at for at in tried if at.complete]
+        best = min(complete, key=lambda at: (EVIDENCE.index(at.evidence()[0]), -len(at.cells)), default=None)
         above = tried[: tried.index(best)] if best else tried
         cells = f"{len(best.cells) if best else 0} of {len(_cells(claim))} cells"
         partial = [f"{at.scale} {at.done} of {len(at.keys)} runs" for at in above if at.done]
@@ -213,14 +214,14 @@ class _At:
     def result(self):
         """The fields that come from runs."""
         stored = [self._stored(key) for key in self.keys]
-        evidence, steps = self._evidence()
+        evidence, steps = self.evidence()
         fields = {k: ", ".join(sorted({row[c] for row in stored})) for k, c in _COLUMNS.items()}
         fields |= {"evidence": evidence, "steps_fraction": steps, "trials": self.trials}
         if first := _changed(self.claim, min(row["started"] for row in stored)):
             fields["stale"] = first
         return fields | (self._judged(evidence, fields["data"]) if self.claim["kind"] else {})
 
-    def _evidence(self):
+    def evidence(self):
         """("full" | "reduced" | "stand-in", share of the paper's steps): ours beside the Runs at scale "paper"."""
         found, steps = {"full"}, 1.0
         for x, (ours, *_) in zip(self.cells, self.runs, strict=True):

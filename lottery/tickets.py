@@ -45,7 +45,7 @@ def level(level, seed=0, scale=None, store=None):
     The mask is stored with the run; θ₀ is drawn again from the seed and compared with the hash of the one trained.
 
     Args:
-        scale: "paper", "laptop" or "smoke"; default: the highest one that has this level and seed.
+        scale: of `lth.SCALES`; default: the highest one that has this level and seed.
 
     Raises ValueError: no such run is stored.
     """

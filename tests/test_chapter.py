@@ -24,10 +24,10 @@ TINY = {"iterations": 20, "rounds": 1, "trials": 1}
 
 
 def presets():
-    """The three scales on the digits, with three rounds, one control round and seconds of training in all."""
+    """The scales on the digits, with three rounds, one control round and seconds of training in all."""
     at = lth.override(lth.setting("smoke"), rounds=3, trials=1)
     at = replace(at, control_rounds=(3,), one_shot=(0.825,))
-    recipes = {"paper": 40, "laptop": 30, "smoke": 20}
+    recipes = {"paper": 40, "primary": 35, "laptop": 30, "smoke": 20}
     return {scale: lth.override(at, iterations=n) for scale, n in recipes.items()}
 
 
@@ -303,7 +303,7 @@ def test_rewinding_needs_both_of_its_parameters(given):
 
 
 def test_recomputing_needs_a_scale():
-    with pytest.raises(Refused, match="needs a scale: give one of paper, laptop, smoke"):
+    with pytest.raises(Refused, match="needs a scale: give one of paper, primary, laptop, smoke"):
         Chapter("lth", recompute="missing")
 
 

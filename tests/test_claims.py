@@ -520,6 +520,26 @@ def test_the_best_complete_scale_is_used_and_partial_ones_are_mentioned():
     assert row["command"] == "lottery run lth fig4 --scale laptop"
 
 
+def test_full_evidence_at_a_lower_scale_goes_before_too_few_trials_at_a_higher_one(monkeypatch):
+    """The paper's five trials are complete, and ten of the paper's trainings are declared at a scale of their own."""
+    lab = Invented()
+    monkeypatch.setitem(ITERATIONS, "laptop", ITERATIONS["paper"])
+    stored = lab.store("paper", better, xs=[21.1]) | lab.store("laptop", better, xs=[21.1], trials=10)
+    row = judged(lab, stored, claim(delta=1.0, n=10))
+    assert (row["evidence"], row["trials"], row["steps_fraction"]) == ("full", 10, 1)
+    assert row["command"] == "lottery run lth fig4 --scale laptop --trials 10"
+
+
+def test_of_two_reduced_scales_the_one_with_more_cells_is_used(monkeypatch):
+    lab = Invented()
+    lab.SCALES, lab.missing = ("paper", "laptop", "short"), {("laptop", 2.9)}
+    monkeypatch.setitem(ITERATIONS, "short", 200)
+    stored = lab.store("laptop", better, xs=[21.1]) | lab.store("short", better, xs=[21.1, 2.9])
+    row = judged(lab, stored, claim(kind="in all cells: direction", x="21.1;2.9"))
+    assert (row["evidence"], row["steps_fraction"]) == ("reduced", 0.2)
+    assert row["coverage"] == "2 of 2 cells; laptop 10 of 10 runs"
+
+
 def test_nothing_stored_is_no_evidence_and_names_the_command():
     lab = Invented()
     row = judged(lab, {}, claim())

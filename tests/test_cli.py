@@ -183,7 +183,7 @@ def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
         (["run", "cs"], "Unknown paper 'cs': choose one of lth."),
         (["run", "lth", "fig99"], "Unknown item 'fig99' of lth: choose from fig1, "),
         (["run", "lth", "fig3", "table1"], "Unknown item 'table1' of lth: "),
-        (["run", "lth", "--scale", "huge"], "Unknown scale 'huge': choose one of paper, laptop, smoke."),
+        (["run", "lth", "--scale", "huge"], "Unknown scale 'huge': choose one of paper, primary, laptop, smoke."),
         (["run", "lth", "--budget", "20"], "Invalid budget '20': give a number and s, m or h, such as 20m."),
         (["run", "lth", "--budget", "soon"], "Invalid budget 'soon': "),
         (["run", "lth", "--device", "tpu"], "Invalid device 'tpu': give cpu, or cuda where a GPU is present."),

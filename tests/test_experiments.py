@@ -23,13 +23,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lottery import data, experiments, models, training
+from lottery import data, experiments, models, scorecard, training
 from lottery import lth as algorithm
 from lottery import masks as M
 from lottery.experiments import Run, Store, engine, load, lth, store
 from lottery.training import Recipe
 
 ROOT = Path(store.__file__).parents[2]
+REPORTED = ROOT / "results/reported"
 QUICK = Recipe(iterations=40, eval_every=10)
 DENSE = Run(dataset="digits", recipe=QUICK)
 
@@ -1367,6 +1368,33 @@ def test_paper_scale_is_the_papers():
     assert [r.seed for r in at.reinit(2, 4)] == [2, 2, 2]
 
 
+def test_primary_is_180_runs_of_the_papers_and_9_million_iterations(tmp_path):
+    """10 chains to round 15, each with a reinitialisation at round 7 and a one-shot ticket at 10.83 %."""
+    runs, paper = lth.runs("fig4", "primary"), set(lth.runs("fig4", replace(lth.setting("paper"), trials=10)))
+    one_shot = lth.setting("paper").one_shot_rate(lth.setting("paper").density(10))
+    assert (len(set(runs)), sum(r.recipe.iterations for r in runs)) == (180, 9_000_000)
+    assert {r.key for r in runs} <= {r.key for r in paper}
+    for seed in range(10):
+        mine = [r for r in runs if r.seed == seed]
+        assert sorted(r.level for r in mine if r.rate == 0.2 and r.init == "reset") == list(range(16))
+        assert [(r.level, r.draw) for r in mine if r.init == "reinit"] == [(7, 0)]
+        assert [r.rate for r in mine if r.rate != 0.2] == [one_shot]
+    assert len(engine.missing(runs, Store(tmp_path))) == 180
+    assert set(lth.runs("fig4", replace(lth.setting("primary"), trials=2))) == {r for r in runs if r.seed < 2}
+
+
+def test_primary_claims_find_the_primary_runs():
+    """At their number of trials, and nothing else than what is trained for them."""
+    runs, rules = set(lth.runs("fig4", "primary")), scorecard.read("lth", "_claims", REPORTED)
+    rules = rules[(rules["primary"] == 1) & rules["arm_a"].str.startswith("lenet")]
+    assert set(rules["n"]) == {lth.setting("primary").trials}
+    for claim in rules.to_dict("records"):
+        for cell in scorecard._cells(claim):
+            for arm, x in scorecard._arms(claim, cell):
+                for trial in range(10):
+                    assert set(lth.arm(arm, x, trial, "primary")) <= runs
+
+
 def test_densities_are_those_that_the_paper_prints():
     printed = [100, 80.0, 64.1, 51.3, 41.1, 32.9, 26.3, 21.1, 16.9, 13.5, 10.8, 8.7, 7.0, 5.6, 4.5, 3.6, 2.9, 2.3, 1.9]
     at = lth.setting("paper")
@@ -1437,7 +1465,7 @@ def test_arms_are_runs_that_the_scale_declares(control, scale):
 
 
 def test_unknown_names_and_bad_settings():
-    with pytest.raises(ValueError, match=message("Unknown scale 'huge': choose one of paper, laptop, smoke.")):
+    with pytest.raises(ValueError, match=message("Unknown scale 'huge': choose one of paper, primary, laptop, smoke.")):
         lth.runs(None, "huge")
     with pytest.raises(ValueError, match=message("Unknown item 'fig99' of lth: choose from fig1, ")):
         lth.runs(["fig3", "fig99"], "laptop")

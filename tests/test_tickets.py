@@ -85,12 +85,12 @@ def test_drawing_a_ticket_leaves_torchs_random_state(stored):
 
 def test_what_is_not_stored_is_told_in_one_line(stored):
     for options, text in (
-        ({"level": 2}, "No run of level 2, seed 0 is stored at paper or laptop or smoke: see lottery status."),
+        ({"level": 2}, "No run of level 2, seed 0 is stored at paper or primary or laptop or smoke: "),
         ({"level": 1, "seed": 3}, "No run of level 1, seed 3 is stored at "),
         ({"level": -1}, "No run of level -1, "),
         ({"level": 99}, "No run of level 99, "),
         ({"level": 1, "scale": "paper"}, "No run of level 1, seed 0 is stored at paper: "),
-        ({"level": 1, "scale": "huge"}, "Unknown scale 'huge': choose one of paper, laptop, smoke."),
+        ({"level": 1, "scale": "huge"}, "Unknown scale 'huge': choose one of paper, primary, laptop, smoke."),
         ({"level": 1, "seed": "a"}, "Invalid seed 'a': give a whole number from 0."),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(text)}") as told:

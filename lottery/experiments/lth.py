@@ -131,9 +131,11 @@ LAPTOP = {
     "random_draws": 1,
     "one_shot": (0.825, None, 0.95),
 }
-SCALES = ("paper", "laptop", "smoke")  # highest first
+SCALES = ("paper", "primary", "laptop", "smoke")  # highest first
 SETTINGS = {
     "paper": Setting(),
+    # The paper's trainings that decide the primary claims, with twice its trials: figure 4 is 180 runs.
+    "primary": Setting(trials=10, rounds=15, control_rounds=(7,), draws=1, one_shot=(None,)),
     "laptop": Setting(Run(recipe=Recipe(iterations=15_000, test_readings="all")), **LAPTOP),
     "smoke": Setting(
         Run(dataset="digits", recipe=Recipe(iterations=300, eval_every=20, test_readings="all")), trials=2, **LAPTOP
