@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lottery import masks as M
+from lottery import perceptron
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -123,9 +124,30 @@ def optimizer(model, recipe, groups=None):
     covered = {id(p) for group in groups for p in group["params"]}
     if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]:
         raise ValueError(f"No parameter group holds {', '.join(left)}: build the groups after attaching the method.")
+    return _build(groups, recipe)
+
+
+def _build(groups, recipe):
     if recipe.optimizer == "adam":
         return torch.optim.Adam(groups, lr=recipe.lr, fused=True)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+
+
+class Step:
+    """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update."""
+
+    def __init__(self, model, recipe, groups=None):
+        self.model, self.optimizer = model, optimizer(model, recipe, groups)
+
+    def __call__(self, x, y):
+        loss = F.cross_entropy(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def sync(self):
+        """The model has its new weights already."""
 
 
 class Batches:
@@ -150,7 +172,7 @@ class Batches:
             self.order = torch.randperm(len(self.y), generator=generator).to(self.y.device)
             self.epoch = epoch
         index = self.order[i * self.size : (i + 1) * self.size]
-        return self.normalise(self.x[index]), self.y[index]
+        return self.normalise(self.x.index_select(0, index)), self.y.index_select(0, index)
 
 
 def normaliser(data, recipe, like):
@@ -169,10 +191,10 @@ def evaluate(model, split, normalise, batch_size=2500):
         return math.nan, torch.zeros(0, dtype=torch.bool)
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    loss, correct = 0.0, []
+    loss, correct, forward = 0.0, [], perceptron.forward(model) or model
     for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
         y = y.to(device)
-        logits = model(normalise(x.to(device)))
+        logits = forward(normalise(x.to(device)))
         loss += F.cross_entropy(logits, y, reduction="sum")
         correct.append(logits.argmax(1) == y)
     model.train(was_training)
@@ -199,7 +221,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
     if not 0 <= start < stop <= recipe.iterations:
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     began, like = time.perf_counter(), next(model.parameters())
-    opt = optimizer(model, recipe, groups)
+    by_hand = groups is None and perceptron.layers(model)
+    step = perceptron.Step(model, recipe, _build) if by_hand else Step(model, recipe, groups)
     batch = Batches(data, recipe, seed, like)
     steps, test_steps = recipe.readings(start, stop)
     steps = set(steps)
@@ -210,17 +233,14 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
     for t in range(start, stop):
         if recipe.lr_at(t) != lr:
             lr = recipe.lr_at(t)
-            for group in opt.param_groups:
+            for group in step.optimizer.param_groups:
                 group["lr"] = lr
-        x, y = batch(t)
-        loss = F.cross_entropy(model(x), y)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        loss = step(*batch(t))
         done = t + 1
         if done - start in LOSS_STEPS:
             history.train_loss[done] = loss.item()
         if done in steps:
+            step.sync()
             finite = math.isfinite(loss.item())
             if finite:
                 val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)

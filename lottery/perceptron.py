@@ -1,0 +1,135 @@
+"""Fully connected ReLU networks on the CPU: the arithmetic of `training.fit`, with less of everything around it.
+
+LeNet-300-100 has 266,610 parameters: they fit in a core's cache, and autograd, the mask's two products, the optimiser's
+bookkeeping and the choice of matrix library cost as much as the arithmetic. Here the backward pass is written out, the
+parameters are one vector, and float32 products go to oneDNN, whose kernels use the whole vector width on every x86
+processor. Everything else, and every network that is not of this form, takes the general way.
+"""
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lottery import masks as M
+
+X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+FEW = 1 / 3  # below this density it is faster to gather the survivors for the optimiser than to mask all gradients
+
+
+def layers(model):
+    """The Linear layers of `Flatten, Linear, ReLU, Linear, …, Linear` on the CPU, with masks or without; else None."""
+    modules = list(model) if type(model) is nn.Sequential else []
+    if modules and type(modules[0]) is nn.Flatten and (modules[0].start_dim, modules[0].end_dim) == (1, -1):
+        modules = modules[1:]
+    linear, between = modules[::2], modules[1::2]
+    plain = (
+        len(linear) == len(between) + 1 == len(set(linear)) > 1
+        and all(type(module) is nn.ReLU for module in between)
+        and all(isinstance(layer, nn.Linear) and layer.bias is not None and _only_masked(layer) for layer in linear)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        and all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+        and len({p.dtype for p in model.parameters()} - {torch.float32, torch.float64}) == 0
+    )
+    return linear if plain else None
+
+
+def _only_masked(layer):
+    if not parametrize.is_parametrized(layer):
+        return type(layer) is nn.Linear
+    chains = layer.parametrizations
+    return list(chains) == ["weight"] and len(chains.weight) == 1 and M.mask_of(layer) is not None
+
+
+@torch.no_grad()
+def forward(model):
+    """A function float [B, …] → logits [B, classes] of the weights as they are now, without gradients; or None."""
+    if not (linear := layers(model)):
+        return None
+    parameters = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
+    return lambda x: _activations(parameters, x)[-1]
+
+
+def _activations(parameters, x):
+    """x₀ … x_L: the flat input, the hidden layers after ReLU, the logits."""
+    xs = [x.flatten(1)]
+    for i, (weight, bias) in enumerate(parameters, start=1):
+        xs.append(_product(xs[-1], weight, bias, relu=i < len(parameters)))
+    return xs
+
+
+def _product(x, weight, bias=None, relu=False):
+    """[B, n] × [m, n] → x weightᵀ + bias, [B, m]."""
+    if X86 and x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+    y = F.linear(x, weight, bias)
+    return y.relu_() if relu else y
+
+
+class Step:
+    """`training.Step` by hand, for models with `layers`.
+
+    θ is one vector: of each layer the weights, then the biases. Where few weights survive it holds the survivors only,
+    and the optimiser has less to update. The model sees θ after `sync`; what is pruned there stays as it is.
+
+    build: (parameter groups, recipe) → optimiser.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, recipe, build):
+        self.layers = layers(model)
+        masks = [_mask(layer) for layer in self.layers]
+        few = sum(mask.sum() for mask in masks) < FEW * sum(mask.numel() for mask in masks)
+        self.masks = None if few else masks
+        self.survivors = [mask.flatten().nonzero()[:, 0] for mask in masks] if few else None
+        weights = [layer.weight.detach().clone() for layer in self.layers]
+        kept = [w.flatten()[s] for w, s in zip(weights, self.survivors, strict=True)] if few else weights
+        parts = [t for w, layer in zip(kept, self.layers, strict=True) for t in (w, layer.bias.detach())]
+        self.theta = torch.cat([t.flatten() for t in parts])
+        self.theta.grad = torch.zeros_like(self.theta)
+        self.kept, self.biases = _views(self.theta, parts)
+        self.weights = weights if few else self.kept
+        self.weight_grads, self.bias_grads = _views(self.theta.grad, parts)
+        self.optimizer = build([{"params": [self.theta], "weight_decay": recipe.weight_decay}], recipe)
+
+    @torch.no_grad()
+    def __call__(self, x, y):
+        """float [B, …], int64 [B] → the minibatch's mean cross-entropy, before the update."""
+        xs = _activations(list(zip(self.weights, self.biases, strict=True)), x)
+        log_p = F.log_softmax(xs[-1], 1)
+        loss = F.nll_loss(log_p, y)
+        g = log_p.exp_().scatter_add_(1, y[:, None], log_p.new_full((len(y), 1), -1)).div_(len(y))  # (p − y) / B
+        for i in reversed(range(len(self.layers))):
+            weight_grad = _product(g.T, xs[i].T)
+            if self.survivors is None:
+                torch.mul(weight_grad, self.masks[i], out=self.weight_grads[i])
+            else:
+                torch.index_select(weight_grad.view(-1), 0, self.survivors[i], out=self.weight_grads[i])
+            torch.sum(g, 0, out=self.bias_grads[i])
+            if i:
+                g = torch.ops.aten.threshold_backward(_product(g, self.weights[i].T), xs[i], 0)  # ReLU's
+        self.optimizer.step()
+        for i, survivors in enumerate(self.survivors or []):
+            self.weights[i].view(-1).scatter_(0, survivors, self.kept[i])
+        return loss
+
+    @torch.no_grad()
+    def sync(self):
+        """Copy θ into the model."""
+        for layer, weight, bias in zip(self.layers, self.weights, self.biases, strict=True):
+            original = M.original(layer)
+            original.copy_(torch.where(_mask(layer).bool(), weight, original))
+            layer.bias.copy_(bias)
+
+
+def _mask(layer):
+    mask = M.mask_of(layer)
+    return torch.ones_like(layer.weight) if mask is None else mask.mask.to(layer.weight.dtype)
+
+
+def _views(vector, like):
+    """Views of the vector, each in the shape of one of `like`: the weights, the biases."""
+    views = [part.view(t.shape) for part, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
+    return views[::2], views[1::2]

@@ -1,0 +1,128 @@
+"""The fast step of fully connected networks is the general one: same losses, same weights, same predictions."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lottery import cs, data, models, perceptron, training
+from lottery import masks as M
+from lottery.training import Recipe, fit
+
+SHORT = Recipe(iterations=150, eval_every=50, test_readings="all")
+RECIPES = {
+    "adam": {},
+    "adam with decay": {"weight_decay": 0.01},
+    "sgd": {"optimizer": "sgd", "lr": 0.1},
+    "momentum, milestone, warmup": {
+        "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "milestones": (40, 90), "warmup": 10
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def lenet(density=1.0, dtype=torch.float64, masked=True):
+    model = models.create("lenet_300_100", seed=1, in_shape=(1, 8, 8)).to(dtype)
+    scores = {name: torch.rand(layer.weight.shape) for name, layer in M.prunable(model).items()}
+    return M.attach(model, M.top_k(scores, density)) if masked else model
+
+
+def both(model, digits, recipe, **options):
+    """(history, model) of the fast way and of the general way."""
+    results = []
+    for groups in (lambda m: None, lambda m: training.param_groups(m, recipe)):
+        mine = copy.deepcopy(model)
+        assert perceptron.layers(mine)
+        results.append((fit(mine, digits, recipe, seed=3, groups=groups(mine), **options), mine))
+    return results
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.05])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_float64_trajectories_are_the_general_ones(digits, recipe, density):
+    torch.manual_seed(0)
+    model, recipe = lenet(density), dataclasses.replace(SHORT, **recipe)
+    (fast, a), (general, b) = both(model, digits, recipe)
+    for name, layer in M.prunable(a).items():
+        torch.testing.assert_close(layer.weight, M.prunable(b)[name].weight, rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer.bias, M.prunable(b)[name].bias, rtol=0, atol=1e-10)
+    assert fast.val_loss == pytest.approx(general.val_loss, abs=1e-10)
+    assert fast.test_acc == general.test_acc
+    assert fast.train_loss == pytest.approx(general.train_loss, abs=1e-10)
+    assert fast.early_stop.step == general.early_stop.step
+
+
+@pytest.mark.parametrize("density", [1.0, 0.05])
+def test_float32_stays_close_for_a_hundred_steps(digits, density):
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(SHORT, iterations=100)
+    (fast, a), (general, b) = both(lenet(density, torch.float32), digits, recipe)
+    for x, y in zip(M.state(a).values(), M.state(b).values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=2e-4)
+    assert fast.val_loss == pytest.approx(general.val_loss, abs=1e-4)
+
+
+def test_what_lies_behind_the_mask_stays(digits):
+    model = lenet(0.1)
+    before, masks = M.state(model), M.read(model)
+    fit(model, digits, SHORT)
+    for name, mask in masks.items():
+        after = M.state(model)[f"{name}.weight"]
+        assert torch.equal(after[~mask], before[f"{name}.weight"][~mask])
+        assert (after[mask] != before[f"{name}.weight"][mask]).any()
+
+
+def test_a_model_without_masks_and_one_with_a_mask_on_one_layer(digits):
+    for model in (lenet(masked=False), M.attach(lenet(masked=False), {"fc2": torch.rand(100, 300) < 0.5})):
+        (_, a), (_, b) = both(model, digits, dataclasses.replace(SHORT, iterations=20))
+        for x, y in zip(M.state(a).values(), M.state(b).values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_is_the_models(digits, dtype):
+    model = lenet(0.3, dtype)
+    x = training.normaliser(digits, SHORT, torch.zeros(1, dtype=dtype))(digits.test.x)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(perceptron.forward(model)(x), model(x).detach(), rtol=0, atol=tolerance)
+
+
+def unusual():
+    def net(*modules):
+        return nn.Sequential(nn.Flatten(), *modules)
+
+    a, b = nn.Linear(4, 4), nn.Linear(4, 2)
+    hooked, frozen, gated = net(a, nn.ReLU(), b), net(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), lenet(masked=False)
+    hooked = copy.deepcopy(hooked)
+    hooked[1].register_forward_hook(lambda *_: None)
+    frozen[1].bias.requires_grad_(False)
+    chained = M.attach(net(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+    parametrize.register_parametrization(chained[1], "weight", nn.Tanh())
+    return {
+        "convolutions": models.create("conv2"),
+        "another activation": net(a, nn.Tanh(), b),
+        "no bias": net(nn.Linear(4, 4, bias=False), nn.ReLU(), b),
+        "dropout": net(a, nn.ReLU(), nn.Dropout(), b),
+        "one layer": net(b),
+        "ends with ReLU": net(a, nn.ReLU(), b, nn.ReLU()),
+        "a layer used twice": net(a, nn.ReLU(), a),
+        "a hook": hooked,
+        "a frozen bias": frozen,
+        "gates of Continuous Sparsification": cs.attach(gated, 0.0),
+        "something after the mask": chained,
+        "half precision": lenet(dtype=torch.bfloat16),
+        "not a Sequential": nn.Linear(4, 4),
+    }
+
+
+def test_other_networks_take_the_general_way():
+    for what, model in unusual().items():
+        assert perceptron.layers(model) is None, what
+        assert perceptron.forward(model) is None, what
