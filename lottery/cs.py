@@ -229,7 +229,8 @@ def search(
         model: initialised; gated and trained in place.
         train: `train(model, start, stop)` trains w and s in place from iteration `start` of a round to `stop` (None:
             to its end), with `penalty` in the loss and `set_beta` along the way, up to β_T at the end. Momentum carries
-            over between the calls, as in the authors' code, if `train` keeps its optimiser.
+            over between the calls, as in the authors' code, if `train` keeps its optimiser. `training.fit` takes all
+            three: `regulariser`, `before_step` and `opt`.
         s0, layers, scale: as in `attach`.
         rule: as in `restart`.
         rewind_to: k, in iterations of the first round: tickets start from w_k. None: pruning, they start from the

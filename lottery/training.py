@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from lottery import masks as M
 from lottery import perceptron
+from lottery.data import flip_crop, moves
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -26,6 +27,12 @@ class Recipe:
     validation set. test_readings: "all" reads the test set as often, "log" at about 20 log-spaced readings.
     milestones: iterations at which lr is multiplied by gamma. warmup: iterations of linear increase from 0.
     inputs: "unit" feeds pixels in [0, 1], "standard" subtracts the mean and divides by the deviation per channel.
+    nesterov: Nesterov's momentum (SGD; CS). augment: "none" | "flip-crop", see `data.flip_crop` (CS, GraSP, STR).
+    precision: "float32" computes in the model's own dtype, "bfloat16" under autocast, readings included.
+    label_smoothing: of the training loss only (STR: 0.1).
+    schedule: "step" is lr · γ^(milestones ≤ t) · min(1, t / warmup). "cosine" (STR) has no milestones: lr is constant
+        in blocks of `lr_every` iterations (there an epoch); it is lr · (e + 1) / W in block e of W of warm-up, then
+        lr · ½ (1 + cos(π (e − W) / (E − W))), E blocks in all.
     """
 
     optimizer: str = "adam"
@@ -40,6 +47,12 @@ class Recipe:
     gamma: float = 0.1
     warmup: int = 0
     inputs: str = "unit"
+    nesterov: bool = False
+    augment: str = "none"
+    precision: str = "float32"
+    label_smoothing: float = 0.0
+    schedule: str = "step"
+    lr_every: int = 1
 
     def __post_init__(self):
         def need(ok, name, rule):
@@ -52,19 +65,33 @@ class Recipe:
         need(self.optimizer in ("adam", "sgd"), "optimizer", "give 'adam' or 'sgd'")
         need(self.test_readings in ("all", "log"), "test_readings", "give 'all' or 'log'")
         need(self.inputs in ("unit", "standard"), "inputs", "give 'unit' or 'standard'")
+        need(self.augment in ("none", "flip-crop"), "augment", "give 'none' or 'flip-crop'")
+        need(self.precision in ("float32", "bfloat16"), "precision", "give 'float32' or 'bfloat16'")
+        need(self.schedule in ("step", "cosine"), "schedule", "give 'step' or 'cosine'")
         need(number(self.lr) and self.lr > 0, "lr", "give a learning rate above 0")
         need(number(self.momentum) and 0 <= self.momentum < 1, "momentum", "give 0 <= momentum < 1")
         need(number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "give a number from 0")
         need(number(self.gamma) and self.gamma > 0, "gamma", "give a factor above 0")
-        for name in ("batch_size", "iterations", "eval_every"):
+        smoothing = number(self.label_smoothing) and 0 <= self.label_smoothing < 1
+        need(smoothing, "label_smoothing", "give 0 <= label_smoothing < 1")
+        for name in ("batch_size", "iterations", "eval_every", "lr_every"):
             need(number(value := getattr(self, name), int) and value >= 1, name, "give a whole number from 1")
         need(number(self.warmup, int) and self.warmup >= 0, "warmup", "give a whole number of iterations from 0")
         rising = isinstance(self.milestones, tuple) and all(number(t, int) and t > 0 for t in self.milestones)
         rising = rising and list(self.milestones) == sorted(self.milestones)
         need(rising, "milestones", "give a tuple of iterations in increasing order")
+        need(isinstance(self.nesterov, bool), "nesterov", "give True or False")
+        need(not self.nesterov or (self.optimizer == "sgd" and self.momentum), "nesterov", "it needs SGD with momentum")
+        if self.schedule == "cosine":
+            need(not self.milestones, "milestones", "the cosine schedule has none")
+            whole = self.warmup % self.lr_every == 0 and self.warmup < self.iterations
+            need(whole, "warmup", f"give a multiple of lr_every = {self.lr_every} below iterations")
 
     def lr_at(self, t):
-        """Learning rate of the step that follows `t` finished ones: lr · γ^(milestones ≤ t) · min(1, t / warmup)."""
+        """Learning rate of the step that follows `t` finished ones, by the schedule."""
+        if self.schedule == "cosine":
+            e, W, E = (math.ceil(i / self.lr_every) for i in (t - t % self.lr_every, self.warmup, self.iterations))
+            return self.lr * ((e + 1) / W if e < W else (1 + math.cos(math.pi * (e - W) / (E - W))) / 2)
         ramp = min(1.0, t / self.warmup) if self.warmup else 1.0
         return self.lr * self.gamma ** bisect.bisect_right(self.milestones, t) * ramp
 
@@ -121,26 +148,34 @@ def param_groups(model, recipe):
 def optimizer(model, recipe, groups=None):
     """The recipe's optimiser, fused. Raises ValueError when a trainable parameter is in no group: it cannot move."""
     groups = param_groups(model, recipe) if groups is None else groups
-    covered = {id(p) for group in groups for p in group["params"]}
-    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]:
-        raise ValueError(f"No parameter group holds {', '.join(left)}: build the groups after attaching the method.")
+    _check_covered(model, groups)
     return _build(groups, recipe)
 
 
 def _build(groups, recipe):
     if recipe.optimizer == "adam":
         return torch.optim.Adam(groups, lr=recipe.lr, fused=True)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+
+
+def _check_covered(model, groups):
+    covered = {id(p) for group in groups for p in group["params"]}
+    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]:
+        raise ValueError(f"No parameter group holds {', '.join(left)}: build the groups after attaching the method.")
 
 
 class Step:
     """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update."""
 
-    def __init__(self, model, recipe, groups=None):
-        self.model, self.optimizer = model, optimizer(model, recipe, groups)
+    def __init__(self, model, recipe, opt, regulariser=None):
+        self.model, self.recipe, self.optimizer, self.regulariser = model, recipe, opt, regulariser
 
     def __call__(self, x, y):
-        loss = F.cross_entropy(self.model(x), y)
+        with autocast(self.recipe, x):
+            logits = self.model(x)
+        loss = F.cross_entropy(logits.to(x.dtype), y, label_smoothing=self.recipe.label_smoothing)
+        if self.regulariser:
+            loss = loss + self.regulariser(self.model)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -153,13 +188,13 @@ class Step:
 class Batches:
     """Minibatches of the training set on the model's device: batch(t) is the one that iteration t trains on.
 
-    Every epoch is a fresh permutation from (seed, epoch), so any iteration can be asked for: rewinding continues
-    where the schedule stands. An incomplete last batch is dropped.
+    Every epoch is a fresh permutation, and fresh augmentation, from (seed, epoch), so any iteration can be asked for:
+    rewinding continues where the schedule stands. An incomplete last batch is dropped.
     """
 
     def __init__(self, data, recipe, seed, like):
         self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
-        self.size, self.seed, self.epoch = recipe.batch_size, seed, None
+        self.size, self.seed, self.epoch, self.augment = recipe.batch_size, seed, None, recipe.augment != "none"
         self.per_epoch = len(self.y) // self.size
         if not self.per_epoch:
             raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
@@ -170,9 +205,14 @@ class Batches:
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
             self.order = torch.randperm(len(self.y), generator=generator).to(self.y.device)
+            if self.augment:
+                self.moves = moves(len(self.y), self.x.shape[-1], generator).to(self.y.device)
             self.epoch = epoch
-        index = self.order[i * self.size : (i + 1) * self.size]
-        return self.normalise(self.x.index_select(0, index)), self.y.index_select(0, index)
+        part = slice(i * self.size, (i + 1) * self.size)
+        index = self.order[part]
+        x = self.x.index_select(0, index)
+        x = flip_crop(x, self.moves[part]) if self.augment else x
+        return self.normalise(x), self.y.index_select(0, index)
 
 
 def normaliser(data, recipe, like):
@@ -184,24 +224,30 @@ def normaliser(data, recipe, like):
     return lambda x: x.to(like.dtype).sub_(mean).mul_(scale)
 
 
+def autocast(recipe, like):
+    """A context that computes in the recipe's precision on the device of `like`."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+
+
 @torch.no_grad()
 def evaluate(model, split, normalise, batch_size=2500):
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was."""
     if not len(split.y):
         return math.nan, torch.zeros(0, dtype=torch.bool)
-    was_training, device = model.training, next(model.parameters()).device
+    was_training, like = model.training, next(model.parameters())
     model.eval()
-    loss, correct, forward = 0.0, [], perceptron.forward(model) or model
+    plain = not torch.is_autocast_enabled(like.device.type)
+    loss, correct, forward = 0.0, [], (plain and perceptron.forward(model)) or model
     for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
-        y = y.to(device)
-        logits = forward(normalise(x.to(device)))
+        y = y.to(like.device)
+        logits = forward(normalise(x.to(like.device))).to(like.dtype)
         loss += F.cross_entropy(logits, y, reduction="sum")
         correct.append(logits.argmax(1) == y)
     model.train(was_training)
     return float(loss) / len(split.y), torch.cat(correct).cpu()
 
 
-def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
+def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, regulariser=None, before_step=None):
     """Train the model in place and read it as the recipe says.
 
     Args:
@@ -211,23 +257,34 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
         start, stop: iterations; training goes on at schedule and data position `start` with a fresh optimiser and
             ends after iteration `stop` (default: the recipe's).
         groups: the method's parameter groups; default `param_groups(model, recipe)`.
+        opt: an `optimizer` that an earlier call has used, to go on with its momentum; then `groups` is not read.
+        regulariser: a method's term in the loss, `regulariser(model)`, a scalar with gradient. (CS: λ · penalty.)
+        before_step: `before_step(t)` is called before the step that follows t finished ones, to write what a method
+            anneals, in place. (CS: `set_beta`.)
 
     Returns a `History`. The model ends with the weights of the last iteration, in the mode it came in; a loss that is
     not finite at a reading stops the training with status "diverged".
 
-    Raises ValueError: start and stop out of order, a batch larger than the training set, a parameter in no group.
+    Raises ValueError: start and stop out of order, a batch larger than the training set, a parameter in no group or
+    not in `opt`.
     """
     stop = recipe.iterations if stop is None else stop
     if not 0 <= start < stop <= recipe.iterations:
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     began, like = time.perf_counter(), next(model.parameters())
-    by_hand = groups is None and perceptron.layers(model)
-    step = perceptron.Step(model, recipe, _build) if by_hand else Step(model, recipe, groups)
+    by_hand = groups is opt is regulariser is before_step is None and perceptron.layers(model)
+    by_hand = by_hand and (recipe.precision, recipe.label_smoothing) == ("float32", 0)
+    if by_hand:
+        step = perceptron.Step(model, recipe, _build)
+    else:
+        opt = opt or optimizer(model, recipe, groups)
+        _check_covered(model, opt.param_groups)
+        step = Step(model, recipe, opt, regulariser)
     batch = Batches(data, recipe, seed, like)
     steps, test_steps = recipe.readings(start, stop)
     steps = set(steps)
     history, best, best_step, best_loss = History(), None, None, math.inf
-    masks, lr, was_training = M.read(model), recipe.lr, model.training
+    masks, lr, was_training = M.read(model), None, model.training
     model.train()
 
     for t in range(start, stop):
@@ -235,6 +292,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
             lr = recipe.lr_at(t)
             for group in step.optimizer.param_groups:
                 group["lr"] = lr
+        if before_step:
+            before_step(t)
         loss = step(*batch(t))
         done = t + 1
         if done - start in LOSS_STEPS:
@@ -243,7 +302,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
             step.sync()
             finite = math.isfinite(loss.item())
             if finite:
-                val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
+                with autocast(recipe, like):
+                    val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
                 finite = math.isfinite(val_loss) or not len(data.valid.y)
             if not finite:
                 history.status = "diverged"
@@ -254,9 +314,11 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None):
     final = M.state(model)
     if best is not None:
         M.restore(model, best)
-        history.early_stop = reading(model, data, batch.normalise, best_step)
+        with autocast(recipe, like):
+            history.early_stop = reading(model, data, batch.normalise, best_step)
         M.restore(model, final)
-    history.last = reading(model, data, batch.normalise, done)
+    with autocast(recipe, like):
+        history.last = reading(model, data, batch.normalise, done)
     if not math.isfinite(history.last.train_loss):  # the last step was one too many
         history.status = "diverged"
     model.train(was_training)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from lottery import cs, models, training
+from lottery import cs, data, models, training
 from lottery import masks as M
 from lottery.training import Recipe
 
@@ -625,6 +625,80 @@ def test_the_search_is_the_loop_of_the_paper(rule):
         assert level.theta.keys() == theta.keys()
         assert all(torch.equal(t, theta[name]) for name, t in level.theta.items())
     assert all(torch.equal(t, M.state(by_hand)[name]) for name, t in M.state(model).items())
+
+
+class Fit:
+    """The same as `Loop`, with `training.fit`."""
+
+    def __init__(self, images):
+        self.images, self.opt = images, None
+
+    def __call__(self, model, start, stop):
+        self.opt = self.opt or training.optimizer(model, SEARCH, cs.param_groups(model, SEARCH))
+        training.fit(
+            model,
+            self.images,
+            SEARCH,
+            start=start,
+            stop=stop,
+            opt=self.opt,
+            regulariser=lambda model: 1e-3 * cs.penalty(model),
+            before_step=lambda t: cs.set_beta(model, cs.temperature(t, SEARCH.iterations, EPOCH)),
+        )
+
+
+class Loop(Fit):
+    """A caller's own loop over the same minibatches."""
+
+    def __call__(self, model, start, stop):
+        self.opt = self.opt or training.optimizer(model, SEARCH, cs.param_groups(model, SEARCH))
+        batch = training.Batches(self.images, SEARCH, 0, torch.zeros(1, dtype=torch.float64))
+        model.train()
+        for t in range(start, stop or SEARCH.iterations):
+            for group in self.opt.param_groups:
+                group["lr"] = 0.1 if t < 8 else 0.01
+            cs.set_beta(model, 200 ** ((t // EPOCH) / 3))
+            self.opt.zero_grad()
+            loss_of(model, *batch(t), 1e-3).backward()
+            self.opt.step()
+
+
+SEARCH = Recipe(
+    optimizer="sgd",
+    lr=0.1,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=1e-2,
+    iterations=12,
+    eval_every=5,
+    milestones=(8,),
+)
+
+
+def test_fit_searches_as_ones_own_loop_does():
+    """λ and β enter through the hooks; momentum goes on from round to round while lr starts again."""
+    images, found = data.load("digits", valid=100), []
+    for train in (Fit(images), Loop(images)):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(108, 10)
+        ).double()
+        found.append((list(cs.search(net, train, 0.02, rounds=3, rewind_to=4)), M.state(net)))
+    (ours, state), (theirs, other) = found
+    assert 0 < ours[-1].density < 1
+    assert [a.density for a in ours] == [b.density for b in theirs]
+    for name in state:
+        torch.testing.assert_close(state[name], other[name], rtol=0, atol=1e-10)
+    for name, w in ours[0].theta.items():
+        torch.testing.assert_close(w, theirs[0].theta[name], rtol=0, atol=1e-10)
+
+
+def test_an_optimiser_of_before_the_gates_is_refused():
+    model = small()
+    opt = training.optimizer(model, SEARCH)
+    cs.attach(model)
+    with pytest.raises(ValueError, match=r"^No parameter group holds 0\.parametrizations\.weight\.0\.s, "):
+        training.fit(model, data.load("digits"), SEARCH, opt=opt)
 
 
 def test_nothing_removed_comes_back_as_described():

@@ -24,7 +24,7 @@ from lottery import data
 
 N_TRAIN, N_TEST = 60, 20
 REAL = os.environ.get("LOTTERY_DATA")
-FILE_SETS = [name for name in data.SETS if name != "digits"]
+FILE_SETS = [name for name, facts in data.SETS.items() if facts.torchvision]
 
 
 @pytest.fixture(autouse=True)
@@ -371,6 +371,55 @@ def test_cifar100_order_is_by_pixel_bytes_then_label(tmp_path):
     assert canonical_y.tolist() == parts[1][expected].tolist()
 
 
+# CIFAR-10 at 16x16 ----------------------------------------------------------------------------------------------------
+
+
+def test_cifar10_16_is_the_rounded_mean_of_each_2x2_pixels(tmp_path):
+    parts = generate("cifar10")
+    parts[2][0, :2, :2, 0] = [[0, 1], [1, 0]]  # a mean of 0.5 becomes 1
+    parts[2][0, :2, 2:4, 0] = [[255, 255], [255, 254]]  # 254.75 becomes 255, without overflow
+    write_hub(tmp_path / "root", "cifar10", parts)
+    d, full = load("cifar10_16", tmp_path / "root"), load("cifar10", tmp_path / "root")
+    for split in ("train", "valid", "test"):
+        small, large = (getattr(which, split) for which in (d, full))
+        mean = np.mean([large.x[:, :, i::2, j::2].numpy() for i in (0, 1) for j in (0, 1)], axis=0)
+        assert np.array_equal(small.x.numpy(), np.floor(mean + 0.5))
+        assert small.x.dtype == torch.uint8
+        assert torch.equal(small.y, large.y)
+    assert d.test.x[0, 0, 0, :2].tolist() == [1, 255]
+    assert (d.name, d.classes, len(d.fingerprint)) == ("cifar10_16", 10, 64)
+    assert d.fingerprint != full.fingerprint
+    both = torch.cat([d.train.x, d.valid.x]).double() / 255
+    assert d.mean == pytest.approx(both.mean((0, 2, 3)).tolist(), abs=1e-12)
+    assert d.std == pytest.approx(both.std((0, 2, 3), correction=0).tolist(), abs=1e-12)
+    again = load("cifar10_16", tmp_path / "root", valid=0)
+    assert again.fingerprint == d.fingerprint
+
+
+# Augmentation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "padding"), [(32, 4), (16, 2), (8, 1), (64, 4)])
+def test_flip_crop_by_brute_force(side, padding):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (40, 3, side, side), generator=generator).to(torch.uint8)
+    moves = data.moves(40, side, generator)
+    out = data.flip_crop(x, moves)
+    assert out.dtype == torch.uint8
+    for image, result, (flip, top, left) in zip(x.numpy(), out.numpy(), moves.tolist(), strict=True):
+        padded = np.zeros((3, side + 2 * padding, side + 2 * padding), np.uint8)
+        padded[:, padding : padding + side, padding : padding + side] = image
+        crop = padded[:, top : top + side, left : left + side]
+        assert np.array_equal(result, crop[:, :, ::-1] if flip else crop)
+
+
+def test_moves_are_uniform_and_independent():
+    moves = data.moves(81_000 * 2, 32, torch.Generator().manual_seed(0))
+    counts = torch.bincount((moves[:, 0] * 9 + moves[:, 1]) * 9 + moves[:, 2], minlength=162)
+    assert counts.sum() == 162_000
+    assert ((counts - 1000).square() / 1000).sum() < 230  # chi-square, 161 degrees of freedom: p = 3e-4
+
+
 # The cache ------------------------------------------------------------------------------------------------------------
 
 
@@ -495,7 +544,8 @@ def test_two_downloads_may_end_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "mnits"}, "Unknown data set 'mnits': choose one of mnist, cifar10, cifar100, fashion_mnist, digits."),
+        ({"name": "mnits"},
+         "Unknown data set 'mnits': choose one of mnist, cifar10, cifar100, fashion_mnist, digits, cifar10_16."),
         ({"valid": -1}, "Invalid valid -1: give a number of images, 0 <= valid < 1347."),
         ({"valid": 1347}, "Invalid valid 1347: give a number of images, 0 <= valid < 1347."),
         ({"valid": 0.1}, "Invalid valid 0.1: give a number of images, 0 <= valid < 1347."),
@@ -636,11 +686,12 @@ def test_root_that_cannot_be_written_still_names_the_three_ways(tmp_path, monkey
     [
         ("mnist", (55_000, 5_000, 10_000), [7, 2, 1, 0, 4], (0.1307,), (0.3081,)),
         ("cifar10", (45_000, 5_000, 10_000), [3, 8, 8, 0, 6], (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar10_16", (45_000, 5_000, 10_000), [3, 8, 8, 0, 6], (0.4919, 0.4827, 0.4470), (0.2381, 0.2347, 0.2536)),
         ("cifar100", (45_000, 5_000, 10_000), None, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     ],
 )
 def test_real_sets(name, sizes, labels, mean, std, monkeypatch):
-    if not REAL or not (Path(REAL) / name).is_dir():
+    if not REAL or not (Path(REAL) / name.removesuffix("_16")).is_dir():
         pytest.skip(f"needs LOTTERY_DATA with {name}/")
     monkeypatch.undo()
     d = data.load(name)

@@ -86,7 +86,10 @@ def by_hand(model, images, recipe, seed, start, stop):
 
         hidden = torch.tanh(x @ (w["1.weight"] * m["1.weight"]).T + w["1.bias"])
         logits = hidden @ (w["3.weight"] * m["3.weight"]).T + w["3.bias"]
-        loss = -torch.log_softmax(logits, 1)[torch.arange(size), y].mean()
+        target = (
+            torch.nn.functional.one_hot(y, 10).double() * (1 - recipe.label_smoothing) + recipe.label_smoothing / 10
+        )
+        loss = -(torch.log_softmax(logits, 1) * target).sum(1).mean()
         gradient = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
 
         lr = recipe.lr * (min(1, t / recipe.warmup) if recipe.warmup else 1)
@@ -98,7 +101,7 @@ def by_hand(model, images, recipe, seed, start, stop):
             with torch.no_grad():
                 if recipe.optimizer == "sgd":
                     first[name] = recipe.momentum * first[name] + g
-                    w[name] -= lr * first[name]
+                    w[name] -= lr * (g + recipe.momentum * first[name] if recipe.nesterov else first[name])
                 else:
                     first[name] = 0.9 * first[name] + 0.1 * g
                     second[name] = 0.999 * second[name] + 0.001 * g**2
@@ -117,6 +120,8 @@ def by_hand(model, images, recipe, seed, start, stop):
         ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}, 0),
         ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "milestones": (40, 80), "warmup": 20}, 0),
         ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "milestones": (40, 80), "warmup": 50}, 30),
+        ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}, 0),
+        ({"optimizer": "sgd", "lr": 0.1, "label_smoothing": 0.1}, 0),
     ],
 )
 def test_equals_a_loop_written_by_hand(digits, options, start, masked):
@@ -150,6 +155,16 @@ def test_learning_rate_by_hand():
 def test_a_milestone_inside_the_warmup_counts():
     recipe = Recipe(lr=1.0, warmup=10, milestones=(5,), gamma=0.1)
     assert [recipe.lr_at(4), recipe.lr_at(5), recipe.lr_at(10)] == pytest.approx([0.4, 0.05, 0.1])
+
+
+def test_cosine_schedule_is_the_one_of_strs_code():
+    """lr 0.256, 100 epochs: 0.256 (e + 1) / 5 in epochs 0-4, then 0.256 · ½ (1 + cos(π (e − 5) / 95))."""
+    recipe = Recipe(lr=0.256, iterations=99 * 7 + 3, warmup=35, schedule="cosine", lr_every=7)  # the last one is short
+    by_epoch = [0.256 * (e + 1) / 5 if e < 5 else 0.128 * (1 + math.cos(math.pi * (e - 5) / 95)) for e in range(100)]
+    lrs = [recipe.lr_at(t) for t in range(recipe.iterations)]
+    assert lrs == pytest.approx([lr for lr in by_epoch for _ in range(7)][: recipe.iterations], abs=1e-15)
+    assert lrs[35] == 0.256
+    assert lrs[-1] == pytest.approx(7.0e-5, rel=1e-3)
 
 
 def test_the_first_step_of_a_warmup_changes_nothing(digits):
@@ -312,6 +327,34 @@ def test_every_epoch_is_another_permutation_and_its_incomplete_batch_is_dropped(
     assert len({frozenset(epoch) for epoch in flat}) > 1, "the same ten images are dropped in every epoch"
 
 
+def test_augmentation_is_fresh_in_every_epoch_and_leaves_the_order():
+    """Iteration t's images are those without augmentation, each moved by (seed, epoch), whatever is asked for first."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(1, 256, (90, 1, 16, 16), generator=generator).to(torch.uint8)
+    split = data.Split(x, torch.arange(90) % 10)
+    images = data.Data("noise", split, split, split, "f", 10, mean=(0.5,), std=(0.25,))
+    recipe, like = Recipe(batch_size=30), torch.zeros(1, dtype=torch.float64)
+    plain = training.Batches(images, recipe, 5, like)
+    recipe = dataclasses.replace(recipe, augment="flip-crop", inputs="standard")
+    moved = training.Batches(images, recipe, 5, like)
+    batches = [moved(t) for t in range(6)]
+    assert all(torch.equal(plain(t)[1], y) for t, (_, y) in enumerate(batches))
+    for t in (5, 0, 3):
+        assert torch.equal(training.Batches(images, recipe, 5, like)(t)[0], batches[t][0])
+    assert not torch.equal(training.Batches(images, recipe, 6, like)(0)[0], batches[0][0])
+
+    every = data.moves(1, 16, generator).new_tensor([[f, i, j] for f in (0, 1) for i in range(5) for j in range(5)])
+    used = []
+    for t, (batch, _) in enumerate(batches):
+        grey = ((batch * 0.25 + 0.5) * 255).round().to(torch.uint8)  # black padding, not the mean
+        for image, result in zip((plain(t)[0] * 255).round().to(torch.uint8), grey, strict=True):
+            candidates = data.flip_crop(image.expand(50, 1, 16, 16), every)
+            (i,) = (candidates == result).flatten(1).all(1).nonzero().flatten().tolist()
+            used.append(i)
+    assert used[:90] != used[90:]
+    assert len(set(used)) > 40
+
+
 def test_order_depends_on_the_seed_alone():
     images, recipe = numbered(130), Recipe(batch_size=40)
     one = training.Batches(images, recipe, 5, torch.zeros(1))
@@ -353,6 +396,30 @@ def test_normalising_leaves_the_stored_images(digits):
     before = digits.train.x.clone()
     fit(lenet(), digits, dataclasses.replace(SHORT, inputs="standard"), stop=5)
     assert torch.equal(digits.train.x, before)
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(digits):
+    recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=0.1, precision="bfloat16")
+    model, by_hand, exact = lenet(), lenet(), lenet()
+    history = fit(model, digits, recipe)
+    batch, opt = training.Batches(digits, recipe, 0, torch.zeros(1)), torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for t in range(60):
+        x, y = batch(t)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = by_hand(x)
+        opt.zero_grad()
+        nn.functional.cross_entropy(logits.float(), y).backward()
+        opt.step()
+    assert same(M.state(model), M.state(by_hand))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert training.evaluate(by_hand, digits.valid, batch.normalise)[0] == history.last.val_loss
+    fit(exact, digits, dataclasses.replace(recipe, precision="float32"))
+    assert not same(M.state(model), M.state(exact))
+    assert history.last.test_acc > 0.5
 
 
 # Masks, determinism, failures -----------------------------------------------------------------------------------------
@@ -498,6 +565,13 @@ def test_a_batch_larger_than_the_training_set(digits):
         ("lr", [0, -0.1, math.nan, math.inf, "0.1"], "give a learning rate above 0"),
         ("test_readings", ["some"], "give 'all' or 'log'"),
         ("inputs", ["raw"], "give 'unit' or 'standard'"),
+        ("augment", ["flip", True], "give 'none' or 'flip-crop'"),
+        ("precision", ["bf16", torch.bfloat16], "give 'float32' or 'bfloat16'"),
+        ("schedule", ["linear"], "give 'step' or 'cosine'"),
+        ("label_smoothing", [1.0, -0.1, math.nan], "give 0 <= label_smoothing < 1"),
+        ("lr_every", [0, 1.5], "give a whole number from 1"),
+        ("nesterov", [1, None], "give True or False"),
+        ("nesterov", [True], "it needs SGD with momentum"),
         ("batch_size", [0, -60, 60.0, None], "give a whole number from 1"),
         ("iterations", [0, 1e3, True], "give a whole number from 1"),
         ("eval_every", [0, 0.5], "give a whole number from 1"),
@@ -512,6 +586,15 @@ def test_bad_recipes_are_told_in_one_line(field, values, rule):
     for value in values:
         with pytest.raises(ValueError, match=f"^{re.escape(f'Invalid {field} {value!r}: {rule}.')}$"):
             Recipe(**{field: value})
+
+
+def test_a_cosine_schedule_has_no_milestones_and_warms_up_in_whole_blocks():
+    with pytest.raises(ValueError, match=message("Invalid milestones (5,): the cosine schedule has none.")):
+        Recipe(schedule="cosine", milestones=(5,))
+    for warmup in (5, 50_000):
+        text = f"Invalid warmup {warmup}: give a multiple of lr_every = 10 below iterations."
+        with pytest.raises(ValueError, match=message(text)):
+            Recipe(schedule="cosine", warmup=warmup, lr_every=10)
 
 
 def test_the_papers_recipe_is_the_default():
