@@ -283,8 +283,9 @@ def claims(paper, reported_dir=None):
     """The rules of a paper's claims, `<paper>_claims.csv`, as a pandas.DataFrame.
 
     A row without `kind` only names an item that claims nothing testable. arm_a is the larger one: A > B.
-    arm: "net/control", variants of a net as "net@variant/control". x: densities in % as the paper prints them, cells
-    separated by ";", "a|b" where A and B differ; for "down to" the paper's density, then the next denser level.
+    arm: "net/control", variants of a net as "net@variant/control". x: densities in % as the paper prints them (GraSP:
+    sparsities), cells separated by ";", "a|b" where A and B differ; for "down to" the paper's density, then the next
+    denser level.
     delta, margin, paper_value: points, a factor for iterations. n: trials that a verdict needs; trials_paper: the
     paper's. unknown: a decisive setting that is stated nowhere. added, since: dates of the claim, of its last change.
     """

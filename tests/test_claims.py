@@ -810,7 +810,7 @@ def test_totals_count_chance_and_keep_exact_apart():
 
 
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of lth \([^\n]*\)\.$"):
+    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of grasp, lth \([^\n]*\)\.$"):
         claims.claims("lht", REPORTED)
     with pytest.raises(FileNotFoundError, match=r"^No claims in [^\n]*$"):
         claims.claims("lth", tmp_path)
