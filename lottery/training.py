@@ -122,12 +122,17 @@ class Reading:
 
 @dataclass
 class History:
-    """What `fit` measured. The lists run over the readings; test_acc is NaN where the test set was not read."""
+    """What `fit` measured. The lists run over the readings, NaN where the test set was not read.
+
+    batch_loss: the learning curve of the training set, the mean minibatch loss since the last reading of the test set.
+    """
 
     step: list[int] = field(default_factory=list)
     val_loss: list[float] = field(default_factory=list)
     val_acc: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
     test_acc: list[float] = field(default_factory=list)
+    batch_loss: list[float] = field(default_factory=list)
     train_loss: dict[int, float] = field(default_factory=dict)  # minibatch loss at iterations LOSS_STEPS
     status: str = "finished"  # or "diverged": a loss was not finite
     early_stop: Reading | None = None  # None without a validation set
@@ -285,6 +290,7 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
     steps = set(steps)
     history, best, best_step, best_loss = History(), None, None, math.inf
     masks, lr, was_training = M.read(model), None, model.training
+    batch_loss, since = 0.0, start
     model.train()
 
     for t in range(start, stop):
@@ -295,6 +301,7 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
         if before_step:
             before_step(t)
         loss = step(*batch(t))
+        batch_loss += loss.detach()
         done = t + 1
         if done - start in LOSS_STEPS:
             history.train_loss[done] = loss.item()
@@ -305,6 +312,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
                 with autocast(recipe, like):
                     val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
                 finite = math.isfinite(val_loss) or not len(data.valid.y)
+                history.batch_loss.append(float(batch_loss) / (done - since) if done in test_steps else math.nan)
+                batch_loss, since = (0.0, done) if done in test_steps else (batch_loss, since)
             if not finite:
                 history.status = "diverged"
                 break
@@ -333,7 +342,9 @@ def _read(history, model, data, normalise, step, with_test):
     history.step.append(step)
     history.val_loss.append(val_loss)
     history.val_acc.append(_accuracy(val_correct))
-    history.test_acc.append(_accuracy(evaluate(model, data.test, normalise)[1]) if with_test else math.nan)
+    test_loss, correct = evaluate(model, data.test, normalise) if with_test else (math.nan, ())
+    history.test_loss.append(test_loss)
+    history.test_acc.append(_accuracy(correct))
     return val_loss
 
 

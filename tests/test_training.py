@@ -236,7 +236,7 @@ def test_last_reading_by_brute_force(digits):
         return np.array(right), loss / len(right)
 
     with torch.no_grad():
-        correct, _ = one_by_one(digits.test)
+        correct, test_loss = one_by_one(digits.test)
         val_correct, val_loss = one_by_one(digits.valid)
         train_correct, _ = one_by_one(digits.train)
     last = history.last
@@ -247,6 +247,19 @@ def test_last_reading_by_brute_force(digits):
     assert last.train_acc == pytest.approx(train_correct.mean(), abs=1e-12)
     assert last.val_loss == pytest.approx(val_loss, abs=1e-5)
     assert (history.val_acc[-1], history.test_acc[-1]) == (last.val_acc, last.test_acc)
+    assert history.test_loss[-1] == pytest.approx(test_loss, abs=1e-5)
+
+
+def test_batch_loss_is_the_mean_since_the_test_set_was_last_read(digits):
+    recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=1e-30, iterations=50, eval_every=1, test_readings="log")
+    history = fit(model := lenet(), digits, recipe, start=3)
+    batch = training.Batches(digits, recipe, 0, next(model.parameters()))
+    with torch.no_grad():
+        each = {t + 1: float(nn.functional.cross_entropy(model(x), y)) for t in range(50) for x, y in [batch(t)]}
+    read = sorted(recipe.readings(3)[1])
+    for since, step in pairwise([3, *read]):
+        assert history.batch_loss[step - 4] == pytest.approx(np.mean([each[t] for t in range(since + 1, step + 1)]))
+    assert [t for t, loss in zip(history.step, history.batch_loss, strict=True) if not math.isnan(loss)] == read
 
 
 def test_early_stop_is_the_first_minimum_and_its_reading_is_that_of_that_iteration(digits):

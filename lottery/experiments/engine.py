@@ -130,7 +130,7 @@ def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1
         torch.set_num_threads(before)
     weights_sha = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep_weights else None
     certificate = {
-        "versions": versions(),
+        "versions": {name: v for name, v in versions().items() if name in ("training", "lth")},
         "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "device": _device_name(device),
         "threads": threads,
@@ -199,7 +199,7 @@ def _row(r, images, model, history, certificate):
         "step": history.step,
         "val_loss": history.val_loss,
         "val_acc": history.val_acc,
-        "test_acc": [None if np.isnan(a) else a for a in history.test_acc],
+        **{name: _nulls(getattr(history, name)) for name in ("test_acc", "test_loss", "batch_loss")},
         "mask": pack_masks(m),
         "spec": json.dumps(r.spec(), sort_keys=True),
         "layers": json.dumps({name: [int(t.sum()), t.numel()] for name, t in m.items()}),
@@ -211,6 +211,10 @@ def _row(r, images, model, history, certificate):
             row |= {f"{name}_{f}": getattr(at, f) for f in ("step", "val_loss", "val_acc", "test_acc", "train_acc")}
             row[f"{name}_correct"] = np.packbits(at.correct).tobytes()
     return row
+
+
+def _nulls(values):
+    return [None if np.isnan(v) else v for v in values]
 
 
 class _Clock:

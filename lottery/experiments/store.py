@@ -42,6 +42,7 @@ def schema():
     columns |= dict.fromkeys(("val_loss", "val_acc", "test_acc"), pa.list_(pa.float32()))
     columns |= {"mask": pa.binary()}
     columns |= dict.fromkeys(("spec", "layers", "train_loss", "certificate", "payload_sha"), pa.string())
+    columns |= dict.fromkeys(("test_loss", "batch_loss"), pa.list_(pa.float32()))  # None in the first runs
     return pa.schema(list(columns.items()))
 
 
@@ -169,15 +170,16 @@ def load(runs=None, store=None):
     store = store or Store()
     rows = list(store.rows().values()) if runs is None else [row for run in runs if (row := store.get(run))]
     frame = pd.DataFrame(rows, columns=schema().names)
-    frame["stale"] = [json.loads(certificate)["versions"] != versions() for certificate in frame["certificate"]]
+    used = (json.loads(certificate)["versions"] for certificate in frame["certificate"])
+    frame["stale"] = [not its.items() <= versions().items() for its in used]
     return frame
 
 
 def versions():
-    """Algorithm versions that a result depends on."""
-    from lottery import lth, training
+    """The algorithms' versions; a certificate has those that its run used."""
+    from lottery import baselines, grasp, lth, training
 
-    return {"training": training.VERSION, "lth": lth.VERSION}
+    return {module.__name__.split(".")[-1]: module.VERSION for module in (training, lth, grasp, baselines)}
 
 
 def read(path):
