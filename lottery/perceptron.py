@@ -1,9 +1,10 @@
-"""Fully connected ReLU networks on the CPU: the arithmetic of `training.fit`, with less of everything around it.
+"""Fully connected ReLU networks: the arithmetic of `training.fit`, with less of everything around it.
 
 LeNet-300-100 has 266,610 parameters: they fit in a core's cache, and autograd, the mask's two products, the optimiser's
 bookkeeping and the choice of matrix library cost as much as the arithmetic. Here the backward pass is written out, the
-parameters are one vector, and float32 products go to oneDNN, whose kernels use the whole vector width on every x86
-processor. Everything else, and every network that is not of this form, takes the general way.
+parameters are one vector, and on the CPU float32 products go to oneDNN, whose kernels use the whole vector width on
+every x86 processor. A GPU would idle under one such network; there many of them train side by side. Every network that
+is not of this form takes the general way.
 """
 
 import platform
@@ -20,7 +21,7 @@ FEW = 1 / 3  # below this density it is faster to gather the survivors for the o
 
 
 def layers(model):
-    """The Linear layers of `Flatten, Linear, ReLU, Linear, …, Linear` on the CPU, with masks or without; else None."""
+    """The Linear layers of `Flatten, Linear, ReLU, Linear, …, Linear`, with masks or without; else None."""
     modules = list(model) if type(model) is nn.Sequential else []
     if modules and type(modules[0]) is nn.Flatten and (modules[0].start_dim, modules[0].end_dim) == (1, -1):
         modules = modules[1:]
@@ -30,8 +31,8 @@ def layers(model):
         and all(type(module) is nn.ReLU for module in between)
         and all(isinstance(layer, nn.Linear) and layer.bias is not None and _only_masked(layer) for layer in linear)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        and all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
-        and len({p.dtype for p in model.parameters()} - {torch.float32, torch.float64}) == 0
+        and all(p.requires_grad for p in model.parameters())
+        and not ({p.dtype for p in model.parameters()} - {torch.float32, torch.float64})
     )
     return linear if plain else None
 
@@ -45,8 +46,8 @@ def _only_masked(layer):
 
 @torch.no_grad()
 def forward(model):
-    """A function float [B, …] → logits [B, classes] of the weights as they are now, without gradients; or None."""
-    if not (linear := layers(model)):
+    """On the CPU, float [B, …] → logits [B, classes] of the weights as they are now, without gradients; else None."""
+    if not (linear := layers(model)) or linear[0].bias.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     parameters = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
     return lambda x: _activations(parameters, x)[-1]
@@ -69,7 +70,7 @@ def _product(x, weight, bias=None, relu=False):
 
 
 class Step:
-    """`training.Step` by hand, for models with `layers`.
+    """`training.Step` by hand, for a model with `layers` on the CPU.
 
     θ is one vector: of each layer the weights, then the biases. Where few weights survive it holds the survivors only,
     and the optimiser has less to update. The model sees θ after `sync`; what is pruned there stays as it is.
@@ -119,9 +120,62 @@ class Step:
     def sync(self):
         """Copy θ into the model."""
         for layer, weight, bias in zip(self.layers, self.weights, self.biases, strict=True):
-            original = M.original(layer)
-            original.copy_(torch.where(_mask(layer).bool(), weight, original))
-            layer.bias.copy_(bias)
+            _copy(layer, weight, bias)
+
+
+class Population:
+    """`Step` for K networks of one architecture: every layer of all of them in one batched product.
+
+    θ is [K, P], of each network the same weights and biases in the same order; a mask's zeros are in the gradient.
+    build: (parameter groups, recipe) → optimiser.
+    """
+
+    @torch.no_grad()
+    def __init__(self, models, recipe, build):
+        self.layers = [layers(model) for model in models]
+        parts = [torch.stack(t) for same in zip(*self.layers, strict=True) for t in _weights_and_biases(same)]
+        masks = [torch.stack([_mask(layer) for layer in same]) for same in zip(*self.layers, strict=True)]
+        masks = [t for mask, bias in zip(masks, parts[1::2], strict=True) for t in (mask, torch.ones_like(bias))]
+        self.mask = torch.cat([t.flatten(1) for t in masks], 1)
+        self.theta = torch.cat([t.flatten(1) for t in parts], 1)
+        self.theta.grad = torch.zeros_like(self.theta)
+        self.weights, self.biases = _views(self.theta, parts)
+        self.weight_grads, self.bias_grads = _views(self.theta.grad, parts)
+        self.optimizer = build([{"params": [self.theta], "weight_decay": recipe.weight_decay}], recipe)
+
+    @torch.no_grad()
+    def __call__(self, x, y):
+        """float [K, B, …], int64 [K, B] → the minibatches' mean cross-entropies [K], before the update."""
+        xs = self.activations(x)
+        log_p = F.log_softmax(xs[-1], 2)
+        loss = -log_p.gather(2, y[..., None]).mean((1, 2))
+        g = (log_p.exp() - F.one_hot(y, log_p.shape[2])) / y.shape[1]
+        for i in reversed(range(len(self.weights))):
+            self.weight_grads[i].copy_(torch.bmm(g.mT, xs[i]))
+            self.bias_grads[i].copy_(g.sum(1))
+            if i:
+                g = torch.ops.aten.threshold_backward(torch.bmm(g, self.weights[i]), xs[i], 0)
+        self.theta.grad.mul_(self.mask)
+        self.optimizer.step()
+        return loss
+
+    def activations(self, x):
+        """x₀ [K, B, n₀], the hidden layers after ReLU, the logits [K, B, classes]."""
+        xs = [x.flatten(2)]
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), start=1):
+            z = torch.baddbmm(bias[:, None], xs[-1], weight.mT)
+            xs.append(z.relu_() if i < len(self.weights) else z)
+        return xs
+
+    @torch.no_grad()
+    def sync(self, k):
+        """Copy θ of network k into its model."""
+        for layer, weight, bias in zip(self.layers[k], self.weights, self.biases, strict=True):
+            _copy(layer, weight[k], bias[k])
+
+
+def _weights_and_biases(same):
+    return [layer.weight.detach() for layer in same], [layer.bias.detach() for layer in same]
 
 
 def _mask(layer):
@@ -129,7 +183,15 @@ def _mask(layer):
     return torch.ones_like(layer.weight) if mask is None else mask.mask.to(layer.weight.dtype)
 
 
+def _copy(layer, weight, bias):
+    """The layer's new effective weight and bias; what is pruned stays as it is behind the mask."""
+    original = M.original(layer)
+    original.copy_(torch.where(_mask(layer).bool(), weight, original))
+    layer.bias.copy_(bias)
+
+
 def _views(vector, like):
-    """Views of the vector, each in the shape of one of `like`: the weights, the biases."""
-    views = [part.view(t.shape) for part, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
+    """Views of the vector [P] or vectors [K, P], each in the shape of one of `like`: the weights, the biases."""
+    sizes = [t.numel() // vector.shape[:-1].numel() for t in like]
+    views = [part.view(t.shape) for part, t in zip(vector.split(sizes, -1), like, strict=True)]
     return views[::2], views[1::2]

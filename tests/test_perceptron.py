@@ -94,6 +94,29 @@ def test_forward_is_the_models(digits, dtype):
     torch.testing.assert_close(perceptron.forward(model)(x), model(x).detach(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_population_is_its_members_one_by_one(digits, recipe):
+    torch.manual_seed(0)
+    nets, recipe = [lenet(density) for density in (1.0, 0.5, 0.05)], dataclasses.replace(SHORT, **recipe)
+    alone = [copy.deepcopy(net) for net in nets]
+    behind = M.state(nets[2])
+    many = perceptron.Population(nets, recipe, training._build)
+    one_by_one = [perceptron.Step(net, recipe, training._build) for net in alone]
+    batches = [training.Batches(digits, recipe, seed, many.theta) for seed in range(3)]
+    for t in range(100):
+        each = [batch(t) for batch in batches]
+        losses = many(*(torch.stack(part) for part in zip(*each, strict=True)))
+        for loss, step, (x, y) in zip(losses, one_by_one, each, strict=True):
+            assert float(loss) == pytest.approx(float(step(x, y)), abs=1e-10)
+    for k, (net, step) in enumerate(zip(nets, one_by_one, strict=True)):
+        many.sync(k)
+        step.sync()
+        for a, b in zip(M.state(net).values(), M.state(alone[k]).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for name, mask in M.read(nets[2]).items():
+        assert torch.equal(M.state(nets[2])[f"{name}.weight"][~mask], behind[f"{name}.weight"][~mask])
+
+
 def unusual():
     def net(*modules):
         return nn.Sequential(nn.Flatten(), *modules)
