@@ -277,11 +277,9 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
     if not 0 <= start < stop <= recipe.iterations:
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     began, like = time.perf_counter(), next(model.parameters())
-    by_hand = (
-        groups is opt is regulariser is before_step is None and perceptron.layers(model) and like.device.type == "cpu"
-    )
-    by_hand = by_hand and (recipe.precision, recipe.label_smoothing) == ("float32", 0)
-    if by_hand:
+    usual = groups is opt is regulariser is before_step is None
+    usual = usual and (like.device.type, recipe.precision, recipe.label_smoothing) == ("cpu", "float32", 0)
+    if usual and perceptron.layers(model):
         step = perceptron.Step(model, recipe, _build)
     else:
         opt = opt or optimizer(model, recipe, groups)

@@ -12,13 +12,13 @@ from lottery import cs, data, models, perceptron, training
 from lottery import masks as M
 from lottery.training import Recipe, fit
 
-SHORT = Recipe(iterations=150, eval_every=50, test_readings="all")
+SHORT = Recipe(iterations=100, eval_every=50, test_readings="all")
 RECIPES = {
     "adam": {},
     "adam with decay": {"weight_decay": 0.01},
     "sgd": {"optimizer": "sgd", "lr": 0.1},
     "momentum, milestone, warmup": {
-        "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "milestones": (40, 90), "warmup": 10
+        "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "milestones": (40, 70), "warmup": 10
     },
 }  # fmt: skip
 
