@@ -57,12 +57,13 @@ def papers(folder):
 def scorecard(paper=None, store=None, reported_dir=None):
     """See `claims.scorecard`."""
     from lottery import experiments
+    from lottery.experiments.store import Rows
 
     folder = Path(reported_dir or _reported())
     chosen = [paper] if paper else papers(folder)
     rules = {name: read(name, "_claims", folder) for name in chosen}
     store = store if isinstance(store, experiments.Store) else experiments.Store(store)
-    stored = {row["key"]: row for row in experiments.load(None, store).to_dict("records")}
+    stored = Rows(store)
     rows = []
     for name, frame in rules.items():
         judge = Judge(name, _module(name), stored, read(name, reported_dir=folder))
@@ -119,7 +120,7 @@ class Judge:
     """One paper's claims against the stored runs.
 
     experiment: the paper's module of `lottery.experiments` (`arm`, `setting`, `SCALES`), or None. stored: `{key: row}`
-    as of `experiments.load`. reported: the numbers that the paper printed, for the baseline gate.
+    as of `store.Rows`. reported: the numbers that the paper printed, for the baseline gate.
     """
 
     def __init__(self, paper, experiment, stored, reported):

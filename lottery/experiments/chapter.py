@@ -142,7 +142,7 @@ class Chapter:
 
     def _minutes(self, runs):
         """Estimated time of the runs that are missing, from the pace of those like them."""
-        pace = {(row["model"], row["dataset"]): row["wall_s"] / row["iterations"] for row in self.store.rows().values()}
+        pace = self.store.paces()
         left = [r for r in runs if not self.store.get(r)]
         if any((r.model, r.dataset) not in pace for r in left):
             return "time unknown: none like them was timed"

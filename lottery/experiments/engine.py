@@ -222,10 +222,7 @@ class _Clock:
 
     def __init__(self, budget, store):
         self.end = None if budget is None else time.monotonic() + budget
-        self.pace = {}
-        if budget is not None:
-            for row in sorted(store.rows().values(), key=lambda row: row["started"]):
-                self.pace[row["model"], row["dataset"]] = row["wall_s"] / row["iterations"]
+        self.pace = {} if budget is None else store.paces()
 
     def allows(self, r):
         expected = self.pace.get((r.model, r.dataset), 0) * r.recipe.iterations

@@ -12,10 +12,12 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -63,27 +65,61 @@ class Store:
         self.also = [Path(folder) for folder in also]
         if self.dir.exists() and not self.dir.is_dir():
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
-        self._rows, self._seen, self._folders = {}, {}, {}
+        self._folders, self._tables, self._places, self._rows = {}, {}, {}, {}
 
-    def rows(self):
-        """`{key: row}` of all sound runs; files that were read before are not read again."""
+    def keys(self):
+        """The keys that are stored, none of them checked; files that were read before are not read again."""
         for folder in (f for base in (self.dir, *self.also) for f in (base, base / ".spool")):
             changed = folder.stat().st_mtime_ns if folder.is_dir() else None
             if self._folders.get(folder) == changed:
                 continue
             self._folders[folder] = changed
+            # A shard stays, so its runs are read when they are asked for; a file of the spool may be gone by then.
+            columns = None if folder.name == ".spool" else ["key"]
             for path in sorted(folder.glob("*.parquet")):
                 with contextlib.suppress(FileNotFoundError):  # packed into a shard by another process meanwhile
                     stamp = path.stat().st_mtime_ns
-                    if self._seen.get(path) != stamp:
-                        self._seen[path] = stamp
-                        for row in read(path):
-                            self._rows.setdefault(row["key"], row)
-        return self._rows
+                    if self._tables.get(path, (None,))[0] != stamp:
+                        self._tables[path] = stamp, (table := _table(path, columns))
+                        for i, key in enumerate(table["key"].to_pylist()):
+                            self._places.setdefault(key, []).append((path, i))
+        return self._places.keys()
+
+    def columns(self, *names):
+        """`{key: values}` of a few columns of all that is stored. Unchecked: for counts and paces, not for results."""
+        self.keys()
+        found = {}
+        for path, (_, table) in self._tables.items():
+            table = _table(path, ["key", *names]) if table.num_columns == 1 else table
+            for key, *values in zip(*(table[name].to_pylist() for name in ("key", *names)), strict=True):
+                found.setdefault(key, tuple(values))
+        return found
+
+    def paces(self):
+        """`{(model, dataset): seconds per iteration}` of the latest run of each."""
+        runs = sorted(self.columns("started", "model", "dataset", "wall_s", "iterations").values())
+        return {(model, dataset): wall_s / iterations for _, model, dataset, wall_s, iterations in runs}
+
+    def row(self, key):
+        """The sound row of a key, or None. It is read and checked when it is first asked for."""
+        if key in self._rows or key not in self.keys():
+            return self._rows.get(key)
+        while (places := self._places[key]) and key not in self._rows:
+            path, i = places.pop(0)  # a damaged one is named once
+            stamp, table = self._tables[path]
+            if table.num_columns == 1:
+                self._tables[path] = stamp, (table := _table(path))
+            for row in _sound(table.slice(i, 1), path):
+                self._rows[row["key"]] = row
+        return self._rows.get(key)
+
+    def rows(self):
+        """`{key: row}` of all sound runs."""
+        return {key: row for key in list(self.keys()) if (row := self.row(key))}
 
     def get(self, run):
         """The row of a run, or None. Raises ValueError when what is stored under its key is another run."""
-        row = self.rows().get(run.key)
+        row = self.row(run.key)
         if row:
             stored, wanted = json.loads(row["spec"]), run.spec()
             stored, wanted = ({**spec.pop("recipe"), **spec} for spec in (stored, wanted))
@@ -99,7 +135,7 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if row["key"] in self.rows():
+        if self.row(row["key"]):
             return False
         table = pa.Table.from_pylist([row], schema=schema())
         table = _signed(table)
@@ -140,12 +176,12 @@ class Store:
         self.dir.mkdir(parents=True, exist_ok=True)
         with open(self.dir / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            packed = {row["key"] for path in self.dir.glob("*.parquet") for row in read(path)}
             folders = [self.dir / ".spool"] if source is None else [Path(source), Path(source) / ".spool"]
             files = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
             sound = {path: read(path) for path in files}
-            rows = {row["key"]: row for found in sound.values() for row in found if row["key"] not in packed}
-            rows = [rows[key] for key in sorted(rows)]
+            rows = {row["key"]: row for found in sound.values() for row in found}
+            packed = {row["key"] for path in self.dir.glob("*.parquet") for row in read(path, rows)}
+            rows = [rows[key] for key in sorted(rows.keys() - packed)]
             for i in range(0, len(rows), SHARD):
                 part = rows[i : i + SHARD]
                 name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
@@ -170,9 +206,34 @@ def load(runs=None, store=None):
     store = store or Store()
     rows = list(store.rows().values()) if runs is None else [row for run in runs if (row := store.get(run))]
     frame = pd.DataFrame(rows, columns=schema().names)
-    used = (json.loads(certificate)["versions"] for certificate in frame["certificate"])
-    frame["stale"] = [not its.items() <= versions().items() for its in used]
-    return frame
+    return frame.assign(stale=[stale(row) for row in rows])
+
+
+class Rows(Mapping):
+    """`{key: row}` of a store, as the rows of `load`: each is read and checked when it is first asked for."""
+
+    def __init__(self, store):
+        self.store, self.found = store, {}
+        self.numbers = dict.fromkeys((f"{r}_{name}" for r in ("early_stop", "last") for name in READING), math.nan)
+
+    def __getitem__(self, key):
+        if key not in self.found:
+            if not (row := self.store.row(key)):
+                raise KeyError(key)
+            known = {name: value for name, value in row.items() if value is not None}
+            self.found[key] = row | self.numbers | known | {"stale": stale(row)}
+        return self.found[key]
+
+    def __iter__(self):
+        return iter(self.store.keys())
+
+    def __len__(self):
+        return len(self.store.keys())
+
+
+def stale(row):
+    """True for a run trained by an older algorithm version."""
+    return not json.loads(row["certificate"])["versions"].items() <= versions().items()
 
 
 def versions():
@@ -182,19 +243,33 @@ def versions():
     return {module.__name__.split(".")[-1]: module.VERSION for module in (training, lth, grasp, baselines)}
 
 
-def read(path):
-    """The sound rows of a shard or spool file; damaged ones are named on stderr."""
+def read(path, keys=None):
+    """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr."""
+    if keys is None:
+        return _sound(_table(path), path)
+    places = [i for i, key in enumerate(_table(path, ["key"])["key"].to_pylist()) if key in keys]
+    return _sound(_table(path).take(places), path) if places else []
+
+
+def _table(path, columns=None):
+    """A parquet file as an Arrow table, without rows when it is damaged, which is told on stderr."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path, schema=schema()).to_pylist()
+        table = pq.read_table(path, columns=columns, schema=schema())
+        table.validate(full=True)  # also that text is text
+        return table
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         print(f"Damaged result {path}: {str(error).splitlines()[0]} It is passed over; run it again.", file=sys.stderr)
-        return []
-    sound = []
+        return schema().empty_table()
+
+
+def _sound(table, path):
+    """The sound rows of a table; damaged ones are named on stderr."""
+    rows, sound = table.to_pylist(), []
     for row in rows:
         if problem := _problem(row):
             print(f"Damaged run {row['key']} in {path}: {problem} It is passed over; run it again.", file=sys.stderr)
