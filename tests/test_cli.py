@@ -263,6 +263,18 @@ def test_from_another_folder_with_a_relative_results_dir(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_status_needs_no_pytorch_when_the_code_is_that_of_the_last_time(tmp_path):
+    code = "import sys\nfrom lottery.cli import app\ntry:\n    app()\nfinally:\n    print('torch' in sys.modules)\n"
+    words = [sys.executable, "-c", code, "status", "--json", "--results-dir", tmp_path]
+    env = ENV | {"XDG_CACHE_HOME": str(tmp_path)}
+    first, second = (subprocess.run(words, env=env, text=True, capture_output=True, check=True) for _ in range(2))
+    assert first.stderr == second.stderr == ""
+    (told, with_torch), (again, without) = (out.stdout.splitlines() for out in (first, second))
+    assert (with_torch, without) == ("True", "False")
+    assert told == again == call("status", "--json", "--results-dir", tmp_path).stdout.strip()
+
+
 INTERRUPTED = """
 import os
 import signal

@@ -464,6 +464,27 @@ def test_one_accuracy_half_a_point_higher_is_found_out(tmp_path, capsys, reading
     assert len(load(runs, Store(tmp_path))) == 3
 
 
+def test_only_runs_that_are_asked_for_are_checked(tmp_path, capsys):
+    runs = seeds(3)
+    for r in runs:
+        Store(tmp_path).put(fake(r))
+    Store(tmp_path).merge()
+    [shard] = shards(tmp_path)
+    frame = pd.read_parquet(shard)
+    frame.loc[frame["key"] == runs[1].key, "last_test_acc"] += 0.005
+    frame.to_parquet(shard, index=False)
+    mine = Store(tmp_path)
+    assert mine.columns("status", "iterations") == {r.key: ("finished", QUICK.iterations) for r in runs}
+    assert mine.paces() == {("lenet_300_100", "digits"): 1.5 / QUICK.iterations}
+    shown = store.Rows(mine)
+    assert shown[runs[0].key]["last_test_acc"] == mine.get(runs[0])["last_test_acc"]
+    assert capsys.readouterr().err == ""
+    assert runs[1].key not in shown
+    assert runs[1].key in capsys.readouterr().err
+    assert set(mine.rows()) == {runs[0].key, runs[2].key}
+    assert capsys.readouterr().err == "", "what is damaged is named once"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -4,11 +4,18 @@
 >>> runs = experiments.lth.runs("fig3", "laptop")
 >>> experiments.run(runs)            # trains what the store does not have
 >>> experiments.load(runs)           # one row per run, a pandas.DataFrame
+
+Names load when they are first used: reading the store needs no PyTorch.
 """
 
-from lottery.experiments import lth
-from lottery.experiments.engine import run
-from lottery.experiments.runs import Run
-from lottery.experiments.store import Store, load
+import importlib
 
+FOUND_IN = {"Run": "runs", "Store": "store", "load": "store", "run": "engine"}
 __all__ = ["Run", "Store", "load", "lth", "run"]
+
+
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{FOUND_IN.get(name, name)}")
+    return getattr(module, name) if name in FOUND_IN else module

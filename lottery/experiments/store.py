@@ -252,12 +252,17 @@ def read(path, keys=None):
 
 
 def _table(path, columns=None):
-    """A parquet file as an Arrow table, without rows when it is damaged, which is told on stderr."""
+    """The columns of `schema`, or some, of a parquet file; without rows when it is damaged, which is told on stderr."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    from pyarrow.parquet import ParquetFile  # `read_table` would import pandas first
 
     try:
-        table = pq.read_table(path, columns=columns, schema=schema())
+        with ParquetFile(path) as file:
+            found = file.read(columns)
+        wanted = [field for field in schema() if columns is None or field.name in columns]
+        known = {f.name: found[f.name].cast(f.type) for f in wanted if f.name in found.column_names}
+        columns = [known[f.name] if f.name in known else pa.nulls(len(found), f.type) for f in wanted]
+        table = pa.table(columns, schema=pa.schema(wanted))
         table.validate(full=True)  # also that text is text
         return table
     except FileNotFoundError:
