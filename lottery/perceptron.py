@@ -117,7 +117,7 @@ class Step:
         return loss
 
     @torch.no_grad()
-    def sync(self):
+    def sync(self, k=0):
         """Copy θ into the model."""
         for layer, weight, bias in zip(self.layers, self.weights, self.biases, strict=True):
             _copy(layer, weight, bias)
@@ -166,6 +166,10 @@ class Population:
             z = torch.baddbmm(bias[:, None], xs[-1], weight.mT)
             xs.append(z.relu_() if i < len(self.weights) else z)
         return xs
+
+    def forward(self, x):
+        """float [B, …] → the logits of all networks for the same images [K, B, classes]."""
+        return self.activations(x.expand(len(self.layers), *x.shape))[-1]
 
     @torch.no_grad()
     def sync(self, k):

@@ -186,7 +186,7 @@ class Step:
         self.optimizer.step()
         return loss.detach()
 
-    def sync(self):
+    def sync(self, k=0):
         """The model has its new weights already."""
 
 
@@ -194,12 +194,14 @@ class Batches:
     """Minibatches of the training set on the model's device: batch(t) is the one that iteration t trains on.
 
     Every epoch is a fresh permutation, and fresh augmentation, from (seed, epoch), so any iteration can be asked for:
-    rewinding continues where the schedule stands. An incomplete last batch is dropped.
+    rewinding continues where the schedule stands. An incomplete last batch is dropped. Several seeds give as many
+    batches, x [K, B, C, H, W] and y [K, B].
     """
 
     def __init__(self, data, recipe, seed, like):
         self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
-        self.size, self.seed, self.epoch, self.augment = recipe.batch_size, seed, None, recipe.augment != "none"
+        self.seeds, self.shape = ([seed], ()) if isinstance(seed, int) else (seed, (len(seed),))
+        self.size, self.epoch, self.augment = recipe.batch_size, None, recipe.augment != "none"
         self.per_epoch = len(self.y) // self.size
         if not self.per_epoch:
             raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
@@ -208,16 +210,23 @@ class Batches:
     def __call__(self, t):
         epoch, i = divmod(t, self.per_epoch)
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            self.order = torch.randperm(len(self.y), generator=generator).to(self.y.device)
-            if self.augment:
-                self.moves = moves(len(self.y), self.x.shape[-1], generator).to(self.y.device)
+            self._shuffle(epoch)
             self.epoch = epoch
         part = slice(i * self.size, (i + 1) * self.size)
-        index = self.order[part]
-        x = self.x.index_select(0, index)
-        x = flip_crop(x, self.moves[part]) if self.augment else x
-        return self.normalise(x), self.y.index_select(0, index)
+        index = self.order[:, part].flatten()
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+        x = self.normalise(flip_crop(x, self.moves[:, part].flatten(0, 1)) if self.augment else x)
+        return x.view(*self.shape, self.size, *x.shape[1:]), y.view(*self.shape, self.size)
+
+    def _shuffle(self, epoch):
+        n, orders, all_moves = len(self.y), [], []
+        for seed in self.seeds:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+            orders.append(torch.randperm(n, generator=generator))
+            if self.augment:
+                all_moves.append(moves(n, self.x.shape[-1], generator))
+        self.order = torch.stack(orders).to(self.y.device)
+        self.moves = torch.stack(all_moves).to(self.y.device) if self.augment else None
 
 
 def normaliser(data, recipe, like):
@@ -237,28 +246,36 @@ def autocast(recipe, like):
 @torch.no_grad()
 def evaluate(model, split, normalise, batch_size=2500):
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was."""
-    if not len(split.y):
-        return math.nan, torch.zeros(0, dtype=torch.bool)
     was_training, like = model.training, next(model.parameters())
     model.eval()
     plain = not torch.is_autocast_enabled(like.device.type)
-    loss, correct, forward = 0.0, [], (plain and perceptron.forward(model)) or model
-    for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
-        y = y.to(like.device)
-        logits = forward(normalise(x.to(like.device))).to(like.dtype)
-        loss += F.cross_entropy(logits, y, reduction="sum")
-        correct.append(logits.argmax(1) == y)
+    [loss], [correct] = _evaluate((plain and perceptron.forward(model)) or model, like, split, normalise, batch_size)
     model.train(was_training)
-    return float(loss) / len(split.y), torch.cat(correct).cpu()
+    return loss, correct
+
+
+def _evaluate(forward, like, split, normalise, batch_size=2500):
+    """`evaluate` of a function images → logits [B, classes] or [K, B, classes]: K losses, K tensors of correctness."""
+    if not len(split.y):
+        return [math.nan], [torch.zeros(0, dtype=torch.bool)]
+    losses, correct = 0.0, []
+    for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
+        logits = forward(normalise(x.to(like.device))).to(like.dtype)
+        logits = logits.view(-1, *logits.shape[-2:])
+        y = y.to(like.device).expand(logits.shape[:2])
+        losses += F.cross_entropy(logits.mT, y, reduction="none").sum(1)
+        correct.append(logits.argmax(2) == y)
+    return (losses / len(split.y)).tolist(), torch.cat(correct, 1).cpu().unbind()
 
 
 def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, regulariser=None, before_step=None):
     """Train the model in place and read it as the recipe says.
 
     Args:
-        model: any module of image batches [B, C, H, W] → logits [B, classes]; its device and dtype are used.
+        model: any module of image batches [B, C, H, W] → logits [B, classes]; its device and dtype are used. Or a list
+            of models for which `populations` says yes, trained side by side, each as it would be alone.
         data: `lottery.data.Data`.
-        seed: of the data order (the initialisation is the model's own).
+        seed: of the data order (the initialisation is the model's own); with several models a list of as many.
         start, stop: iterations; training goes on at schedule and data position `start` with a fresh optimiser and
             ends after iteration `stop` (default: the recipe's).
         groups: the method's parameter groups; default `param_groups(model, recipe)`.
@@ -267,31 +284,39 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
         before_step: `before_step(t)` is called before the step that follows t finished ones, to write what a method
             anneals, in place. (CS: `set_beta`.)
 
-    Returns a `History`. The model ends with the weights of the last iteration, in the mode it came in; a loss that is
-    not finite at a reading stops the training with status "diverged".
+    Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration, in the
+    mode it came in; a loss that is not finite at a reading stops its training with status "diverged".
 
     Raises ValueError: start and stop out of order, a batch larger than the training set, a parameter in no group or
-    not in `opt`.
+    not in `opt`, models that cannot be trained together.
     """
     stop = recipe.iterations if stop is None else stop
     if not 0 <= start < stop <= recipe.iterations:
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
-    began, like = time.perf_counter(), next(model.parameters())
-    usual = groups is opt is regulariser is before_step is None
-    usual = usual and (like.device.type, recipe.precision, recipe.label_smoothing) == ("cpu", "float32", 0)
-    if usual and perceptron.layers(model):
+    models = [model] if (alone := isinstance(model, torch.nn.Module)) else list(model)
+    began, like = time.perf_counter(), next(models[0].parameters())
+    by_hand = groups is opt is regulariser is before_step is None and populations(models, recipe)
+    if not alone and not (by_hand and len(models) == len(seed)):
+        raise ValueError(f"These {len(models)} models cannot be trained together: see lottery.training.populations.")
+    data = _on(like.device, data)
+    batch = Batches(data, recipe, seed, like)
+    if not alone:
+        step = perceptron.Population(models, recipe, _build)
+    elif by_hand and like.device.type == "cpu":
         step = perceptron.Step(model, recipe, _build)
     else:
         opt = opt or optimizer(model, recipe, groups)
         _check_covered(model, opt.param_groups)
         step = Step(model, recipe, opt, regulariser)
-    batch = Batches(data, recipe, seed, like)
     steps, test_steps = recipe.readings(start, stop)
-    steps = set(steps)
-    history, best, best_step, best_loss = History(), None, None, math.inf
-    masks, lr, was_training = M.read(model), None, model.training
-    batch_loss, since = 0.0, start
-    model.train()
+    steps, lr, first_losses, batch_loss, since = set(steps), None, {}, 0.0, start
+    members = [_Member(each, data, recipe, batch.normalise) for each in models]
+    under_way = dict(enumerate(members))
+
+    def read(split):
+        if alone:
+            return [evaluate(model, split, batch.normalise)]
+        return list(zip(*_evaluate(step.forward, like, split, batch.normalise), strict=True))
 
     for t in range(start, stop):
         if recipe.lr_at(t) != lr:
@@ -301,51 +326,88 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
         if before_step:
             before_step(t)
         loss = step(*batch(t))
-        batch_loss += loss.detach()
+        batch_loss += loss
         done = t + 1
         if done - start in LOSS_STEPS:
-            history.train_loss[done] = loss.item()
+            first_losses[done] = loss
         if done in steps:
-            step.sync()
-            finite = math.isfinite(loss.item())
-            if finite:
-                with autocast(recipe, like):
-                    val_loss = _read(history, model, data, batch.normalise, done, done in test_steps)
-                finite = math.isfinite(val_loss) or not len(data.valid.y)
-                history.batch_loss.append(float(batch_loss) / (done - since) if done in test_steps else math.nan)
-                batch_loss, since = (0.0, done) if done in test_steps else (batch_loss, since)
-            if not finite:
-                history.status = "diverged"
+            if alone:
+                step.sync()
+            with autocast(recipe, like):
+                valid, test = read(data.valid), read(data.test) if done in test_steps else None
+            losses, curve = loss.view(-1).tolist(), (batch_loss / (done - since)).view(-1).tolist()
+            batch_loss, since = (batch_loss, since) if test is None else (0.0, done)
+            for k, member in list(under_way.items()):
+                better, finite = member.read(done, losses[k], valid[k], test and test[k], curve[k])
+                if better or not finite or done == stop:
+                    step.sync(k)
+                if better:
+                    member.remember(done)
+                if not finite or done == stop:
+                    under_way.pop(k).end(done, finite)
+            if not under_way:
                 break
-            if val_loss < best_loss:
-                best, best_step, best_loss = M.state(model), done, val_loss
 
-    final = M.state(model)
-    if best is not None:
-        M.restore(model, best)
-        with autocast(recipe, like):
-            history.early_stop = reading(model, data, batch.normalise, best_step)
-        M.restore(model, final)
-    with autocast(recipe, like):
-        history.last = reading(model, data, batch.normalise, done)
-    if not math.isfinite(history.last.train_loss):  # the last step was one too many
-        history.status = "diverged"
-    model.train(was_training)
-    if history.status == "finished":  # a weight that is not finite is not zero under any mask
-        _assert_sparse(model, masks)
-    history.wall_s = time.perf_counter() - began
-    return history
+    for k, member in enumerate(members):
+        member.history.train_loss = {t: loss.view(-1)[k].item() for t, loss in first_losses.items() if t <= member.done}
+        member.history.wall_s = (time.perf_counter() - began) / len(members)
+    return members[0].history if alone else [member.history for member in members]
 
 
-def _read(history, model, data, normalise, step, with_test):
-    val_loss, val_correct = evaluate(model, data.valid, normalise)
-    history.step.append(step)
-    history.val_loss.append(val_loss)
-    history.val_acc.append(_accuracy(val_correct))
-    test_loss, correct = evaluate(model, data.test, normalise) if with_test else (math.nan, ())
-    history.test_loss.append(test_loss)
-    history.test_acc.append(_accuracy(correct))
-    return val_loss
+class _Member:
+    """One network of a training, what was read of it, and its state at the smallest validation loss so far."""
+
+    def __init__(self, model, data, recipe, normalise):
+        self.model, self.data, self.recipe, self.normalise = model, data, recipe, normalise
+        self.masks, self.was_training = M.read(model), model.training
+        self.history, self.best, self.best_step, self.best_loss = History(), None, None, math.inf
+        model.train()
+
+    def read(self, done, loss, valid, test, curve):
+        """Note one reading; returns whether it is the best so far, and whether all losses are finite."""
+        if not math.isfinite(loss):
+            return False, False
+        h, (val_loss, val_correct), (test_loss, correct) = self.history, valid, test or (math.nan, ())
+        h.step.append(done)
+        h.val_loss.append(val_loss)
+        h.val_acc.append(_accuracy(val_correct))
+        h.test_loss.append(test_loss)
+        h.test_acc.append(_accuracy(correct))
+        h.batch_loss.append(curve if test else math.nan)
+        return val_loss < self.best_loss, math.isfinite(val_loss) or not len(self.data.valid.y)
+
+    def remember(self, done):
+        self.best, self.best_step, self.best_loss = M.state(self.model), done, self.history.val_loss[-1]
+
+    def end(self, done, finite):
+        """Everything at the early stop and at the last iteration."""
+        self.done, h, final = done, self.history, M.state(self.model)
+        with autocast(self.recipe, next(self.model.parameters())):
+            if self.best is not None:
+                M.restore(self.model, self.best)
+                h.early_stop = reading(self.model, self.data, self.normalise, self.best_step)
+                M.restore(self.model, final)
+            h.last = reading(self.model, self.data, self.normalise, done)
+        if not finite or not math.isfinite(h.last.train_loss):  # the last step may have been one too many
+            h.status = "diverged"
+        self.model.train(self.was_training)
+        if h.status == "finished":  # a weight that is not finite is not zero under any mask
+            _assert_sparse(self.model, self.masks)
+
+
+def _on(device, data):
+    """The data on a device, moved there once."""
+    if device.type == "cpu":
+        return data
+    parts = {name: getattr(data, name) for name in ("train", "valid", "test")}
+    parts = {name: dataclasses.replace(p, x=p.x.to(device), y=p.y.to(device)) for name, p in parts.items()}
+    return dataclasses.replace(data, **parts)
+
+
+def populations(models, recipe):
+    """Whether `fit` can train these models side by side: plain fully connected networks of the same sizes."""
+    sizes = {tuple(layer.weight.shape for layer in perceptron.layers(model) or ()) for model in models}
+    return len(sizes) == 1 and () not in sizes and (recipe.precision, recipe.label_smoothing) == ("float32", 0)
 
 
 def reading(model, data, normalise, step):

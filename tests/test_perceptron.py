@@ -117,6 +117,36 @@ def test_a_population_is_its_members_one_by_one(digits, recipe):
         assert torch.equal(M.state(nets[2])[f"{name}.weight"][~mask], behind[f"{name}.weight"][~mask])
 
 
+def test_fit_of_a_population_is_fit_of_each(digits):
+    torch.manual_seed(0)
+    nets = [lenet(density) for density in (1.0, 0.05)]
+    broken = lenet()
+    with torch.no_grad():
+        broken.fc1.bias.fill_(float("inf"))  # no loss is finite
+    alone = [copy.deepcopy(net) for net in (nets[0], broken, nets[1])]
+    histories = fit([nets[0], broken, nets[1]], digits, dataclasses.replace(SHORT, eval_every=20), seed=[5, 6, 7])
+    for k, (net, history) in enumerate(zip([nets[0], broken, nets[1]], histories, strict=True)):
+        single = fit(alone[k], digits, dataclasses.replace(SHORT, eval_every=20), seed=5 + k)
+        assert history.status == single.status == ("diverged" if net is broken else "finished")
+        for name in ("step", "val_acc", "test_acc"):
+            assert getattr(history, name) == getattr(single, name)
+        for name in ("val_loss", "test_loss", "batch_loss", "train_loss"):
+            assert getattr(history, name) == pytest.approx(getattr(single, name), abs=1e-9, nan_ok=True)
+        if net is not broken:
+            assert history.early_stop.step == single.early_stop.step
+            assert history.last.train_loss == pytest.approx(single.last.train_loss, abs=1e-9)
+            assert (history.last.correct == single.last.correct).all()
+            for a, b in zip(M.state(net).values(), M.state(alone[k]).values(), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_models_that_cannot_be_trained_together_are_refused(digits):
+    wide = models.create("lenet_300_100", in_shape=(1, 8, 8)), models.create("lenet_300_100", in_shape=(1, 9, 9))
+    for nets, seeds in ((wide, [0, 1]), (wide[:1], [0, 1]), ([nn.Linear(64, 10)], [0])):
+        with pytest.raises(ValueError, match="cannot be trained together"):
+            fit(list(nets), digits, SHORT, seed=seeds)
+
+
 def unusual():
     def net(*modules):
         return nn.Sequential(nn.Flatten(), *modules)
