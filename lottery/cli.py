@@ -13,7 +13,7 @@ import typer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-PAPERS = ("lth",)
+PAPERS = ("lth", "grasp")
 
 ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
 Scale = Annotated[str, typer.Option(help="paper, primary, laptop or smoke.")]

@@ -20,7 +20,7 @@ Differs from the authors' code in:
     the count: exactly k weights are kept, the earlier of ties; theirs keeps n − int(n·sparsity) + 1, and all ties;
     the scale: their scores are also divided by |Σ S| + 1e-10, which orders nothing and is about 0/0 at T = 200;
     the classifier: they score a copy whose linear layers are drawn anew (Xavier normal), `prune(reinit_linear=True)`;
-    the batch: they halve it sorted by class, `class_balanced(halves=True)`, and draw it from augmented images.
+    the batch: they halve it sorted by class and draw it from augmented images, `class_balanced(halves, augment)`.
 """
 
 import copy
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lottery import masks as M
+from lottery.data import flip_crop, moves
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -99,11 +100,11 @@ def with_xavier_linear(model, generator=None):
     return net
 
 
-def class_balanced(data, per_class, generator=None, halves=False):
+def class_balanced(data, per_class, generator=None, halves=False, draws=1, augment=False):
     """A class-balanced sample of the training images, as chunks for `scores`.
 
     Images are walked in random order, the first `per_class` of each class are taken and sorted by class. The paper
-    takes 10 per class in all: CIFAR-10 one draw of 10, ResNet-32 on CIFAR-100 two draws of 5 (join the lists).
+    takes 10 per class in all: CIFAR-10 one draw of 10, ResNet-32 on CIFAR-100 two draws of 5.
 
     Args:
         data: a `lottery.data.Data`; only its `.train` is used.
@@ -111,24 +112,30 @@ def class_balanced(data, per_class, generator=None, halves=False):
         generator: a torch.Generator for the order, or None for torch's random state.
         halves: True cuts the sorted sample in two, as the authors' code does, so that batch norm sees half of the
             classes at a time; False keeps one chunk.
+        draws: parts with `per_class / draws` images of each class, every one sorted and cut by itself.
+        augment: True flips and crops the images at random, `data.flip_crop`, as the authors' loader does.
 
-    Returns `[(x, y), ...]`: x float32 [B, C, H, W], standardised with the data's mean and std per channel, not
-    augmented; y int64 [B].
+    Returns `[(x, y), ...]`: x float32 [B, C, H, W], standardised with the data's mean and std per channel; y int64 [B].
 
-    Raises ValueError: per_class below 1, or a class with fewer images.
+    Raises ValueError: per_class below 1 or no multiple of draws, or a class with fewer images.
     """
     if per_class < 1:
         raise ValueError(f"Invalid per_class {per_class}: give a whole number of images of each class, from 1.")
+    if draws < 1 or per_class % draws:
+        raise ValueError(f"Invalid draws {draws}: give a number that divides the {per_class} images of each class.")
     order = torch.randperm(len(data.train.y), generator=generator)
     labels = data.train.y[order]
     found = [order[labels == c][:per_class] for c in range(data.classes)]
     if short := [str(c) for c, index in enumerate(found) if len(index) < per_class]:
         raise ValueError(f"Invalid per_class {per_class}: class {', '.join(short)} has fewer training images.")
-    index = torch.cat(found)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
-    x, y = (data.train.x[index] / 255 - mean) / std, data.train.y[index]
-    cut = len(y) // 2
-    return [(x[:cut], y[:cut]), (x[cut:], y[cut:])] if halves else [(x, y)]
+    chunks = []
+    for part in torch.stack(found).chunk(draws, 1):
+        for index in part.flatten().tensor_split(2 if halves else 1):
+            x = data.train.x[index]
+            x = flip_crop(x, moves(len(x), x.shape[-1], generator)) if augment else x
+            chunks.append(((x / 255 - mean) / std, data.train.y[index]))
+    return chunks
 
 
 def gradient_norm(model, batches, temperature=1.0):

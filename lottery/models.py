@@ -120,6 +120,7 @@ def create(name, seed=None, init=None, **options):
             "glorot": N(0, 2 / (fan_in + fan_out)); LTH and the code of CS. The default but for STR's networks.
             "kaiming fan_in": N(0, 2 / fan_in); STR's ResNets, and their default.
             "kaiming fan_out": N(0, 2 / fan_out) for convolutions, N(0, 0.01²) for Linear layers; GraSP.
+            "normal": N(0, 0.1²); one of the initialisations of GraSP's robustness study, as it is remembered.
             "pytorch": uniform in ±1 / √fan_in, what a new PyTorch layer has, and N(0, 2 / fan_in) for STR's classifier;
             STR's MobileNetV1, and its default.
         in_shape: (C, H, W); default (1, 28, 28) for LeNet, (3, 224, 224) for STR's networks, else (3, 32, 32).
@@ -177,8 +178,13 @@ def _pytorch(layer, generator):
         nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
 
 
+def _normal(layer, generator):
+    nn.init.normal_(layer.weight, std=0.1, generator=generator)
+
+
 INITS = {
     "glorot": _glorot,
+    "normal": _normal,
     "kaiming fan_in": partial(_kaiming, mode="fan_in"),
     "kaiming fan_out": _grasp,
     "pytorch": _pytorch,

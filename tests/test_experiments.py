@@ -22,8 +22,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from lottery import data, experiments, models, scorecard, training
+from lottery import baselines, data, experiments, models, scorecard, training
+from lottery import grasp as grasp_algorithm
 from lottery import lth as algorithm
 from lottery import masks as M
 from lottery.experiments import Run, Store, engine, load, lth, store
@@ -33,6 +35,7 @@ ROOT = Path(store.__file__).parents[2]
 REPORTED = ROOT / "results/reported"
 QUICK = Recipe(iterations=40, eval_every=10)
 DENSE = Run(dataset="digits", recipe=QUICK)
+STANDARD = replace(QUICK, inputs="standard")
 
 
 class Inline(futures.Executor):
@@ -119,6 +122,9 @@ CHANGES = {
     "split_seed": 1,
     "train_fraction": 0.5,
     "options": (("init", "pytorch"),),
+    "criterion": "random",
+    "density": 0.3,
+    "score": (("per_class", 5),),
 }
 RECIPE_CHANGES = {
     "optimizer": "sgd",
@@ -146,7 +152,10 @@ def test_every_field_enters_the_key():
     assert {f.name for f in dataclasses.fields(Run)} == CHANGES.keys() | {"recipe"}
     assert {f.name for f in dataclasses.fields(Recipe)} == RECIPE_CHANGES.keys()
     trunk = Run()
-    runs = [trunk, *(Run(**{name: value}) for name, value in CHANGES.items() if name not in ("init", "parent"))]
+    alone = CHANGES.keys() - {"init", "parent", "criterion", "score"}
+    runs = [trunk, *(Run(**{name: CHANGES[name]}) for name in alone)]
+    pruned = Run(criterion="grasp", density=0.5, recipe=Recipe(inputs="standard"))
+    runs += [pruned, *(replace(pruned, **{name: CHANGES[name]}) for name in ("criterion", "density", "score"))]
     sgd = Recipe(optimizer="sgd", momentum=0.5)  # Nesterov's needs it
     runs += [Run(recipe=dataclasses.replace(sgd, **{name: value})) for name, value in RECIPE_CHANGES.items()]
     runs += [Run(parent=trunk), Run(parent=trunk, init="reinit"), Run(parent=Run(rate=0.3)), Run(parent=child(trunk))]
@@ -209,6 +218,47 @@ def test_level_root_and_spec():
         ({"parent": Run(dataset="digits")}, "Invalid parent: its dataset is 'digits', not 'mnist'."),
         ({"parent": Run(valid=10)}, "Invalid parent: its valid is 10, not None."),
         ({"parent": Run(split_seed=1)}, "Invalid parent: its split_seed is 1, not 0."),
+        ({"density": 0}, "Invalid density 0: give a fraction of weights to keep, 0 < density <= 1."),
+        ({"density": "0.1"}, "Invalid density '0.1': give a fraction of weights to keep, 0 < density <= 1."),
+        (
+            {"criterion": "largest", "density": 0.1},
+            "Invalid criterion 'largest': give one of magnitude, random, snip, grasp.",
+        ),
+        ({"criterion": "snip"}, "Invalid criterion 'snip' without density: give the fraction to keep."),
+        (
+            {"criterion": "grasp", "density": 0.1},
+            "Invalid inputs 'unit' with grasp: give 'standard'.",
+        ),
+        ({"score": (("per_class", 5),)}, "Unknown score 'per_class' of magnitude: it takes none."),
+        (
+            {"criterion": "snip", "density": 0.1, "score": (("temperature", 1.0),)},
+            "Unknown score 'temperature' of snip: it takes chunks, class_sorted, per_class, reinit_linear.",
+        ),
+        (
+            {"criterion": "grasp", "density": 0.1, "score": (("temperature", 1),)},
+            "Invalid temperature 1: give a number above 0, such as 200.0.",
+        ),
+        (
+            {"criterion": "grasp", "density": 0.1, "score": (("per_class", 0),)},
+            "Invalid per_class 0: give a number above 0, such as 10.",
+        ),
+        (
+            {"criterion": "grasp", "density": 0.1, "score": (("class_sorted", 1),)},
+            "Invalid class_sorted 1: give True or False.",
+        ),
+        (
+            {"criterion": "grasp", "density": 0.1, "recipe": STANDARD, "score": (("chunks", 3),)},
+            "Invalid chunks 3: each pair of chunks needs as many of the 10 images of a class.",
+        ),
+        (
+            {
+                "criterion": "snip",
+                "density": 0.1,
+                "recipe": STANDARD,
+                "score": (("chunks", 4), ("class_sorted", False)),
+            },
+            "Invalid chunks 4: each chunk needs as many of the 10 images of a class.",
+        ),
         ({"options": {"width": 4}}, "Invalid options {'width': 4}: give a tuple of (name, value), sorted by name."),
         (
             {"options": (("width", 4), ("init", "pytorch"))},
@@ -1058,6 +1108,131 @@ def test_the_engine_does_what_lth_imp_does(trained, digits):
         name = ("dense", "one", "two", "three")[level.round]
         assert equal(level.masks, stored_masks(trained, name))
         assert equal(M.state(model), end(trained, name)[0])
+
+
+# Pruned by a criterion ------------------------------------------------------------------------------------------------
+
+AT_INIT = replace(DENSE, valid=0, recipe=STANDARD, density=0.1, criterion="grasp")
+
+
+def start_of(run, digits, tmp_path):
+    """(the network of a run before its training, the same one without masks)."""
+    model, _ = engine.initialise(run, digits, Store(tmp_path))
+    return model, models.create(run.model, seed=run.seed, in_shape=(1, 8, 8))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "snip", "grasp"])
+def test_pruned_at_initialisation_from_theta_0(tmp_path, criterion):
+    """64 · 300 + 300 · 100 + 100 · 10 = 50,200 weights: 5,020 are kept of all layers together, the rest is θ₀."""
+    images = data.load("digits", valid=0)
+    run = replace(AT_INIT, criterion=criterion)
+    model, dense = start_of(run, images, tmp_path)
+    masks = M.read(model)
+    assert sum(int(m.sum()) for m in masks.values()) == 5_020
+    assert all(torch.equal(v, M.state(dense)[name]) for name, v in M.state(model).items())
+    again = M.read(start_of(run, images, tmp_path)[0])
+    other = M.read(start_of(replace(run, seed=1), images, tmp_path)[0])
+    assert all(torch.equal(masks[name], again[name]) for name in masks)
+    assert not all(torch.equal(masks[name], other[name]) for name in masks)
+
+
+def test_the_stored_counts_are_those_of_the_highest_scores(tmp_path):
+    run = replace(AT_INIT, score=(("reinit_linear", False), ("temperature", 1.0)))
+    train([run], tmp_path)
+    row = Store(tmp_path).get(run)
+    generator = torch.Generator().manual_seed(int(run.key[15:], 16) % 2**31)
+    images = data.load("digits", valid=0)
+    halves = grasp_algorithm.class_balanced(images, 10, generator, halves=True)
+    model = models.create(run.model, seed=0, in_shape=(1, 8, 8))
+    score = grasp_algorithm.scores(model, halves, temperature=1.0)
+    threshold = torch.cat([v.flatten() for v in score.values()]).sort(descending=True).values[5_019]
+    expected = {name: [int((v >= threshold).sum()), v.numel()] for name, v in score.items()}
+    assert json.loads(row["layers"]) == expected
+    assert row["density"] == 0.1
+    stored = store.unpack_masks(row["mask"], {name: v.shape for name, v in score.items()})
+    assert all(torch.equal(m, score[name] >= threshold) for name, m in stored.items())
+    versions = json.loads(row["certificate"])["versions"]
+    assert versions == {"training": training.VERSION, "grasp": grasp_algorithm.VERSION}
+
+
+@pytest.mark.parametrize(
+    ("score", "chunks"),
+    [
+        ({}, [(50, {0, 1, 2, 3, 4}, 10), (50, {5, 6, 7, 8, 9}, 10)]),
+        ({"chunks": 4}, [(25, {0, 1, 2, 3, 4}, 5), (25, {5, 6, 7, 8, 9}, 5)] * 2),
+        ({"chunks": 1, "class_sorted": False}, [(100, set(range(10)), 10)]),
+        ({"chunks": 2, "class_sorted": False}, [(50, set(range(10)), 5)] * 2),
+        ({"per_class": 6}, [(30, {0, 1, 2, 3, 4}, 6), (30, {5, 6, 7, 8, 9}, 6)]),
+    ],
+)
+def test_the_batch_that_is_scored(monkeypatch, score, chunks):
+    seen = []
+    monkeypatch.setattr(grasp_algorithm, "scores", lambda model, batches, T: seen.append((batches, T)) or {})
+    run = replace(AT_INIT, score=tuple(sorted(score.items())))
+    images = data.load("digits", valid=0)
+    engine.scores(run, models.create(run.model, seed=0, in_shape=(1, 8, 8)), images, torch.Generator().manual_seed(0))
+    [(batches, T)] = seen
+    assert [(len(y), set(y.tolist()), int((y == y[0]).sum())) for _, y in batches] == chunks
+    assert T == 200.0
+    every = torch.cat([x for x, _ in batches]).flatten(1)
+    assert len(every.unique(dim=0)) == len(every)  # no image twice
+    mean, std = images.mean[0], images.std[0]
+    assert every.min() >= -mean / std - 1e-5
+
+
+def test_augmented_trainings_score_augmented_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines, "snip_scores", lambda model, batches: seen.append(batches) or {})
+    for augment in ("none", "flip-crop"):
+        run = replace(AT_INIT, criterion="snip", recipe=replace(STANDARD, augment=augment))
+        model = models.create(run.model, seed=0, in_shape=(1, 8, 8))
+        engine.scores(run, model, data.load("digits", valid=0), torch.Generator().manual_seed(0))
+    one, two = (torch.cat([x for x, _ in batches]) for batches in seen)
+    assert one.shape == two.shape
+    assert not torch.equal(one, two)
+
+
+def test_snip_and_grasp_score_a_fresh_classifier_and_train_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(baselines, "snip_scores", lambda model, batches: seen.append(model) or {})
+    model = models.create("resnet8", seed=0, in_shape=(1, 8, 8), width=4)
+    for reinit in (True, False):
+        run = replace(AT_INIT, criterion="snip", score=(() if reinit else (("reinit_linear", False),)))
+        engine.scores(run, model, data.load("digits", valid=0), torch.Generator().manual_seed(0))
+    fresh, own = seen
+    assert torch.equal(fresh.conv1.weight, model.conv1.weight)
+    assert not torch.equal(fresh.fc.weight, model.fc.weight)
+    assert torch.equal(own.fc.weight, model.fc.weight)
+
+
+@pytest.mark.parametrize("init", ["reset", "rewind"])
+def test_one_shot_from_trained_weights_by_one_ranking(tmp_path, init):
+    """The row "LT" of the table: the largest final weights of the parent, of all layers together."""
+    dense = replace(DENSE, valid=0)
+    ticket = child(dense, density=0.05, init=init, rewind_to=10 if init == "rewind" else 0)
+    train([ticket], tmp_path)
+    final = load_file(Store(tmp_path).artifact(dense.key))
+    weights = {name: w.abs() for name, w in final.items() if name.startswith("fc") and name.endswith("weight")}
+    threshold = torch.cat([w.flatten() for w in weights.values()]).sort(descending=True).values[2_509]
+    counts = json.loads(Store(tmp_path).get(ticket)["layers"])
+    assert sum(kept for kept, _ in counts.values()) == 2_510
+    assert {f"{name}.weight": n for name, (n, _) in counts.items()} == {
+        name: int((w >= threshold).sum()) for name, w in weights.items()
+    }
+    assert Store(tmp_path).get(ticket)["step"][0] == (20 if init == "rewind" else 10)
+
+
+def test_collapsed_layers_train_and_show_in_the_counts(tmp_path, monkeypatch):
+    def dead(model, generator):
+        ranked = {name: torch.rand(layer.weight.shape) for name, layer in M.prunable(model).items()}
+        return ranked | {"fc2": torch.full((100, 300), -1.0)}
+
+    monkeypatch.setattr(baselines, "random_scores", dead)
+    run = replace(AT_INIT, criterion="random")
+    train([run], tmp_path)
+    row = Store(tmp_path).get(run)
+    assert json.loads(row["layers"])["fc2"] == [0, 30_000]
+    assert row["status"] == "finished"
 
 
 def test_rows_hold_what_fit_measured(trained, digits):

@@ -308,7 +308,7 @@ def test_odd_sizes_are_pooled_as_torch_pools():
         ("resnet8", {"width": 1.5}, "Invalid width 1.5: give a whole number, at least 1."),
         ("resnet8", {"shortcut": "A"}, "Invalid shortcut 'A': give 'batch norm' or 'plain'."),
         ("conv2", {"init": "he"},
-         "Invalid init 'he': choose one of glorot, kaiming fan_in, kaiming fan_out, pytorch."),
+         "Invalid init 'he': choose one of glorot, normal, kaiming fan_in, kaiming fan_out, pytorch."),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, options, message):

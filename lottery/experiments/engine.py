@@ -2,6 +2,7 @@
 
 import concurrent.futures as futures
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lottery import data, lth, models, tickets, training
+from lottery import baselines, data, grasp, lth, models, tickets, training
 from lottery import masks as M
 from lottery.experiments.runs import rates
 from lottery.experiments.store import Store, now, pack_masks, versions
@@ -130,7 +131,7 @@ def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1
         torch.set_num_threads(before)
     weights_sha = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep_weights else None
     certificate = {
-        "versions": {name: v for name, v in versions().items() if name in ("training", "lth")},
+        "versions": {name: v for name, v in versions().items() if name in ("training", *_algorithms(r))},
         "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "device": _device_name(device),
         "threads": threads,
@@ -151,15 +152,15 @@ def initialise(r, images, store, device="cpu"):
     """The network of a run before its training: m ⊙ θ on the model; sha256 of θ and of its parent's weights."""
     shape = tuple(images.train.x.shape[1:])
     create = functools.partial(models.create, r.model, in_shape=shape, classes=images.classes, **dict(r.options))
-    model, parent_sha = M.attach(create(seed=r.seed)), None
+    model, parent_sha, fresh = M.attach(create(seed=r.seed)), None, int(r.key[15:], 16) % 2**31
+    theta_0 = M.state(model)
     if r.parent:
         trained, parent_sha = _load_artifact(store, r.parent)
         m = {name.removeprefix("mask/"): t.bool() for name, t in trained.items() if name.startswith("mask/")}
         trained = {name: t for name, t in trained.items() if not name.startswith("mask/")}
-        theta_0 = M.state(model)
         M.attach(M.restore(model, trained), m)
-        m = lth.prune(model, r.rate if r.scope == "global" else rates(model, r), r.scope)
-        fresh = int(r.key[15:], 16) % 2**31
+    if r.parent or r.density:
+        m = pruned(r, model, images, torch.Generator().manual_seed(fresh), device)
         if r.init == "random":
             m = lth.random_masks(m, torch.Generator().manual_seed(fresh))
         M.attach(model, m)
@@ -173,6 +174,32 @@ def initialise(r, images, store, device="cpu"):
         M.restore(model, M.state(dense))
     theta = tickets.digest(M.state(model))
     return model.to(device), {"theta0": theta, "parent_weights": parent_sha}
+
+
+def pruned(r, model, images, generator, device="cpu"):
+    """The masks of a run, of the network as it is before them; `generator` draws what the criterion draws."""
+    if r.density is None:
+        return lth.prune(model, r.rate if r.scope == "global" else rates(model, r), r.scope)
+    return M.top_k(scores(r, model, images, generator, device), r.density, within=M.read(model))
+
+
+def scores(r, model, images, generator, device="cpu"):
+    """`{layer: tensor}` on the CPU by the run's criterion. SNIP scores the copy and the batch that GraSP scores."""
+    if r.criterion == "magnitude":
+        return baselines.magnitude_scores(model)
+    if r.criterion == "random":
+        return baselines.random_scores(model, generator)
+    o = r.score_options
+    augment = r.recipe.augment != "none"
+    batch = grasp.class_balanced(
+        images, o["per_class"], generator, o["class_sorted"] and o["chunks"] > 1, r.draws, augment
+    )
+    net = grasp.with_xavier_linear(model, generator) if o["reinit_linear"] else copy.deepcopy(model)
+    if r.criterion == "snip":
+        ranked = baselines.snip_scores(net.to(device), batch)
+    else:
+        ranked = grasp.scores(net.to(device), batch, o["temperature"])
+    return {name: v.cpu() for name, v in ranked.items()}
 
 
 def _row(r, images, model, history, certificate):
@@ -215,6 +242,12 @@ def _row(r, images, model, history, certificate):
 
 def _nulls(values):
     return [None if np.isnan(v) else v for v in values]
+
+
+def _algorithms(r):
+    """The modules with a VERSION, besides training, that made a run's mask. "lth" is in every certificate of a run
+    without density: so the first ones were written."""
+    return ("lth",) if r.density is None else ("grasp",) if r.criterion == "grasp" else ("grasp", "baselines")
 
 
 class _Clock:

@@ -13,6 +13,8 @@ from lottery.training import Recipe
 
 SCHEMA = 1
 INITS = ("reset", "rewind", "reinit", "random", "continue")
+BATCH = {"chunks": 2, "class_sorted": True, "per_class": 10, "reinit_linear": True}  # as GraSP's authors draw it
+CRITERIA = {"magnitude": {}, "random": {}, "snip": BATCH, "grasp": {**BATCH, "temperature": 200.0}}
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,6 +31,12 @@ class Run:
         mask shuffled layer by layer | "continue" the parent's final weights.
     rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
     draw: tells repetitions of a fresh draw apart.
+    criterion: what ranks the weights, "magnitude" | "random" | "snip" | "grasp".
+    density: None removes `rate` of the parent's survivors; a fraction keeps that share of all Linear and Conv weights,
+        ranked together in one shot: of the parent's final weights, or without parent of θ₀: pruned at initialisation.
+    score: what differs from the criterion's options CRITERIA, as pairs in order of their names. For "snip" and "grasp":
+        per_class images of each class in `chunks` chunks, which come in pairs of half the classes each
+        (class_sorted=True) or have all classes each; reinit_linear as in `grasp.prune`; temperature ("grasp").
     """
 
     model: str = "lenet_300_100"
@@ -48,18 +56,25 @@ class Run:
     split_seed: int = 0
     train_fraction: float = 1.0
     options: tuple[tuple[str, object], ...] = ()
+    criterion: str = "magnitude"
+    density: float | None = None
+    score: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self):
         if self.init not in INITS:
             raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
-        for name, known in (("model", models.MODELS), ("dataset", data.SETS), ("scope", ("layer", "global"))):
+        known_names = (("model", models.MODELS), ("dataset", data.SETS), ("scope", ("layer", "global")))
+        for name, known in (*known_names, ("criterion", CRITERIA)):
             if (value := getattr(self, name)) not in list(known):
                 raise ValueError(f"Invalid {name} {value!r}: give one of {', '.join(known)}.")
         for name in ("seed", "draw", "rewind_to", "split_seed"):
             if type(value := getattr(self, name)) is not int or value < 0:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
-        if not (isinstance(self.options, tuple) and list(self.options) == sorted(dict(self.options).items())):
-            raise ValueError(f"Invalid options {self.options!r}: give a tuple of (name, value), sorted by name.")
+        for name in ("options", "score"):
+            pairs = getattr(self, name)
+            if not (isinstance(pairs, tuple) and list(pairs) == sorted(dict(pairs).items())):
+                raise ValueError(f"Invalid {name} {pairs!r}: give a tuple of (name, value), sorted by name.")
+        self._check_criterion()
         if self.rewind_schedule not in ("continue", "restart"):
             raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
         if not 0 <= self.rewind_to < self.recipe.iterations:
@@ -76,6 +91,37 @@ class Run:
             mine, its = getattr(self, name), getattr(self.parent, name)
             if mine != its:
                 raise ValueError(f"Invalid parent: its {name} is {its!r}, not {mine!r}.")
+
+    def _check_criterion(self):
+        if self.density is None and self.criterion != "magnitude":
+            raise ValueError(f"Invalid criterion {self.criterion!r} without density: give the fraction to keep.")
+        if self.density is not None and not (isinstance(self.density, int | float) and 0 < self.density <= 1):
+            raise ValueError(f"Invalid density {self.density!r}: give a fraction of weights to keep, 0 < density <= 1.")
+        known, given = CRITERIA[self.criterion], self.score_options
+        for name, value in self.score:
+            if name not in known:
+                raise ValueError(f"Unknown score {name!r} of {self.criterion}: it takes {', '.join(known) or 'none'}.")
+            kind = type(known[name])
+            if type(value) is not kind or (kind is not bool and not value > 0):
+                rule = "True or False" if kind is bool else f"a number above 0, such as {known[name]}"
+                raise ValueError(f"Invalid {name} {value!r}: give {rule}.")
+        if known and self.recipe.inputs != "standard":
+            raise ValueError(f"Invalid inputs {self.recipe.inputs!r} with {self.criterion}: give 'standard'.")
+        if known and ((given["chunks"] % 2 and given["class_sorted"]) or given["per_class"] % self.draws):
+            what = "pair of chunks" if given["class_sorted"] else "chunk"
+            each = f"each {what} needs as many of the {given['per_class']} images of a class"
+            raise ValueError(f"Invalid chunks {given['chunks']}: {each}.")
+
+    @property
+    def score_options(self):
+        """All options of the criterion, with their values."""
+        return {**CRITERIA[self.criterion], **dict(self.score)}
+
+    @property
+    def draws(self):
+        """Class-balanced parts of the batch that is scored."""
+        options = self.score_options
+        return max(1, options["chunks"] // (2 if options["class_sorted"] else 1))
 
     @property
     def level(self):
@@ -105,6 +151,7 @@ class Run:
 
     def __repr__(self):
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if self.init in ("reinit", "random") else "")
+        what += f" {self.criterion} to {self.density:g}" if self.density else ""
         return f"<Run {self.model}/{self.dataset} seed {self.seed} {what}, {self.recipe.iterations} iterations>"
 
 

@@ -1,0 +1,223 @@
+"""What to run for GraSP (arXiv 2002.07376): networks pruned at initialisation, trained, beside dense ones and tickets.
+
+A `Setting` is the experiment at one scale; at scale "paper" it is that of the authors' code (f17d87a): ResNet-32 of
+double width and VGG-19, CIFAR-10 and -100, no validation set. Sparsities are % removed of all Linear and Conv weights,
+as the paper prints them. The laptop's stand-in, ResNet-8 on CIFAR-10 at 16x16, takes the place of one network only,
+resnet32-c10. What nothing printed or published states: see GUESSED.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from lottery import data
+from lottery.experiments.runs import CRITERIA, Run
+from lottery.training import Recipe
+
+GUESSED = (
+    "tickets in one shot",
+    "rewound tickets keep the schedule's position",
+    "SNIP scores GraSP's batch and copy",
+    "random pruning takes all layers alike",
+    "incomplete last minibatch",
+    "larger scored batches as more draws of 10 images per class",
+)
+REWIND = 5 / 160  # "reset to epoch 5", as a share of the training
+
+
+def recipe(epochs, per_epoch=390, **changes):
+    """The authors' schedule: lr 0.1, divided by 10 after half and three quarters of the training; read every epoch."""
+    n = epochs * per_epoch
+    given = {"batch_size": 128, "weight_decay": 1e-4, "augment": "flip-crop"} | changes
+    return Recipe(
+        optimizer="sgd", lr=0.1, momentum=0.9, iterations=n, milestones=(n // 2, n * 3 // 4), eval_every=per_epoch,
+        test_readings="all", inputs="standard", **given,
+    )  # fmt: skip
+
+
+def dense(model, dataset, recipe, **options):
+    """The dense Run of the first trial, initialised as the authors do."""
+    options = {"init": "kaiming fan_out"} | options
+    return Run(model=model, dataset=dataset, recipe=recipe, valid=0, options=tuple(sorted(options.items())))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment at one scale.
+
+    nets: the dense Run of each network that the paper's arms name. trials: seeds seed … seed + trials − 1.
+    only: sparsities in % that are run here, of those of an item (None: all); variants: of the robustness study.
+    sparsities: in place of every item's own. score: options of the criteria, see `Run`. criterion: what the arm "grasp"
+    ranks weights by. With any of these three it is an exploration, not the paper.
+    """
+
+    nets: dict[str, Run]
+    trials: int = 5
+    seed: int = 0
+    only: tuple[float, ...] | None = None
+    variants: tuple[str, ...] | None = None
+    sparsities: tuple[float, ...] | None = None
+    score: dict = field(default_factory=dict)
+    criterion: str = "grasp"
+
+    def __post_init__(self):
+        if type(self.trials) is not int or self.trials < 1:
+            raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
+
+    @property
+    def seeds(self):
+        return range(self.seed, self.seed + self.trials)
+
+
+NETS = {
+    "resnet32-c10": dense("resnet32", "cifar10", recipe(160), width=32),
+    "vgg19-c100": dense("vgg19", "cifar100", recipe(160, weight_decay=5e-4)),
+    "vgg19-c10": dense("vgg19", "cifar10", recipe(160, weight_decay=5e-4)),
+    "resnet32-c100": dense("resnet32", "cifar100", recipe(160), width=32),
+}
+CHUNKS = {"resnet32-c100": 4}  # two draws of 5 images per class, halved; the others one draw of 10
+LAPTOP = {"resnet32-c10": dense("resnet8", "cifar10_16", recipe(30, precision="bfloat16"))}
+SMOKE = {"resnet32-c10": dense("resnet8", "digits", recipe(3, 42, batch_size=32, augment="none"), width=8)}
+SCALES = ("paper", "laptop", "smoke")  # highest first
+SETTINGS = {
+    "paper": Setting(NETS),
+    "laptop": Setting(LAPTOP, only=(90, 95, 98), variants=("batch-400", "init-normal", "init-xavier")),
+    "smoke": Setting(SMOKE, trials=2, only=(90, 98), variants=("batch-400", "init-xavier")),
+}
+INITS = {"init-normal": "normal", "init-xavier": "glorot"}
+
+# What each figure and table shows: networks → control → sparsities in %. Within an item, all trials of a network come
+# before the next network, and all networks of a trial before the next trial.
+TABLE = dict.fromkeys(("snip", "grasp", "lt", "lt-rewind"), (90, 95, 98))
+ROBUST = {"grasp": (60, 80, 90)}
+ITEMS = {
+    # slices of the tables, to be run first
+    "grid": {("resnet32-c10",): {"dense": (0,), **dict.fromkeys(("random", "snip", "grasp"), (90, 95))}},
+    "sparsest": {("resnet32-c10", "vgg19-c100"): {"dense": (0,), "snip": (98,), "grasp": (98,)}},
+    # the paper's
+    "table1": {tuple(NETS): dict.fromkeys(("random", "grasp"), (95, 98, 99, 99.5))},
+    "cifar10": {("resnet32-c10", "vgg19-c10"): {"dense": (0,), **TABLE}},
+    "cifar100": {("resnet32-c100", "vgg19-c100"): {"dense": (0,), **TABLE}},
+    "fig2": {("resnet32-c100", "resnet32-c10"): {"snip": (98,), "grasp": (98,)}},
+    "initialisation": {
+        ("resnet32-c10", *(f"resnet32-c10@{v}" for v in ("batch-400", "batch-4000", *INITS))): ROBUST,
+        ("resnet32-c100", *(f"resnet32-c100@{v}" for v in ("batch-4000", "batch-32000", *INITS))): ROBUST,
+    },
+}
+
+
+def setting(scale):
+    """The preset of a scale. Raises ValueError for an unknown one."""
+    if scale not in SCALES:
+        raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(SCALES)}.")
+    return SETTINGS[scale]
+
+
+def runs(items, at):
+    """All Runs of some items (None: all) at a Setting or scale: network by network, seed by seed."""
+    at = setting(at) if isinstance(at, str) else at
+    items = list(ITEMS) if not items else [items] if isinstance(items, str) else items
+    if unknown := [item for item in items if item not in ITEMS]:
+        raise ValueError(f"Unknown item {unknown[0]!r} of grasp: choose from {', '.join(ITEMS)}.")
+    found = {}
+    for item in items:
+        by_net = {}
+        for arm, point in cells_of(item, at):
+            by_net.setdefault(arm.split("/")[0], []).append((arm, point))
+        for cells in by_net.values():
+            found |= dict.fromkeys(r for seed in at.seeds for cell in cells for r in trial(cell[0], at, seed, cell[1]))
+    return list(found)
+
+
+def cells_of(item, at):
+    """The (arm "net/control", sparsity in %) pairs of an item: the networks that one trial of it trains."""
+    return [
+        (f"{net}/{control}", point)
+        for nets, controls in ITEMS[item].items()
+        for net in nets
+        if _is_here(*net.partition("@")[::2], at)
+        for control, points in controls.items()
+        for point in (points if control == "dense" else _points(points, at))
+    ]
+
+
+def _is_here(net, variant, at):
+    return net in at.nets and (not variant or at.variants is None or variant in at.variants)
+
+
+def _points(points, at):
+    return at.sparsities or [p for p in points if at.only is None or p in at.only]
+
+
+def trial(arm, at, seed, point):
+    """The Runs of one arm and trial, a list of one: `point` % of the weights removed."""
+    net, control = arm.split("/")
+    net, _, variant = net.partition("@")
+    run = dataclasses.replace(at.nets[net], seed=seed)
+    score = {"chunks": CHUNKS.get(net, CRITERIA["grasp"]["chunks"])} | at.score
+    if variant in INITS:
+        run = dataclasses.replace(run, options=tuple(sorted({**dict(run.options), "init": INITS[variant]}.items())))
+    elif variant:
+        images = int(variant.removeprefix("batch-")) // data.SETS[run.dataset].classes
+        score |= {"per_class": images, "chunks": score["chunks"] * images // CRITERIA["grasp"]["per_class"]}
+    if control == "dense":
+        return [run]
+    density = round((100 - point) / 100, 6)
+    if control.startswith("lt"):
+        where = {"init": "rewind", "rewind_to": round(REWIND * run.recipe.iterations)} if control != "lt" else {}
+        return [dataclasses.replace(run, parent=run, density=density, **where)]
+    criterion = at.criterion if control == "grasp" else control
+    own = CRITERIA[criterion]
+    score = tuple(sorted((name, value) for name, value in score.items() if name in own and value != own[name]))
+    return [dataclasses.replace(run, criterion=criterion, density=density, score=score)]
+
+
+def arm(name, x, seed, scale):
+    """The Runs of an arm "net/control" for one trial at the sparsity that the paper prints as `x` %, or None.
+
+    None: the arm or that sparsity is no experiment here. Networks: those of NETS, with "@batch-400" or "@init-normal"
+    as in the robustness study. Controls: dense, random, snip, grasp, lt, lt-rewind.
+    """
+    at = setting(scale)
+    if name.endswith("/dense"):
+        x = 0
+    cells = {cell for item in ITEMS for cell in cells_of(item, at)}
+    return trial(name, at, seed, x) if (name, x) in cells else None
+
+
+def override(at, **given):
+    """A Setting with a notebook's parameters in place of its own; those that are None change nothing."""
+    given = {name: value for name, value in given.items() if value is not None}
+    changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
+    if (n := given.pop("iterations", None)) is not None:
+        if type(n) is not int or n < 4:
+            raise ValueError(f"Invalid iterations {n!r}: give a whole number from 4.")
+        changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
+    base = {name: given.pop(name) for name in ("model", "dataset", "seed", "train_fraction") if name in given}
+    score = {name: given.pop(name) for name in CRITERIA["grasp"] if name in given}
+    if (densities := given.pop("densities", None)) is not None:
+        given["sparsities"] = _sparsities(densities)
+    nets = {net: _changed(run, base, changes) for net, run in at.nets.items()}
+    at = dataclasses.replace(at, nets=nets, score={**at.score, **score}, **given)
+    if "seed" in base:
+        at = dataclasses.replace(at, seed=base["seed"])
+    runs(None, at)  # what is wrong with the criterion or its options is told here
+    return at
+
+
+def _changed(run, base, changes):
+    if "iterations" in changes:
+        changes = changes | {"eval_every": min(run.recipe.eval_every, changes["iterations"])}
+    if "model" in base:  # the width is an option of the ResNets
+        base = base | {"options": tuple(pair for pair in run.options if pair[0] == "init")}
+    return dataclasses.replace(run, **base, recipe=dataclasses.replace(run.recipe, **changes))
+
+
+def _sparsities(densities):
+    """Fractions to keep → % removed."""
+    if (
+        not isinstance(densities, list | tuple)
+        or not densities
+        or not all(isinstance(d, float) and 0 < d < 1 for d in densities)
+    ):
+        raise ValueError(f"Invalid densities {densities!r}: give a list of fractions of weights to keep, 0 < kept < 1.")
+    return tuple(round(100 * (1 - d), 6) for d in densities)
