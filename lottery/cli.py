@@ -16,7 +16,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 PAPERS = ("lth", "grasp")
 
 ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
-Scale = Annotated[str, typer.Option(help="paper, primary, laptop or smoke.")]
+Scale = Annotated[str, typer.Option(help="paper, primary (lth), laptop or smoke.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -40,8 +40,8 @@ def kind_errors(command):
 @app.command()
 @kind_errors
 def run(
-    paper: Annotated[str, typer.Argument(help="lth")],
-    items: Annotated[list[str] | None, typer.Argument(help="fig3, fig4, …; default: all that the paper has.")] = None,
+    paper: Annotated[str, typer.Argument(help="lth or grasp.")],
+    items: Annotated[list[str] | None, typer.Argument(help="fig3, table1, …; default: all that the paper has.")] = None,
     scale: Scale = "laptop",
     trials: Annotated[int | None, typer.Option(help="Seeds 0 … trials − 1; default: the scale's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -85,7 +85,7 @@ def status(as_json: Json = False, results_dir: ResultsDir = None):
     for line in lines:
         more = f", {line['diverged']} diverged" if line["diverged"] else ""
         typer.echo(
-            f"{line['paper']} {line['item']:6} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs{more}"
+            f"{line['paper']} {line['item']:14} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs{more}"
         )
 
 
@@ -107,7 +107,7 @@ def merge(
 @app.command()
 @kind_errors
 def scorecard(
-    paper: Annotated[str | None, typer.Option(help="lth; default: all.")] = None,
+    paper: Annotated[str | None, typer.Option(help="lth, grasp, …; default: all.")] = None,
     as_json: Json = False,
     results_dir: ResultsDir = None,
 ):

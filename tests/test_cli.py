@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lottery
 from lottery import cli, training
 from lottery.cli import app
-from lottery.experiments import Store, lth
+from lottery.experiments import Store, grasp, lth
 
 ROOT = Path(lottery.__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -71,7 +71,8 @@ import lottery
 for name in lottery.__all__:
     assert getattr(lottery, name).__name__ == f"lottery.{name}", name
     assert name in dir(lottery)
-lottery.experiments.lth, lottery.experiments.Run, lottery.experiments.run, lottery.experiments.load
+lottery.experiments.lth, lottery.experiments.grasp, lottery.experiments.Run, lottery.experiments.run
+lottery.experiments.load
 print(*lottery.__all__)
 """
     names = python(code).split()
@@ -180,9 +181,12 @@ def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["run", "cs"], "Unknown paper 'cs': choose one of lth."),
+        (["run", "cs"], "Unknown paper 'cs': choose one of lth, grasp."),
         (["run", "lth", "fig99"], "Unknown item 'fig99' of lth: choose from fig1, "),
         (["run", "lth", "fig3", "table1"], "Unknown item 'table1' of lth: "),
+        (["run", "grasp", "fig1"], "Unknown item 'fig1' of grasp: choose from grid, "),
+        (["run", "grasp", "--scale", "primary"], "Unknown scale 'primary': choose one of paper, laptop, smoke."),
+        (["run", "grasp", "--trials", "0"], "Invalid trials 0: give a whole number from 1."),
         (["run", "lth", "--scale", "huge"], "Unknown scale 'huge': choose one of paper, primary, laptop, smoke."),
         (["run", "lth", "--budget", "20"], "Invalid budget '20': give a number and s, m or h, such as 20m."),
         (["run", "lth", "--budget", "soon"], "Invalid budget 'soon': "),
@@ -224,12 +228,14 @@ def test_a_damaged_result_is_named_on_stderr_and_the_json_stays_json(tmp_path):
 def test_status_names_every_item_of_every_scale(tmp_path):
     told = json.loads(call("status", "--json", "--results-dir", tmp_path / "none").stdout)
     assert told["schema"] == 1
-    assert {(line["item"], line["scale"]) for line in told["items"]} == {(i, s) for i in lth.ITEMS for s in lth.SCALES}
+    assert {(line["paper"], line["item"], line["scale"]) for line in told["items"]} == {
+        (name, i, s) for name, paper in (("lth", lth), ("grasp", grasp)) for i in paper.ITEMS for s in paper.SCALES
+    }
     [line] = [line for line in told["items"] if (line["item"], line["scale"]) == ("fig14", "laptop")]
     assert (line["runs"], line["iterations"], line["stored"]) == (140, 2_100_000, 0)
     lines = call("status", "--results-dir", tmp_path / "none").stdout.splitlines()
     assert len(lines) == 1 + len(told["items"])
-    assert re.fullmatch(r"lth fig14 +laptop +0 of +140 runs", next(x for x in lines if "fig14  laptop" in x))
+    assert re.fullmatch(r"lth fig14 +laptop +0 of +140 runs", next(x for x in lines if re.search("fig14 +laptop", x)))
     assert not (tmp_path / "none").exists()
 
 

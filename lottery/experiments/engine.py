@@ -131,7 +131,7 @@ def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1
         torch.set_num_threads(before)
     weights_sha = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep_weights else None
     certificate = {
-        "versions": {name: v for name, v in versions().items() if name in ("training", *_algorithms(r))},
+        "versions": {name: v for name, v in versions().items() if name in _algorithms(r)},
         "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "device": _device_name(device),
         "threads": threads,
@@ -190,10 +190,8 @@ def scores(r, model, images, generator, device="cpu"):
     if r.criterion == "random":
         return baselines.random_scores(model, generator)
     o = r.score_options
-    augment = r.recipe.augment != "none"
-    batch = grasp.class_balanced(
-        images, o["per_class"], generator, o["class_sorted"] and o["chunks"] > 1, r.draws, augment
-    )
+    halves, augment = o["class_sorted"] and o["chunks"] > 1, r.recipe.augment != "none"
+    batch = grasp.class_balanced(images, o["per_class"], generator, halves, r.draws, augment)
     net = grasp.with_xavier_linear(model, generator) if o["reinit_linear"] else copy.deepcopy(model)
     if r.criterion == "snip":
         ranked = baselines.snip_scores(net.to(device), batch)
@@ -245,9 +243,9 @@ def _nulls(values):
 
 
 def _algorithms(r):
-    """The modules with a VERSION, besides training, that made a run's mask. "lth" is in every certificate of a run
-    without density: so the first ones were written."""
-    return ("lth",) if r.density is None else ("grasp",) if r.criterion == "grasp" else ("grasp", "baselines")
+    """The modules with a VERSION that a result depends on."""
+    ranked = {"snip": ("grasp", "baselines"), "grasp": ("grasp",)}.get(r.criterion, ("baselines",))
+    return ("training", *(ranked if r.density else ("lth",)))
 
 
 class _Clock:

@@ -62,6 +62,8 @@ class Setting:
     def __post_init__(self):
         if type(self.trials) is not int or self.trials < 1:
             raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
 
     @property
     def seeds(self):
@@ -90,13 +92,12 @@ INITS = {"init-normal": "normal", "init-xavier": "glorot"}
 TABLE = dict.fromkeys(("snip", "grasp", "lt", "lt-rewind"), (90, 95, 98))
 ROBUST = {"grasp": (60, 80, 90)}
 ITEMS = {
-    # slices of the tables, to be run first
+    # slices of the tables, to be trained first
     "grid": {("resnet32-c10",): {"dense": (0,), **dict.fromkeys(("random", "snip", "grasp"), (90, 95))}},
     "sparsest": {("resnet32-c10", "vgg19-c100"): {"dense": (0,), "snip": (98,), "grasp": (98,)}},
     # the paper's
     "table1": {tuple(NETS): dict.fromkeys(("random", "grasp"), (95, 98, 99, 99.5))},
-    "cifar10": {("resnet32-c10", "vgg19-c10"): {"dense": (0,), **TABLE}},
-    "cifar100": {("resnet32-c100", "vgg19-c100"): {"dense": (0,), **TABLE}},
+    "table2": {tuple(NETS): {"dense": (0,), **TABLE}},
     "fig2": {("resnet32-c100", "resnet32-c10"): {"snip": (98,), "grasp": (98,)}},
     "initialisation": {
         ("resnet32-c10", *(f"resnet32-c10@{v}" for v in ("batch-400", "batch-4000", *INITS))): ROBUST,
@@ -153,12 +154,13 @@ def trial(arm, at, seed, point):
     net, control = arm.split("/")
     net, _, variant = net.partition("@")
     run = dataclasses.replace(at.nets[net], seed=seed)
-    score = {"chunks": CHUNKS.get(net, CRITERIA["grasp"]["chunks"])} | at.score
+    chunks = CHUNKS.get(net, CRITERIA["grasp"]["chunks"])
+    score = {"chunks": chunks} | at.score
     if variant in INITS:
         run = dataclasses.replace(run, options=tuple(sorted({**dict(run.options), "init": INITS[variant]}.items())))
     elif variant:
         images = int(variant.removeprefix("batch-")) // data.SETS[run.dataset].classes
-        score |= {"per_class": images, "chunks": score["chunks"] * images // CRITERIA["grasp"]["per_class"]}
+        score |= {"per_class": images, "chunks": chunks * images // CRITERIA["grasp"]["per_class"]}
     if control == "dense":
         return [run]
     density = round((100 - point) / 100, 6)
