@@ -6,6 +6,7 @@ Nothing here is typed: evidence is what the runs' specs and data fingerprints sa
 import functools
 import importlib.util
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,12 +21,14 @@ FIELDS = (
 )
 EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
 MODULES = {"str": "soft_threshold"}  # experiments module of a paper, where the paper's name is not it
-NETS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # the lottery ticket paper's "Resnet-18" has 20 layers
 EXACT = ("weights", "conv weights", "fc share")  # quantities that need no training
 ACCURACIES = {"test accuracy": "test_acc", "validation accuracy": "val_acc", "train accuracy": "train_acc"}
+LOSSES = {"train loss": "batch_loss", "test loss": "test_loss"}  # of the last epoch's minibatches, of the test set
+READ = ("iterations", *ACCURACIES, *LOSSES)  # what a stored training can be asked for
 FINGERPRINTS = {  # `data.load(...).fingerprint` of the papers' data
     "mnist": "dd29bf4170bdf2db69525817f063e2f8d2dc8d2848f855acdf866788d14c6a64",
     "cifar10": "38ddfeb83ff729933dbb1bf2d683078e77209dc4e08ff3828538f61cecf8e677",
+    "cifar100": "b7e2c14682dafdf339c75951010255288bc28828fd9e48d958556c7a993f3884",
 }
 # What may differ from the paper's Run: never mind · makes the evidence "reduced" · anything else is a stand-in.
 ALIKE = {"parent", "seed", "draw", "test_readings"}
@@ -144,7 +147,7 @@ class Judge:
 
     def _exact(self, claim):
         name = claim["arm_a"].split("/")[0]
-        name = NETS.get(name, name)
+        name = getattr(self.experiment, "NETWORKS", {}).get(name, name)
         if (ours := count(claim["quantity"], name)) is None:
             return {}
         verdict = C.exact(ours - claim["paper_value"], claim["margin"])
@@ -152,6 +155,8 @@ class Judge:
         return {"evidence": "exact", "net": name, "ours": ours, "verdict": str(verdict), "command": command}
 
     def _experiment(self, claim):
+        if claim["quantity"] not in (None, *READ):
+            return {}
         tried = [at for scale in getattr(self.experiment, "SCALES", ()) if (at := _At(self, claim, scale)).cells]
         if not tried:
             return {}
@@ -169,12 +174,18 @@ class Judge:
         return fields | (best.result() if best else {})
 
     def dense(self, claim):
-        """(quantity, {dense arm: %}): what the paper prints for the claim's nets at its reading point."""
+        """(quantity, {dense arm: (reading, %)}): what the paper prints for the claim's nets.
+
+        At the claim's reading point, else the best over the epochs where only that is printed.
+        """
         quantity = claim["quantity"] if claim["quantity"] in ACCURACIES else "test accuracy"
         arms = {arm.split("/")[0] + "/dense" for arm in (claim["arm_a"], claim["arm_b"]) if arm}
         arms -= {claim["arm_a"]} if claim["kind"] == "value" else set()  # the baseline's own claim is not gated by it
-        p = self.printed[self.printed["panel"].str.endswith(f"{quantity}/{claim['reading']}")]
-        return quantity, {arm: v for arm, v in zip(p["series"], p["value"], strict=True) if arm in arms}
+        found = {}
+        for at in ("best", claim["reading"]):
+            p = self.printed[self.printed["panel"].str.endswith(f"{quantity}/{at}")]
+            found |= {arm: (at, v) for arm, v in zip(p["series"], p["value"], strict=True) if arm in arms}
+        return quantity, found
 
 
 class _At:
@@ -250,7 +261,7 @@ class _At:
         verdict = C.wording(verdict, kind, evidence, claim["unknown"])
         if reason := self._not_tested(rows, evidence, dataset, margin):
             verdict = C.Verdict("not tested", note=reason)
-        seen = claim["quantity"] == "test accuracy"
+        seen = claim["quantity"] == "test accuracy" and claim["reading"] != "best"
         return {
             "ours": ours[0],
             "interval": ours[1:],
@@ -270,11 +281,11 @@ class _At:
             if C.too_censored(late):
                 return f"{100 * max(map(np.mean, late)):.0f} % of an arm's minima are its last reading"
         quantity, dense = self.judge.dense(claim)
-        for name, printed in dense.items() if evidence == "full" else ():
+        for name, (at, printed) in dense.items() if evidence == "full" else ():
             runs = [self.judge.arm(name, None, t, self.scale) for t in range(self.trials)]
             found = [self._stored(r[0].key) for r in runs if r]
             m = margin if claim["quantity"] == quantity else C.default_margin(quantity, dataset)
-            ours = [reading(row, quantity, claim["reading"]) for row in found if row]
+            ours = [reading(row, quantity, at) for row in found if row]
             if len(ours) == self.trials and C.baseline_off(ours, printed, m):
                 return "baseline off"
         return None
@@ -287,10 +298,17 @@ _COLUMNS = {"net": "model", "data": "dataset", "device": "device"}
 
 
 def reading(row, quantity, at):
-    """What a stored run reads at "early_stop" or "last": points, or the logarithm of iterations; diverged is chance."""
+    """What a stored run reads at "early_stop", "last", or "best", the highest test accuracy over the readings.
+
+    Points, the logarithm of iterations, or a loss of the last epoch; diverged is chance.
+    """
     bad = row["status"] == "diverged"
     if quantity == "iterations":
         return math.log(row["iterations"] if bad else row[f"{at}_step"])
+    if quantity in LOSSES:
+        return -math.log(_chance(row)) if bad else row[LOSSES[quantity]][-1]
+    if at == "best" and not bad:
+        return 100 * max(a for a in row["test_acc"] if a is not None)
     return 100 * (_chance(row) if bad else row[f"{at}_{ACCURACIES[quantity]}"])
 
 
@@ -366,7 +384,8 @@ def _changed(claim, started):
 
 
 def _quantity(claim):
-    unit = "ratio A/B" if claim["quantity"] in C.LOG else "%" if claim["kind"].endswith("value") else "points, A − B"
+    kind = "nats" if claim["quantity"] in LOSSES else "points"
+    unit = "ratio A/B" if claim["quantity"] in C.LOG else "%" if claim["kind"].endswith("value") else f"{kind}, A − B"
     return claim["quantity"] if claim["quantity"] in EXACT else f"{claim['quantity']} at {claim['reading']}, {unit}"
 
 
@@ -376,7 +395,10 @@ def _rule(claim):
 
 
 def _short(item):
-    return item.lower().replace("figure ", "fig").replace(" ", "")
+    """The item's name on the command line: "Figure 4" → fig4, "Table 1" → table1, else its first word."""
+    if match := re.fullmatch(r"(fig|table)(?:ure)? (\d+)", item.lower()):
+        return match[1] + match[2]
+    return item.lower().split()[0]
 
 
 def _chance(row):

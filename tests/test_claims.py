@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lottery import claims, data, scorecard
+from lottery.experiments import lth
 
 REPORTED = Path(__file__).parents[1] / "results" / "reported"
 UP = np.array([1.0, 2, 3, 4, 5])
@@ -727,6 +728,52 @@ def test_baseline_gate_compares_with_the_papers_own_dense_number(tmp_path):
     assert judged(lab, stored["bad"], value)["verdict"] == "not reproduced"
 
 
+def test_where_only_the_best_epoch_is_printed_the_gate_and_values_read_ours_so():
+    """GraSP prints 94.80 % for the dense ResNet-32, the best test accuracy over the epochs; m = 0.5, so 2m = 1."""
+    lab = Invented()
+    lab.nets = ("resnet32-c10",)
+    reported = claims.reported("grasp", REPORTED)
+    pair = {"arm_a": "resnet32-c10/imp", "arm_b": "resnet32-c10/dense", "reading": "last", "margin": 0.5, "delta": 1.0}
+    value = pair | {"kind": "value", "arm_a": "resnet32-c10/dense", "arm_b": "", "x": "", "reading": "best"}
+    value |= {"delta": "", "paper_value": 94.8}
+    stored = lab.store("paper", lambda name, x, trial, draw: 90 + (name.endswith("imp")), xs=[21.1])
+    for best, verdicts in (
+        (0.948, ["reproduced", "reproduced"]),  # best is as printed, the last epoch 4.8 points below
+        (0.930, ["not tested (baseline off)", "not reproduced"]),
+    ):
+        rows = {key: row | {"test_acc": [0.5, None, best, 0.9]} for key, row in stored.items()}
+        cards = [judged(lab, rows, claim(**c), reported) for c in (pair, value)]
+        assert [card["verdict"] for card in cards] == verdicts
+        assert cards[0]["ours"] == pytest.approx(1.0)  # read at the last epoch
+        assert cards[1]["ours"] == pytest.approx(100 * best)
+        assert cards[1]["interval_images"] is None  # the images of the best epoch are not kept
+
+
+def test_losses_are_those_of_the_last_epoch_and_a_diverged_run_is_at_chance():
+    lab = Invented()
+    stored = lab.store("paper", better, xs=[21.1])
+    for key, row in stored.items():
+        row |= {"batch_loss": [2.0, 1.5 if "dense" in key else 1.25], "test_loss": [2.0, 1.5]}
+    c = claim(arm_a="lenet/dense", arm_b="lenet/imp", quantity="train loss", reading="last", delta=0.23, margin=0.05)
+    row = judged(lab, stored, c)
+    assert (row["ours"], row["quantity"], row["verdict"]) == (0.25, "train loss at last, nats, A − B", "reproduced")
+    assert judged(lab, stored, c | {"quantity": "test loss", "kind": "same"})["verdict"] == "reproduced"
+    assert row["interval_images"] is None
+    bad = {key: row | ({"status": "diverged"} if "dense" in key else {}) for key, row in stored.items()}
+    assert judged(lab, bad, c)["ours"] == pytest.approx(math.log(10) - 1.25)
+
+
+def test_what_no_training_can_tell_is_no_evidence():
+    lab = Invented()
+    stored = lab.store("paper", better, xs=[21.1])
+    assert judged(lab, stored, claim(quantity="gradient norm", reading="", margin=1.15))["evidence"] == "none"
+
+
+def test_items_on_the_command_line():
+    items = {"Figure 2": "fig2", "Table 1": "table1", "Initialisation and batch size": "initialisation"}
+    assert {item: scorecard._short(item) for item in items} == items
+
+
 def test_lenet_has_no_gate():
     judge = scorecard.Judge("lth", None, {}, claims.reported("lth", REPORTED))
     assert judge.dense(claim())[1] == {}
@@ -775,7 +822,7 @@ def test_one_reported_value_changed_changes_its_verdict(tmp_path):
     for printed, verdict in ((266_000, "reproduced"), (268_000, "not reproduced")):  # ours: 266,200, m = 1,000
         (tmp_path / "lth_claims.csv").write_text(rules.replace(",266000,", f",{printed},"))
         c = claims.claims("lth", tmp_path).set_index("id", drop=False).loc["lth-fig2-lenet-weights"].to_dict()
-        assert judged(None, {}, c)["verdict"] == verdict
+        assert judged(lth, {}, c)["verdict"] == verdict
     # 1.2 [1.004, 1.396]: from Δ = 2.4 on it is less than half of what was promised
     stored = Invented().store("paper", better, xs=[21.1])
     found = [judged(Invented(), stored, claim(delta=delta))["verdict"] for delta in (2.3, 2.5)]
