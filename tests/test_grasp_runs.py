@@ -1,11 +1,13 @@
 """lottery.experiments.grasp: what is declared for GraSP's tables and figures, and what of it the arms find."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
 from lottery import masks, models
 from lottery.experiments import Run, grasp
+from lottery.experiments.chapter import Chapter
 
 PAPER, LAPTOP = grasp.setting("paper"), grasp.setting("laptop")
 
@@ -30,9 +32,8 @@ def test_the_recipe_is_that_of_the_authors_code():
         assert (recipe.batch_size, recipe.momentum, recipe.nesterov, recipe.augment) == (128, 0.9, False, "flip-crop")
         assert recipe.weight_decay == (5e-4 if net.startswith("vgg19") else 1e-4)
         assert (recipe.test_readings, recipe.inputs, run.valid) == ("all", "standard", 0)
-        model = models.create(run.model, seed=0, **dict(run.options))
-        weights = sum(layer.weight.numel() for layer in masks.prunable(model).values())
-        assert weights == (20_024_000 if net.startswith("vgg19") else 1_855_584)
+    model = models.create("resnet32", seed=0, **dict(PAPER.nets["resnet32-c10"].options))
+    assert sum(layer.weight.numel() for layer in masks.prunable(model).values()) == 1_855_584
 
 
 def test_the_scored_batches_are_those_of_the_configs():
@@ -186,3 +187,23 @@ def test_unknown_names():
 def test_a_stand_in_has_the_papers_arms_and_nothing_else():
     assert set(LAPTOP.nets) == {"resnet32-c10"}
     assert all(isinstance(r, Run) and r.dataset == "cifar10_16" for r in grasp.runs(None, "laptop"))
+
+
+# A chapter ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chapter_trains_and_shows_every_item(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    chapter = Chapter("grasp", "smoke", "missing", tmp_path, iterations=8, trials=1, densities=[0.1])
+    arms = {item: set(chapter.frame(item)["arm"]) for item in grasp.ITEMS}
+    assert arms["table1"] == {"resnet32-c10/random", "resnet32-c10/grasp"}
+    assert arms["table2"] == {f"resnet32-c10/{row}" for row in ("dense", "lt", "lt-rewind", "snip", "grasp")}
+    assert arms["initialisation"] == {f"resnet32-c10{v}/grasp" for v in ("", "@batch-400", "@init-xavier")}
+    for item in grasp.ITEMS:
+        assert not chapter.stands_beside_paper(item)
+    assert chapter.badge("fig2").split(" · ")[:2] == ["net, data: stand-in (resnet8, digits)", "8 iterations"]
+    frame = chapter.frame("fig2")
+    assert frame["point"].tolist() == [90.0, 90.0]
+    for curve in ("batch_loss", "test_loss", "test_acc"):
+        assert all(len(values) == 1 and values[0] > 0 for values in frame[curve])
+    assert not frame["stale"].any()

@@ -1,5 +1,6 @@
 """What a paper's notebook shows: for every figure the best complete evidence, with its badge, or how to get it."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -110,14 +111,12 @@ class Chapter:
         """What the item's numbers rest on, in one line."""
         scale = self.scale(item)
         at, paper, frame = self.settings[scale], self.module.setting("paper"), self.frame(item)
-        same = self.stands_beside_paper(item)
-        share = at.base.recipe.iterations / paper.base.recipe.iterations
+        same, run, papers = self.stands_beside_paper(item), self._runs(item, scale)[0], self._papers(item)[0]
+        share = run.recipe.iterations / papers.recipe.iterations
         cells = f"{len(self.module.cells_of(item, at))} of {len(self.module.cells_of(item, paper))}"
         parts = [
-            f"net, data: {'the paper’s' if same else f'stand-in ({at.base.model}, {at.base.dataset})'}",
-            f"training: {100 * share:.3g} % of the paper's steps"
-            if same
-            else f"{at.base.recipe.iterations} iterations",
+            f"net, data: {'the paper’s' if same else f'stand-in ({run.model}, {run.dataset})'}",
+            f"training: {100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations} iterations",
             f"trials {frame['seed'].nunique()} of {paper.trials}",
             f"device {', '.join(sorted(frame['device'].unique()))}",
             f"{len(self.module.GUESSED)} settings guessed",
@@ -128,8 +127,11 @@ class Chapter:
 
     def stands_beside_paper(self, item):
         """True when the item shows the paper's own network and data, so that its printed points may be drawn."""
-        at, paper = self.settings[self.scale(item)].base, self.module.setting("paper").base
-        return (at.model, at.dataset) == (paper.model, paper.dataset)
+        ours, papers = (
+            {(r.model, r.dataset, r.options) for r in runs}
+            for runs in (self._runs(item, self.scale(item)), self._papers(item))
+        )
+        return ours <= papers
 
     def scorecard(self):
         """The paper's claims as `claims.scorecard` rows, or None in an exploration."""
@@ -139,6 +141,10 @@ class Chapter:
 
     def _runs(self, item, scale):
         return self.module.runs(item, self.settings[scale])
+
+    def _papers(self, item):
+        """What one trial of the item trains in the paper."""
+        return self.module.runs(item, dataclasses.replace(self.module.setting("paper"), trials=1))
 
     def _minutes(self, runs):
         """Estimated time of the runs that are missing, from the pace of those like them."""
