@@ -44,10 +44,10 @@ class Inline(futures.Executor):
     def __init__(self):
         self.ran = []
 
-    def submit(self, fn, r, *args):
-        self.ran.append(r)
+    def submit(self, fn, runs, *args):
+        self.ran += runs
         future = futures.Future()
-        future.set_result(fn(r, *args))
+        future.set_result(fn(runs, *args))
         return future
 
 
@@ -1349,9 +1349,10 @@ class Failing(Inline):
         super().__init__()
         self.failing, self.error = failing, error
 
-    def submit(self, fn, r, *args):
+    def submit(self, fn, runs, *args):
+        [r] = runs
         if r not in self.failing:
-            return super().submit(fn, r, *args)
+            return super().submit(fn, runs, *args)
         future = futures.Future()
         future.set_exception(self.error(f"seed {r.seed} failed"))
         return future
@@ -1369,10 +1370,10 @@ def test_a_run_that_fails_stops_its_descendants_only(tmp_path):
 
 def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path):
     class Interrupted(futures.ThreadPoolExecutor):
-        def submit(self, fn, r, *args):
-            if r.seed == 2:
+        def submit(self, fn, runs, *args):
+            if runs[0].seed == 2:
                 raise KeyboardInterrupt
-            return super().submit(fn, r, *args)
+            return super().submit(fn, runs, *args)
 
     with Interrupted(3) as pool, pytest.raises(KeyboardInterrupt):
         experiments.run(seeds(5), pool, store=Store(tmp_path), progress=False)
@@ -1446,8 +1447,8 @@ def test_execute_leaves_threads_and_random_states(tmp_path):
     run = child(DENSE, init="random")
     torch.set_num_threads(threads + 1)
     try:
-        engine.execute(DENSE, tmp_path, keep_weights=True, threads=1)
-        engine.execute(run, tmp_path, threads=1)
+        engine.execute([DENSE], tmp_path, keep_weights=[True], threads=1)
+        engine.execute([run], tmp_path, threads=1)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -1459,7 +1460,7 @@ def test_execute_leaves_threads_and_random_states(tmp_path):
 def test_threads_are_given_back_after_an_error(tmp_path):
     threads = torch.get_num_threads()
     with pytest.raises(FileNotFoundError):
-        engine.execute(child(DENSE), tmp_path, threads=threads + 1)
+        engine.execute([child(DENSE)], tmp_path, threads=threads + 1)
     assert torch.get_num_threads() == threads
 
 
@@ -1729,3 +1730,25 @@ def test_smoke_is_small_enough_for_every_figure():
     runs = lth.runs(None, "smoke")
     assert {r.dataset for r in runs} == {"digits"}
     assert sum(r.recipe.iterations for r in runs) < 30_000
+
+
+def test_runs_side_by_side_are_what_they_are_alone(tmp_path, monkeypatch):
+    """On a GPU the engine trains alike runs as one group; grouping is switched on here for the CPU."""
+    recipe = replace(QUICK, iterations=40, eval_every=10, test_readings="all")
+    dense = [Run(dataset="digits", recipe=recipe, seed=seed) for seed in range(3)]
+    other = Run(dataset="digits", recipe=replace(recipe, lr=0.01))
+    runs = [*dense, other, *map(child, dense), replace(child(dense[0]), init="reinit")]
+    train(runs, tmp_path / "alone")
+    whole = engine._alike
+    monkeypatch.setattr(engine, "_alike", lambda r, device: whole(r, "cuda"))
+    train(runs, tmp_path / "together")
+    groups = []
+    for r in runs:
+        a, b = (Store(tmp_path / name).get(r) for name in ("alone", "together"))
+        certificate = json.loads(b["certificate"])
+        groups.append(len(certificate["group"]))
+        assert r.key in certificate["group"]
+        assert json.loads(a["certificate"])["theta0"] == certificate["theta0"]
+        np.testing.assert_allclose(a["val_loss"], b["val_loss"], atol=1e-4)
+        assert a["layers"] == b["layers"]
+    assert sorted(groups) == [1, 3, 3, 3, 4, 4, 4, 4]

@@ -21,6 +21,8 @@ from lottery import masks as M
 from lottery.experiments.runs import rates
 from lottery.experiments.store import Store, now, pack_masks, versions
 
+TOGETHER = 64  # runs side by side on a GPU
+
 
 def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, progress=True):
     """Train what is missing of `runs` and of the parents they need; returns the runs left undone.
@@ -32,6 +34,7 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
         budget: seconds; no run starts that is expected to end after it.
         device, threads: of one training.
 
+    On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
     A run is kept the moment it ends. An interrupt waits for the trainings of other processes that are under way and is
     then raised; a second one abandons them. A run that raises stops its own descendants only; the first such error is
     raised at the end.
@@ -50,30 +53,38 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
             executor = stack.enter_context(_pool(slots))
         try:
             while todo or under_way:
-                for r in list(todo):
-                    if r.parent in given_up or (len(under_way) < slots and not clock.allows(r)):
-                        todo.remove(r)
+                for r in todo:  # parents stand before their children
+                    if r.parent in given_up:
                         given_up.add(r)
-                    elif len(under_way) < slots and r.parent not in todo and r.parent not in under_way.values():
-                        todo.remove(r)
-                        job = executor.submit(execute, r, store.dir, store.also, r in parents, device, threads)
-                        under_way[job] = r
+                todo = _without(given_up, todo)
+                waiting = {*todo, *(r for group in under_way.values() for r in group)}
+                ready = [r for r in todo if r.parent not in waiting]
+                while ready and len(under_way) < slots:
+                    group = [r for r in ready if _alike(r, device) == _alike(ready[0], device)][:TOGETHER]
+                    todo, ready = _without(group, todo), _without(group, ready)
+                    if clock.allows(group):
+                        keep = [r in parents for r in group]
+                        job = executor.submit(execute, group, store.dir, store.also, keep, device, threads)
+                        under_way[job] = group
+                    else:
+                        given_up.update(group)
                 if not under_way:
-                    break
+                    if not todo:
+                        break
+                    continue
                 done, _ = futures.wait(under_way, return_when=futures.FIRST_COMPLETED)
                 for job in done:
-                    r = under_way.pop(job)
+                    group = under_way.pop(job)
                     if error := job.exception():
                         errors.append(error)
-                        given_up.add(r)
+                        given_up.update(group)
                     else:
-                        clock.finished(r, job.result())
-                    bar.update()
+                        clock.finished(group, job.result())
+                    bar.update(len(group))
         except KeyboardInterrupt:
             if under_way:
-                bar.write(
-                    f"Stopping: {len(under_way)} trainings will be kept when they end; interrupt again to abandon."
-                )
+                n = sum(map(len, under_way.values()))
+                bar.write(f"Stopping: {n} trainings will be kept when they end; interrupt again to abandon.")
             try:
                 futures.wait(under_way)
             except KeyboardInterrupt:
@@ -114,38 +125,66 @@ def missing(runs, store):
     return sorted(todo, key=lambda r: -depth[r])
 
 
-def execute(r, results_dir, also=(), keep_weights=False, device="cpu", threads=1):
-    """Train one run and keep it in the store at `results_dir`; returns its wall time in seconds.
+def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1):
+    """Train some runs, side by side when there are several, and keep them in the store at `results_dir`.
 
-    The process's own numbers of threads and warning filters are left as they were.
+    Returns the wall time in seconds. `keep_weights` says for each whether its final weights are kept; none are by
+    default. The process's own numbers of threads and warning filters are left as they were.
     """
     store, started, before = Store(results_dir, also), now(), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        r = runs[0]
         images = training.take(_images(r.dataset, r.valid, r.split_seed), r.train_fraction)
-        model, hashes = initialise(r, images, store, device)
-        order = int(r.key[:15], 16)
-        start = r.rewind_to if r.init == "rewind" and r.rewind_schedule == "continue" else 0
-        history = training.fit(model, images, r.recipe, seed=order, start=start)
+        nets = [initialise(r, images, store, device) for r in runs]
+        orders = [int(r.key[:15], 16) for r in runs]
+        if len(runs) == 1:
+            histories = [training.fit(nets[0][0], images, r.recipe, seed=orders[0], start=_start(r))]
+        else:
+            histories = training.fit([net for net, _ in nets], images, r.recipe, seed=orders, start=_start(r))
     finally:
         torch.set_num_threads(before)
-    weights_sha = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep_weights else None
-    certificate = {
-        "versions": {name: v for name, v in versions().items() if name in _algorithms(r)},
-        "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "device": _device_name(device),
-        "threads": threads,
-        "group": [r.key],
-        "compile": False,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "started": started,
-        "wall_s": round(history.wall_s, 3),
-        "code": _code(),
-        "weights": weights_sha,
-        **hashes,
-    }
-    store.put(_row(r, images, model, history, certificate))
-    return history.wall_s
+    keep_weights = keep_weights or [False] * len(runs)
+    for r, (model, hashes), history, keep in zip(runs, nets, histories, keep_weights, strict=True):
+        weights = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep else None
+        certificate = {
+            "versions": {name: v for name, v in versions().items() if name in _algorithms(r)},
+            "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+            "device": _device_name(device),
+            "threads": threads,
+            "group": [r.key for r in runs],
+            "compile": False,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "started": started,
+            "wall_s": round(history.wall_s, 3),
+            "code": _code(),
+            "weights": weights,
+            **hashes,
+        }
+        store.put(_row(r, images, model, history, certificate))
+    return sum(history.wall_s for history in histories)
+
+
+def _start(r):
+    return r.rewind_to if r.init == "rewind" and r.rewind_schedule == "continue" else 0
+
+
+def _alike(r, device):
+    """What runs have in common that may train side by side; on a CPU processes are faster, so nothing."""
+    if device == "cpu" or not _fully_connected(r.model, r.dataset, r.options, r.recipe):
+        return r.key
+    return r.model, r.dataset, r.options, r.valid, r.split_seed, r.train_fraction, r.recipe, _start(r)
+
+
+@functools.cache
+def _fully_connected(model, dataset, options, recipe):
+    facts = data.SETS[dataset]
+    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
+    return training.populations([net], recipe)
+
+
+def _without(some, runs):
+    return [r for r in runs if r not in some]
 
 
 def initialise(r, images, store, device="cpu"):
@@ -255,12 +294,13 @@ class _Clock:
         self.end = None if budget is None else time.monotonic() + budget
         self.pace = {} if budget is None else store.paces()
 
-    def allows(self, r):
-        expected = self.pace.get((r.model, r.dataset), 0) * r.recipe.iterations
+    def allows(self, group):
+        expected = sum(self.pace.get((r.model, r.dataset), 0) * r.recipe.iterations for r in group)
         return self.end is None or time.monotonic() + expected <= self.end
 
-    def finished(self, r, wall_s):
-        self.pace[r.model, r.dataset] = wall_s / r.recipe.iterations
+    def finished(self, group, wall_s):
+        for r in group:
+            self.pace[r.model, r.dataset] = wall_s / len(group) / r.recipe.iterations
 
 
 class _Here(futures.Executor):
