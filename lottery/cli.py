@@ -154,7 +154,7 @@ def _declare():
                     "paper": paper,
                     "item": item,
                     "scale": scale,
-                    "iterations": sum(r.recipe.iterations for r in runs),
+                    "iterations": sum(r.work for r in runs),
                 }
                 declared.append((line, [r.key for r in runs]))
     return declared

@@ -16,6 +16,15 @@ ARMS = {
     "oneshot-reinit": ("one-shot, reinit", "#E69F00", "v", ":"),
     "random": ("random sparse network", "#CC79A7", "D", "--"),
 }
+# GraSP's arms, pruned at initialisation or as tickets.
+PRUNED = {
+    "dense": ("dense", "0.45", "x", "-"),
+    "grasp": ("GraSP", "#D55E00", "o", "-"),
+    "snip": ("SNIP", "#0072B2", "s", "--"),
+    "random": ("random", "#CC79A7", "D", ":"),
+    "lt": ("ticket, original values", "#009E73", "^", "-."),
+    "lt-rewind": ("ticket, rewound", "#E69F00", "v", "-."),
+}
 # Learning curves: a level has its colour in every panel, a control its level's colour and its arm's line.
 LEVELS = {0: "black", 3: "#56B4E9", 7: "#0072B2", 12: "#009E73", 15: "#E69F00", 18: "#D55E00"}
 LABEL = {
@@ -85,12 +94,30 @@ def density_axis(ax, density):
     ax.set_xlabel(DENSITY)
 
 
-def printed(ax, x, y, label, error=None):
+def printed(ax, x, y, label, error=None, color="black", size=11):
     """The paper's printed points: hollow stars, a read-off error as a bar; never a curve."""
     ax.errorbar(
-        x, y, error, label=label, color="black", marker="*", markersize=11, markerfacecolor="white", linestyle="none",
+        x, y, error, label=label, color=color, marker="*", markersize=size, markerfacecolor="white", linestyle="none",
         capsize=3, zorder=5,
     )  # fmt: skip
+
+
+def by_sparsity(ax, table):
+    """Mean against % of the weights removed, bars from minimum to maximum, the dense network as a grey line.
+
+    table: columns arm ("net/control" of PRUNED), point (sparsity in %), mean, min, max.
+    """
+    for arm, part in table.groupby("arm", sort=False):
+        label, colour, marker, line = PRUNED[arm.split("/")[1]]
+        if arm.endswith("/dense"):
+            ax.axhline(part["mean"].iloc[0], color=colour, linewidth=1, zorder=0)
+            continue
+        bars = np.abs(part[["min", "max"]].to_numpy().T - part["mean"].to_numpy())
+        ax.errorbar(
+            part["point"], part["mean"], bars, label=label, color=colour, marker=marker, linestyle=line, markersize=4,
+            linewidth=1.4, elinewidth=0.8, capsize=2,
+        )  # fmt: skip
+    ax.set(xlabel="sparsity, %", ylabel="test accuracy, %")
 
 
 def over_training(ax, frame, quantity, arms, scale=100):

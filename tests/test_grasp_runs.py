@@ -98,14 +98,14 @@ def test_slices_come_network_by_network_and_seed_by_seed():
 
 
 def test_densities_are_decimal_fractions():
-    densities = {r.density for r in grasp.runs(None, "paper")}
+    densities = {r.density for r in grasp.runs(list(grasp.TRAINED), "paper")}
     assert densities == {None, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005}
 
 
 @pytest.mark.parametrize("scale", grasp.SCALES)
 def test_arms_are_runs_that_the_scale_declares(scale):
     at = grasp.setting(scale)
-    for item in grasp.ITEMS:
+    for item in grasp.TRAINED:
         assert grasp.cells_of(item, at)
         declared = set(grasp.runs(item, scale))
         for name, x in grasp.cells_of(item, at):
@@ -186,7 +186,7 @@ def test_unknown_names():
 
 def test_a_stand_in_has_the_papers_arms_and_nothing_else():
     assert set(LAPTOP.nets) == {"resnet32-c10"}
-    assert all(isinstance(r, Run) and r.dataset == "cifar10_16" for r in grasp.runs(None, "laptop"))
+    assert all(isinstance(r, Run) and r.dataset == "cifar10_16" for r in grasp.runs(list(grasp.TRAINED), "laptop"))
 
 
 # A chapter ------------------------------------------------------------------------------------------------------------
@@ -195,11 +195,11 @@ def test_a_stand_in_has_the_papers_arms_and_nothing_else():
 def test_a_chapter_trains_and_shows_every_item(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     chapter = Chapter("grasp", "smoke", "missing", tmp_path, iterations=8, trials=1, densities=[0.1])
-    arms = {item: set(chapter.frame(item)["arm"]) for item in grasp.ITEMS}
+    arms = {item: set(chapter.frame(item)["arm"]) for item in grasp.TRAINED}
     assert arms["table1"] == {"resnet32-c10/random", "resnet32-c10/grasp"}
     assert arms["table2"] == {f"resnet32-c10/{row}" for row in ("dense", "lt", "lt-rewind", "snip", "grasp")}
     assert arms["initialisation"] == {f"resnet32-c10{v}/grasp" for v in ("", "@batch-400", "@init-xavier")}
-    for item in grasp.ITEMS:
+    for item in grasp.TRAINED:
         assert not chapter.stands_beside_paper(item)
     assert chapter.badge("fig2").split(" · ")[:2] == ["net, data: stand-in (resnet8, digits)", "8 iterations"]
     frame = chapter.frame("fig2")

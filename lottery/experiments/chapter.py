@@ -1,6 +1,7 @@
 """What a paper's notebook shows: for every figure the best complete evidence, with its badge, or how to get it."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -91,11 +92,20 @@ class Chapter:
         return {name: n for name in above if (n := self.stored(item, name))[0]}
 
     def frame(self, item, scale=None):
-        """One row for each stored run of the item, with `arm` and `point`, as `experiments.load` gives them."""
+        """One row for each stored run of the item, with `arm` and `point`, as `experiments.load` gives them.
+
+        Of an item that is measured without training: with its labels, and its values as columns.
+        """
         import pandas as pd
 
         scale = scale or self.scale(item)
         at = self.settings[scale]
+        if self.is_measured(item):
+            cells = [(labels, m) for labels, m in at.measured.cells(item) if self.store.get(m)]
+            frame = load([m for _, m in cells], self.store)
+            values = pd.DataFrame([json.loads(v) for v in frame["values"]])
+            labels = pd.DataFrame([labels for labels, _ in cells])
+            return pd.concat([labels, frame.drop(columns=labels.columns, errors="ignore"), values], axis=1)
         labels = [
             (arm, point, r)
             for arm, point in self.module.cells_of(item, at)
@@ -110,6 +120,8 @@ class Chapter:
     def badge(self, item):
         """What the item's numbers rest on, in one line."""
         scale = self.scale(item)
+        if self.is_measured(item):
+            return self._measured_badge(item, scale)
         at, paper, frame = self.settings[scale], self.module.setting("paper"), self.frame(item)
         same, run, papers = self.stands_beside_paper(item), self._runs(item, scale)[0], self._papers(item)[0]
         share = run.recipe.iterations / papers.recipe.iterations
@@ -124,6 +136,27 @@ class Chapter:
         ]
         parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in self.partial(item).items()]
         return " · ".join(parts)
+
+    def _measured_badge(self, item, scale):
+        plans, frame = (self.settings[scale].measured, self.module.setting("paper").measured), self.frame(item)
+        ours, papers = (plan.prunings(item) for plan in plans)
+        same = self.stands_beside_paper(item)
+        trials, paper_trials = (plan.trials[item] for plan in plans)
+        parts = [
+            f"net, data: {'the paper’s' if same else f'stand-in ({ours[0].model}, {ours[0].dataset})'}",
+            "nothing is trained",
+            "trials " + ", ".join(f"{n} of {paper_trials.get(net, n)} ({net})" for net, n in trials.items()),
+            f"device {', '.join(sorted(frame['device'].unique()))}",
+            f"{len(ours)} of {len(papers)} prunings",
+        ]
+        if images := ours[0].images:
+            parts.insert(2, f"gradient of {images:,} random training images")
+        parts += [f"{n} of {m} at scale {name}" for name, (n, m) in self.partial(item).items()]
+        return " · ".join(parts)
+
+    def is_measured(self, item):
+        """True for an item that needs no training."""
+        return item in getattr(self.module, "MEASURED", ())
 
     def stands_beside_paper(self, item):
         """True when the item shows the paper's own network and data, so that its printed points may be drawn."""
@@ -150,9 +183,9 @@ class Chapter:
         """Estimated time of the runs that are missing, from the pace of those like them."""
         pace = self.store.paces()
         left = [r for r in runs if not self.store.get(r)]
-        if any((r.model, r.dataset) not in pace for r in left):
+        if any(r.like not in pace for r in left):
             return "time unknown: none like them was timed"
-        seconds = sum(pace[r.model, r.dataset] * r.recipe.iterations for r in left)
+        seconds = sum(pace[r.like] * r.work for r in left)
         return f"about {max(1, round(seconds / 60))} core minutes"
 
 

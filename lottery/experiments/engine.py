@@ -18,7 +18,7 @@ import torch
 
 from lottery import baselines, data, grasp, lth, models, tickets, training
 from lottery import masks as M
-from lottery.experiments.runs import rates
+from lottery.experiments.runs import Measurement, rates
 from lottery.experiments.store import Store, now, pack_masks, versions
 
 TOGETHER = 64  # runs side by side on a GPU
@@ -126,7 +126,7 @@ def missing(runs, store):
 
 
 def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1):
-    """Train some runs, side by side when there are several, and keep them in the store at `results_dir`.
+    """Train some runs, side by side when there are several, or take a measurement; keep them in the store.
 
     Returns the wall time in seconds. `keep_weights` says for each whether its final weights are kept; none are by
     default. The process's own numbers of threads and warning filters are left as they were.
@@ -135,6 +135,8 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
     torch.set_num_threads(threads)
     try:
         r = runs[0]
+        if isinstance(r, Measurement):
+            return _measure(r, store, started, device, threads)
         images = training.take(_images(r.dataset, r.valid, r.split_seed), r.train_fraction)
         nets = [initialise(r, images, store, device) for r in runs]
         orders = [int(r.key[:15], 16) for r in runs]
@@ -147,20 +149,8 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
     keep_weights = keep_weights or [False] * len(runs)
     for r, (model, hashes), history, keep in zip(runs, nets, histories, keep_weights, strict=True):
         weights = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep else None
-        certificate = {
-            "versions": {name: v for name, v in versions().items() if name in _algorithms(r)},
-            "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-            "device": _device_name(device),
-            "threads": threads,
-            "group": [r.key for r in runs],
-            "compile": False,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "started": started,
-            "wall_s": round(history.wall_s, 3),
-            "code": _code(),
-            "weights": weights,
-            **hashes,
-        }
+        certificate = _certificate(_algorithms(r), started, history.wall_s, device, threads)
+        certificate |= {"group": [r.key for r in runs], "weights": weights, **hashes}
         store.put(_row(r, images, model, history, certificate))
     return sum(history.wall_s for history in histories)
 
@@ -171,7 +161,7 @@ def _start(r):
 
 def _alike(r, device):
     """What runs have in common that may train side by side; on a CPU processes are faster, so nothing."""
-    if device == "cpu" or not _fully_connected(r.model, r.dataset, r.options, r.recipe):
+    if device == "cpu" or isinstance(r, Measurement) or not _fully_connected(r.model, r.dataset, r.options, r.recipe):
         return r.key
     return r.model, r.dataset, r.options, r.valid, r.split_seed, r.train_fraction, r.recipe, _start(r)
 
@@ -185,6 +175,32 @@ def _fully_connected(model, dataset, options, recipe):
 
 def _without(some, runs):
     return [r for r in runs if r not in some]
+
+
+def _measure(r, store, started, device, threads):
+    began = time.perf_counter()
+    columns = r.measure(device)
+    certificate = _certificate(r.versions, started, time.perf_counter() - began, device, threads)
+    row = {name: getattr(r, name) for name in ("key", "model", "dataset", "seed")} | {"status": "finished"}
+    row |= {name: certificate[name] for name in ("started", "device", "wall_s")}
+    row |= {"spec": json.dumps(r.spec(), sort_keys=True), "certificate": json.dumps(certificate, sort_keys=True)}
+    store.put(row | columns)
+    return certificate["wall_s"]
+
+
+def _certificate(algorithms, started, wall_s, device, threads):
+    """How a result came about; `algorithms`: the modules whose VERSION it depends on."""
+    return {
+        "versions": {name: v for name, v in versions().items() if name in algorithms},
+        "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "device": _device_name(device),
+        "threads": threads,
+        "compile": False,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "started": started,
+        "wall_s": round(wall_s, 3),
+        "code": _code(),
+    }
 
 
 def initialise(r, images, store, device="cpu"):
@@ -288,19 +304,19 @@ def _algorithms(r):
 
 
 class _Clock:
-    """Expected duration of a run: seconds per iteration of the last like it, in this call or in the store."""
+    """Expected duration of a run: seconds per unit of work of the last like it, in this call or in the store."""
 
     def __init__(self, budget, store):
         self.end = None if budget is None else time.monotonic() + budget
         self.pace = {} if budget is None else store.paces()
 
     def allows(self, group):
-        expected = sum(self.pace.get((r.model, r.dataset), 0) * r.recipe.iterations for r in group)
+        expected = sum(self.pace.get(r.like, 0) * r.work for r in group)
         return self.end is None or time.monotonic() + expected <= self.end
 
     def finished(self, group, wall_s):
         for r in group:
-            self.pace[r.model, r.dataset] = wall_s / len(group) / r.recipe.iterations
+            self.pace[r.like] = wall_s / len(group) / r.work
 
 
 class _Here(futures.Executor):

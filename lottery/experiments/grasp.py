@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from lottery import data
+from lottery.experiments import grasp_init
 from lottery.experiments.runs import CRITERIA, Run
 from lottery.training import Recipe
 
@@ -47,7 +48,8 @@ class Setting:
     nets: the dense Run of each network that the paper's arms name. trials: seeds seed … seed + trials − 1.
     only: sparsities in % that are run here, of those of an item (None: all); variants: of the robustness study.
     sparsities: in place of every item's own. score: options of the criteria, see `Run`. criterion: what the arm "grasp"
-    ranks weights by. With any of these three it is an exploration, not the paper.
+    ranks weights by. With any of these three it is an exploration, not the paper. measured: what is measured without
+    training.
     """
 
     nets: dict[str, Run]
@@ -58,6 +60,7 @@ class Setting:
     sparsities: tuple[float, ...] | None = None
     score: dict = field(default_factory=dict)
     criterion: str = "grasp"
+    measured: grasp_init.Plan = grasp_init.PLANS["paper"]
 
     def __post_init__(self):
         if type(self.trials) is not int or self.trials < 1:
@@ -82,8 +85,15 @@ SMOKE = {"resnet32-c10": dense("resnet8", "digits", recipe(3, 42, batch_size=32,
 SCALES = ("paper", "laptop", "smoke")  # highest first
 SETTINGS = {
     "paper": Setting(NETS),
-    "laptop": Setting(LAPTOP, only=(90, 95, 98), variants=("batch-400", "init-normal", "init-xavier")),
-    "smoke": Setting(SMOKE, trials=2, only=(90, 98), variants=("batch-400", "init-xavier")),
+    "laptop": Setting(
+        LAPTOP,
+        only=(90, 95, 98),
+        variants=("batch-400", "init-normal", "init-xavier"),
+        measured=grasp_init.PLANS["laptop"],
+    ),
+    "smoke": Setting(
+        SMOKE, trials=2, only=(90, 98), variants=("batch-400", "init-xavier"), measured=grasp_init.PLANS["smoke"]
+    ),
 }
 INITS = {"init-normal": "normal", "init-xavier": "glorot"}
 
@@ -91,7 +101,7 @@ INITS = {"init-normal": "normal", "init-xavier": "glorot"}
 # before the next network, and all networks of a trial before the next trial.
 TABLE = dict.fromkeys(("snip", "grasp", "lt", "lt-rewind"), (90, 95, 98))
 ROBUST = {"grasp": (60, 80, 90)}
-ITEMS = {
+TRAINED = {
     # slices of the tables, to be trained first
     "grid": {("resnet32-c10",): {"dense": (0,), **dict.fromkeys(("random", "snip", "grasp"), (90, 95))}},
     "sparsest": {("resnet32-c10", "vgg19-c100"): {"dense": (0,), "snip": (98,), "grasp": (98,)}},
@@ -104,6 +114,8 @@ ITEMS = {
         ("resnet32-c100", *(f"resnet32-c100@{v}" for v in ("batch-4000", "batch-32000", *INITS))): ROBUST,
     },
 }
+MEASURED = tuple(grasp_init.ITEMS)
+ITEMS = (*TRAINED, *MEASURED)
 
 
 def setting(scale):
@@ -114,13 +126,16 @@ def setting(scale):
 
 
 def runs(items, at):
-    """All Runs of some items (None: all) at a Setting or scale: network by network, seed by seed."""
+    """All Runs, or Prunings, of some items (None: all) at a Setting or scale: network by network, seed by seed."""
     at = setting(at) if isinstance(at, str) else at
     items = list(ITEMS) if not items else [items] if isinstance(items, str) else items
     if unknown := [item for item in items if item not in ITEMS]:
         raise ValueError(f"Unknown item {unknown[0]!r} of grasp: choose from {', '.join(ITEMS)}.")
     found = {}
     for item in items:
+        if item in MEASURED:
+            found |= dict.fromkeys(at.measured.prunings(item))
+            continue
         by_net = {}
         for arm, point in cells_of(item, at):
             by_net.setdefault(arm.split("/")[0], []).append((arm, point))
@@ -133,7 +148,7 @@ def cells_of(item, at):
     """The (arm "net/control", sparsity in %) pairs of an item: the networks that one trial of it trains."""
     return [
         (f"{net}/{control}", point)
-        for nets, controls in ITEMS[item].items()
+        for nets, controls in TRAINED[item].items()
         for net in nets
         if _is_here(*net.partition("@")[::2], at)
         for control, points in controls.items()
@@ -182,13 +197,14 @@ def arm(name, x, seed, scale):
     at = setting(scale)
     if name.endswith("/dense"):
         x = 0
-    cells = {cell for item in ITEMS for cell in cells_of(item, at)}
+    cells = {cell for item in TRAINED for cell in cells_of(item, at)}
     return trial(name, at, seed, x) if (name, x) in cells else None
 
 
 def override(at, **given):
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing."""
     given = {name: value for name, value in given.items() if value is not None}
+    asked = dict(given)
     changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
     if (n := given.pop("iterations", None)) is not None:
         if type(n) is not int or n < 4:
@@ -202,8 +218,8 @@ def override(at, **given):
     at = dataclasses.replace(at, nets=nets, score={**at.score, **score}, **given)
     if "seed" in base:
         at = dataclasses.replace(at, seed=base["seed"])
-    runs(None, at)  # what is wrong with the criterion or its options is told here
-    return at
+    runs(list(TRAINED), at)  # what is wrong with the criterion or its options is told here
+    return dataclasses.replace(at, measured=at.measured.changed(asked))
 
 
 def _changed(run, base, changes):

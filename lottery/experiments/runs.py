@@ -124,6 +124,15 @@ class Run:
         return max(1, options["chunks"] // (2 if options["class_sorted"] else 1))
 
     @property
+    def like(self):
+        """What its seconds per unit of `work` are shared with."""
+        return self.model, self.dataset
+
+    @property
+    def work(self):
+        return self.recipe.iterations
+
+    @property
     def level(self):
         """Rounds of pruning before this training."""
         return self.parent.level + 1 if self.parent else 0
@@ -153,6 +162,31 @@ class Run:
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if self.init in ("reinit", "random") else "")
         what += f" {self.criterion} to {self.density:g}" if self.density else ""
         return f"<Run {self.model}/{self.dataset} seed {self.seed} {what}, {self.recipe.iterations} iterations>"
+
+
+class Measurement:
+    """What is computed once and kept like a run, but trains nothing: the base of frozen dataclasses.
+
+    Their fields determine the result. They have `model`, `dataset` and `seed`, the `versions` that they depend on, and
+    `measure(device)`, which returns columns of the store.
+    """
+
+    parent = None
+    work = 1
+
+    @property
+    def like(self):
+        return "measured", self.model, self.dataset
+
+    @functools.cached_property
+    def key(self):
+        """As a Run's, of the class and the fields that differ from their defaults."""
+        text = json.dumps([SCHEMA, type(self).__name__, _fields(self, all=False)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def spec(self):
+        """Every field as JSON types."""
+        return {"measurement": type(self).__name__, **_fields(self, all=True)}
 
 
 def rates(model, r):

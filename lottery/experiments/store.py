@@ -45,6 +45,7 @@ def schema():
     columns |= {"mask": pa.binary()}
     columns |= dict.fromkeys(("spec", "layers", "train_loss", "certificate", "payload_sha"), pa.string())
     columns |= dict.fromkeys(("test_loss", "batch_loss"), pa.list_(pa.float32()))  # None in the first runs
+    columns |= {"values": pa.string(), "sketch": pa.binary()}  # of measurements
     return pa.schema(list(columns.items()))
 
 
@@ -96,9 +97,12 @@ class Store:
         return found
 
     def paces(self):
-        """`{(model, dataset): seconds per iteration}` of the latest run of each."""
-        runs = sorted(self.columns("started", "model", "dataset", "wall_s", "iterations").values())
-        return {(model, dataset): wall_s / iterations for _, model, dataset, wall_s, iterations in runs}
+        """`{like: seconds per unit of work}` of the latest run of each kind; a measurement has no iterations."""
+        runs = self.columns("started", "model", "dataset", "wall_s", "iterations").values()
+        return {
+            (model, dataset) if n else ("measured", model, dataset): wall_s / (n or 1)
+            for _, model, dataset, wall_s, n in sorted(runs, key=lambda values: values[0])
+        }
 
     def row(self, key):
         """The sound row of a key, or None. It is read and checked when it is first asked for."""
@@ -122,7 +126,7 @@ class Store:
         row = self.row(run.key)
         if row:
             stored, wanted = json.loads(row["spec"]), run.spec()
-            stored, wanted = ({**spec.pop("recipe"), **spec} for spec in (stored, wanted))
+            stored, wanted = ({**spec.pop("recipe", {}), **spec} for spec in (stored, wanted))
             for name in (name for name in stored if name in wanted and stored[name] != wanted[name]):
                 raise ValueError(
                     f"Run {run.key} is stored with {name} = {stored[name]!r}, not {wanted[name]!r}: "
