@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -230,12 +231,16 @@ class Batches:
 
 
 def normaliser(data, recipe, like):
-    """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`."""
+    """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`.
+
+    They lie in memory with channels last, which is what convolutions are fastest with.
+    """
+    to_float = functools.partial(torch.Tensor.to, dtype=like.dtype, memory_format=torch.channels_last)
     if recipe.inputs == "unit":
-        return lambda x: x.to(like.dtype).mul_(1 / 255)
+        return lambda x: to_float(x).mul_(1 / 255)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) * 255 for v in (data.mean, data.std))
     mean, scale = mean.to(like), (1 / std).to(like)
-    return lambda x: x.to(like.dtype).sub_(mean).mul_(scale)
+    return lambda x: to_float(x).sub_(mean).mul_(scale)
 
 
 def autocast(recipe, like):
