@@ -159,9 +159,16 @@ def optimizer(model, recipe, groups=None):
 
 
 def _build(groups, recipe):
+    device = groups[0]["params"][0].device
+    lr = torch.tensor(recipe.lr, device=device) if _captures(device) else recipe.lr
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=recipe.lr, fused=True)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=_captures(device))
+    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+
+
+def _captures(device):
+    """Whether training steps are captured as a CUDA graph, which needs lr as a tensor: a number would be baked in."""
+    return device.type == "cuda"
 
 
 def _check_covered(model, groups):
@@ -191,6 +198,43 @@ class Step:
         """The model has its new weights already."""
 
 
+class Graph:
+    """A function that works on tensors which stay where they are, launched as one CUDA graph from its fourth call on.
+
+    Until then it runs as it is, and does its work, on a side stream, as capturing asks for. What it returns is
+    overwritten by the next call.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.replay, self.result = function, 0, None, None
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 4:
+            return _aside(self.function)
+        if self.replay is None:
+            self.replay, self.result = _capture(self.function)
+        self.replay()
+        return self.result
+
+
+def _aside(function):
+    side, here = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        result = function()
+    here.wait_stream(side)
+    return result
+
+
+def _capture(function):
+    """What launches the function's work again, and its result; nothing has been computed yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
 class Batches:
     """Minibatches of the training set on the model's device: batch(t) is the one that iteration t trains on.
 
@@ -207,16 +251,29 @@ class Batches:
         if not self.per_epoch:
             raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
         self.normalise = normaliser(data, recipe, like)
+        images = len(self.seeds) * self.size
+        self.index = torch.zeros(images, dtype=torch.int64, device=like.device)
+        self.move = torch.zeros(images, 3, dtype=torch.int64, device=like.device)
 
     def __call__(self, t):
+        self.choose(t)
+        return self.gather()
+
+    def choose(self, t):
+        """Write which images iteration t trains on, and how they are moved, where `gather` reads it."""
         epoch, i = divmod(t, self.per_epoch)
         if epoch != self.epoch:
             self._shuffle(epoch)
             self.epoch = epoch
         part = slice(i * self.size, (i + 1) * self.size)
-        index = self.order[:, part].flatten()
-        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
-        x = self.normalise(flip_crop(x, self.moves[:, part].flatten(0, 1)) if self.augment else x)
+        self.index.copy_(self.order[:, part].flatten())
+        if self.augment:
+            self.move.copy_(self.moves[:, part].flatten(0, 1))
+
+    def gather(self):
+        """The batch that was chosen, made on the device from tensors that stay where they are."""
+        x, y = self.x.index_select(0, self.index), self.y.index_select(0, self.index)
+        x = self.normalise(flip_crop(x, self.move) if self.augment else x)
         return x.view(*self.shape, self.size, *x.shape[1:]), y.view(*self.shape, self.size)
 
     def _shuffle(self, epoch):
@@ -249,12 +306,17 @@ def autocast(recipe, like):
 
 
 @torch.no_grad()
-def evaluate(model, split, normalise, batch_size=2500):
-    """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was."""
+def evaluate(model, split, normalise, batch_size=None):
+    """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was.
+
+    batch_size: default 2,500; on a CPU 250, but for fully connected networks: activations should fit in the cache.
+    """
     was_training, like = model.training, next(model.parameters())
     model.eval()
     plain = not torch.is_autocast_enabled(like.device.type)
-    [loss], [correct] = _evaluate((plain and perceptron.forward(model)) or model, like, split, normalise, batch_size)
+    forward = (plain and perceptron.forward(model)) or model
+    batch_size = batch_size or (250 if forward is model and like.device.type == "cpu" else 2500)
+    [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size)
     model.train(was_training)
     return loss, correct
 
@@ -273,7 +335,19 @@ def _evaluate(forward, like, split, normalise, batch_size=2500):
     return (losses / len(split.y)).tolist(), torch.cat(correct, 1).cpu().unbind()
 
 
-def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, regulariser=None, before_step=None):
+def fit(
+    model,
+    data,
+    recipe,
+    seed=0,
+    start=0,
+    stop=None,
+    groups=None,
+    opt=None,
+    regulariser=None,
+    before_step=None,
+    graph=True,
+):
     """Train the model in place and read it as the recipe says.
 
     Args:
@@ -288,6 +362,8 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
         regulariser: a method's term in the loss, `regulariser(model)`, a scalar with gradient. (CS: λ · penalty.)
         before_step: `before_step(t)` is called before the step that follows t finished ones, to write what a method
             anneals, in place. (CS: `set_beta`.)
+        graph: on a GPU the whole step is captured as a CUDA graph, if `opt` has its learning rate as a tensor; False
+            for a model that cannot be captured, since it waits for the device or changes its ways from step to step.
 
     Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration, in the
     mode it came in; a loss that is not finite at a reading stops its training with status "diverged".
@@ -318,6 +394,12 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
     members = [_Member(each, data, recipe, batch.normalise) for each in models]
     under_way = dict(enumerate(members))
 
+    def iteration():
+        return step(*batch.gather())
+
+    tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
+    launch = Graph(iteration) if graph and tensors and _captures(like.device) else iteration
+
     def read(split):
         if alone:
             return [evaluate(model, split, batch.normalise)]
@@ -327,14 +409,18 @@ def fit(model, data, recipe, seed=0, start=0, stop=None, groups=None, opt=None, 
         if recipe.lr_at(t) != lr:
             lr = recipe.lr_at(t)
             for group in step.optimizer.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
         if before_step:
             before_step(t)
-        loss = step(*batch(t))
+        batch.choose(t)
+        loss = launch()
         batch_loss += loss
         done = t + 1
         if done - start in LOSS_STEPS:
-            first_losses[done] = loss
+            first_losses[done] = loss.clone()
         if done in steps:
             if alone:
                 step.sync()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from lottery import data, lth, models, training
 from lottery import masks as M
@@ -140,6 +141,78 @@ def test_golden_trajectory(digits):
     assert training.VERSION == 1
     assert history.train_loss == pytest.approx({1: 2.3198676, 2: 2.2827844, 5: 2.2327614, 10: 2.0743703}, abs=1e-6)
     assert history.val_loss == pytest.approx([1.8759943, 1.2787332], abs=1e-6)
+
+
+# The step as one graph ------------------------------------------------------------------------------------------------
+
+
+def conv(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+    )
+    return M.attach(model.to(dtype))
+
+
+GRAPHED = [
+    {"optimizer": "sgd", "lr": 0.125, "momentum": 0.875, "nesterov": True, "milestones": (7, 13), "gamma": 0.5},
+    {"lr": 2**-9, "milestones": (7, 13), "gamma": 0.5, "weight_decay": 2**-7},
+]
+
+
+@pytest.mark.parametrize("options", GRAPHED)
+def test_what_is_captured_is_the_whole_step(digits, options, monkeypatch):
+    """A CPU cannot capture, but trace: operators and the tensors that they work on, with every number baked in.
+
+    The replayed trace is the plain loop bit by bit, beyond milestones, epochs and readings.
+    """
+    recipe = Recipe(iterations=45, eval_every=10, batch_size=64, augment="flip-crop", **options)
+    plain, replayed, replays = conv(), conv(), []
+    expected = fit(plain, digits, recipe, seed=1)
+
+    def trace(function):
+        traced = make_fx(function)()  # does the work of the first launch
+        result = torch.zeros(())
+
+        def replay():
+            replays.append(1)
+            if len(replays) > 1:
+                result.copy_(traced())
+
+        return replay, result
+
+    monkeypatch.setattr(training, "_captures", lambda device: True)
+    monkeypatch.setattr(training, "_aside", lambda function: function())
+    monkeypatch.setattr(training, "_capture", trace)
+    history = fit(replayed, digits, recipe, seed=1)
+    assert len(replays) == 42
+    assert same(M.state(plain), M.state(replayed))
+    assert history.val_loss == expected.val_loss
+    assert history.train_loss == expected.train_loss
+
+
+def test_an_optimiser_with_its_learning_rate_as_a_number_is_not_captured(digits, monkeypatch):
+    """It would train at that rate for ever."""
+    monkeypatch.setattr(training, "_captures", lambda device: True)
+    recipe = Recipe(iterations=20, eval_every=10, **GRAPHED[0])
+    one, other = conv(), conv()
+    fit(one, digits, recipe, graph=False)
+    fit(other, digits, recipe, opt=torch.optim.SGD(other.parameters(), lr=1.0, momentum=0.875, nesterov=True))
+    for name, value in M.state(one).items():
+        torch.testing.assert_close(value, M.state(other)[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", GRAPHED)
+def test_a_captured_training_crosses_milestones(digits, options):
+    recipe = Recipe(iterations=45, eval_every=10, batch_size=64, augment="flip-crop", **options)
+    plain, graphed = (conv(torch.float64).cuda() for _ in range(2))
+    expected = fit(plain, digits, recipe, seed=1, graph=False)
+    history = fit(graphed, digits, recipe, seed=1)
+    for name, value in M.state(plain).items():
+        torch.testing.assert_close(value, M.state(graphed)[name], rtol=0, atol=1e-10)
+    assert history.train_loss == pytest.approx(expected.train_loss, abs=1e-10)
+    assert history.val_loss == pytest.approx(expected.val_loss, abs=1e-10)
 
 
 # Learning rate --------------------------------------------------------------------------------------------------------
