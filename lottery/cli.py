@@ -1,4 +1,4 @@
-"""The command line: `lottery run | status | merge | scorecard`."""
+"""The command line: `lottery run | status | merge | scorecard | bench`."""
 
 import contextlib
 import hashlib
@@ -116,6 +116,34 @@ def scorecard(
 
     card = claims.scorecard(paper, experiments.Store(results_dir))
     typer.echo(json.dumps(card, allow_nan=False) if as_json else claims.text(card))
+
+
+@app.command()
+@kind_errors
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; default: all but the slow ones.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything that was measured.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Repeats of each measurement, in turn with what it is compared to.")] = 5,
+    small: Annotated[bool, typer.Option("--small", help="Seconds in all: to see that everything runs.")] = False,
+):
+    """Time everything beside plain reference loops, in the same run; leave the machine alone meanwhile (10 minutes)."""
+    from lottery.experiments import engine
+
+    tests = Path(__file__).parents[1] / "tests"
+    if not (tests / "benchmarks").is_dir():
+        raise FileNotFoundError("No benchmarks here: they come with a clone of the repository, in tests/benchmarks.")
+    engine.check(device, 1)
+    if repeats < 1:
+        raise ValueError(f"Invalid repeats {repeats}: give a whole number from 1.")
+    if json_file and not json_file.parent.is_dir():
+        raise FileNotFoundError(f"No folder {json_file.parent}: make it first, or name another file.")
+    sys.path.insert(0, str(tests))
+    from benchmarks import workloads
+
+    found = workloads.run(names or [], workloads.Options(device, repeats, small), typer.echo)
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def _declared():
