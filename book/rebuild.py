@@ -1,5 +1,5 @@
-"""Re-run the book: `rebuild.py` is `make book`, `rebuild.py notebooks` refreshes the committed copies, and
-`rebuild.py nbval` is the notebooks' part of `make test`.
+"""Re-run the book: `rebuild.py` is `make book`, `rebuild.py notebooks` refreshes the committed copies (or those of the
+notebooks named after it), and `rebuild.py nbval` is the notebooks' part of `make test`.
 
 Papermill executes every notebook with its committed parameters into book/_build/notebooks; the copy is brought into a
 normal form and compared with the committed outputs; then Jupyter Book builds the committed notebooks, which it never
@@ -113,11 +113,11 @@ def execute(path: Path) -> tuple[Path, str]:
     return copy, ""
 
 
-def executed() -> Iterator[tuple[Path, Path]]:
-    """Pairs (committed notebook, its executed copy); two at a time, since each runs one thread. Raises SystemExit."""
+def executed(*names: str) -> Iterator[tuple[Path, Path]]:
+    """Pairs (committed notebook, its executed copy) of all or some; two at a time, of one thread. Raises SystemExit."""
     shutil.rmtree(BUILD / "notebooks", ignore_errors=True)
     (BUILD / "notebooks").mkdir(parents=True)
-    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    paths = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not names or path.stem in names)
     with ProcessPoolExecutor(2) as pool:
         for path, (copy, failure) in zip(paths, pool.map(execute, paths), strict=True):
             if failure:
@@ -149,9 +149,9 @@ def build() -> None:
     print(f"The book is built. Open {BUILD / 'html' / 'index.html'}")
 
 
-def refresh() -> None:
-    """Replace the committed notebooks by their executed copies, all or none."""
-    for path, copy in list(executed()):
+def refresh(*names: str) -> None:
+    """Replace the committed notebooks, or those named, by their executed copies, all or none."""
+    for path, copy in list(executed(*names)):
         os.replace(copy, path)
         print(f"refreshed {path.relative_to(ROOT)}")
 
@@ -162,7 +162,7 @@ def nbval() -> None:
         sys.exit(code)
 
 
-def main(mode: str = "book") -> None:
+def main(mode: str = "book", *names: str) -> None:
     modes = {"book": (check, build), "notebooks": (refresh,), "nbval": (nbval,)}
     if mode not in modes:
         sys.exit(f"Unknown mode {mode!r}: choose one of {', '.join(modes)}.")
@@ -171,8 +171,8 @@ def main(mode: str = "book") -> None:
         del os.environ[key]
     call("-c", "import matplotlib.font_manager")  # makes its cache now, not with a message in the middle of a notebook
     for step in modes[mode]:
-        step()
+        step(*names)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:])

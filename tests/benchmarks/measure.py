@@ -141,8 +141,10 @@ def peak(name, variant, device="cpu", small=False):
 
 def resident():
     """Peak resident memory of this process so far, MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss counts the parent that this process was forked from
+        return next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # The machine ----------------------------------------------------------------------------------------------------------

@@ -183,7 +183,8 @@ def grasp(net, x, y, temperature=200.0):
 
 
 def snip(net, x, y):
-    """|∂L/∂c| at c = 1, with c multiplied into every weight."""
+    """|∂L/∂c| at c = 1, with c multiplied into every weight, over its sum."""
     net = masked(net).train()
     masks = [layer.mask.requires_grad_() for layer in net.modules() if isinstance(layer, MaskedLinear | MaskedConv)]
-    return [g.abs() for g in torch.autograd.grad(F.cross_entropy(net(x), y), masks)]
+    g = [g.abs() for g in torch.autograd.grad(F.cross_entropy(net(x), y), masks)]
+    return [v / sum(v.sum() for v in g) for v in g]

@@ -87,7 +87,7 @@ def images(shape, counts, small=False):
     rng = torch.Generator().manual_seed(0)
 
     def split(n):
-        n = min(n, 120) if small else n
+        n = min(n, 16) if small else n
         return Split(torch.randint(256, (n, *shape), generator=rng).byte(), torch.randint(10, (n,), generator=rng))
 
     return Data("random", *map(split, counts), "random", 10, (0.5,) * shape[0], (0.25,) * shape[0])
@@ -101,14 +101,15 @@ def convolutions(net):
     return [name for name, layer in masks.prunable(net).items() if isinstance(layer, torch.nn.Conv2d)]
 
 
-def prepare(w, variant, o, threads):
-    """f(n) → seconds of n steps of one network in this process, by name of the variant."""
+def prepare(w, variant, o, threads, k=None):
+    """f(n) → seconds of n steps of one network in this process, or of k together, by name of the variant."""
     torch.set_num_threads(threads)
     data = images(w.shape, w.images, o.small)
-    recipe = dataclasses.replace(w.recipe, batch_size=min(w.recipe.batch_size, len(data.train)))
+    recipe = _recipe(w, data)
     net = create(w, o.device)
     if variant.startswith(OURS):
         recipe = dataclasses.replace(recipe, precision="bfloat16" if variant.startswith(BFLOAT16) else "float32")
+        net = net if k is None else [create(w, o.device) for _ in range(k)]
         return functools.partial(_fit, w, net, data, recipe, o.device, threads)
     kind, gates = "DataLoader" if variant.startswith(PRACTICE) else "tensors", w.method == "gate"
     regulariser = (lambda net: 1e-8 * plain.l1(net)) if gates else None
@@ -122,6 +123,10 @@ def prepare(w, variant, o, threads):
     return f
 
 
+def _recipe(w, data, **changes):
+    return dataclasses.replace(w.recipe, batch_size=min(w.recipe.batch_size, len(data.train)), **changes)
+
+
 def _fit(w, net, data, recipe, device, threads, n):
     """Seconds that `training.fit` takes for n steps more than a few: what it does once, at its end, cancels out."""
     torch.set_num_threads(threads)
@@ -133,6 +138,8 @@ def _fit(w, net, data, recipe, device, threads, n):
             "regulariser": lambda net: 1e-8 * cs.penalty(net),
             "before_step": lambda t: cs.set_beta(net, 1.0),
         }
+    elif isinstance(net, list):
+        net, more = [masks.attach(one) for one in net], {"seed": list(range(len(net)))}
     else:
         net = masks.attach(net)
     times = []
@@ -220,15 +227,17 @@ def growth(o):
     """Time per step and network against the number of networks (processes of one thread) and against width."""
     from joblib.externals.loky import ProcessPoolExecutor
 
-    rows = []
-    lenet = TRAININGS["lenet_step"]
-    ks = [1, 2] if o.small else sorted({1, 2, measure.CORES, 2 * measure.CORES})
-    for k in ks if not measure.cuda(o.device) else ():
-        with ProcessPoolExecutor(k) as pool:
-            each = [["lenet_step"] * k, [OURS] * k, [o] * k, [lenet.size(o)] * k]
-            f = lambda n, k=k, pool=pool, each=each: max(pool.map(_worker, *each)) / k * n / each[3][0]  # noqa: E731
-            time_ = measure.interleaved({OURS: f}, lenet.size(o), min(o.repeats, 3))[OURS]
-        rows.append({"what": "networks", "x": k, **time_})
+    rows, w = [], TRAININGS["lenet_step"]
+    n = w.size(o)
+    for k in [1, 2] if o.small else sorted({1, 2, measure.CORES, 2 * measure.CORES}):
+        if not measure.cuda(o.device):
+            with ProcessPoolExecutor(k) as pool:
+                each = [["lenet_step"] * k, [OURS] * k, [o] * k, [n] * k]
+                times = measure.interleaved({OURS: lambda n, pool=pool, each=each: max(pool.map(_worker, *each))}, n, 3)
+            rows.append({"what": "networks, a process each", "x": k, **_shared(times[OURS], k)})
+    for k in (1, 2) if o.small else (1, 10, 100) if measure.cuda(o.device) else (1, 2, 4):
+        times = measure.interleaved({OURS: prepare(w, OURS, o, 1, k)}, n, 3, warm_up=2)
+        rows.append({"what": "networks, one process", "x": k, **_shared(times[OURS], k)})
     for width in (8, 16) if o.small else (8, 16, 32, 64):
         w = dataclasses.replace(TRAININGS["resnet8_step"], options=(("width", width),), steps=10)
         kinds = {kind: prepare(w, kind, o, measure.CORES) for kind in (OURS, EAGER)}
@@ -240,6 +249,11 @@ def growth(o):
     return {"name": "growth", "title": title, "unit": "ms", "per": "step and network", "points": rows}
 
 
+def _shared(times, k):
+    """Seconds of k networks → of each."""
+    return {name: v if name == "n" else v / k for name, v in times.items()}
+
+
 # Iterative pruning ----------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +261,7 @@ def imp(o):
     """Three levels of LeNet-300-100, 500 steps each, everything included: ours also reports on 70,000 images twice."""
     w, iterations = TRAININGS["lenet_step"], 20 if o.small else 500
     data = images(w.shape, w.images, o.small)
-    recipe = dataclasses.replace(w.recipe, iterations=iterations)
+    recipe = _recipe(w, data, iterations=iterations)
 
     def ours(_):
         torch.set_num_threads(1)
