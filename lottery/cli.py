@@ -124,10 +124,10 @@ def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Benchmarks; default: all but the slow ones.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything that was measured.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="Repeats of each measurement, in turn with what it is compared to.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Repeats of each measurement, in turn with what it is compared to.")] = 3,
     small: Annotated[bool, typer.Option("--small", help="Seconds in all: to see that everything runs.")] = False,
 ):
-    """Time everything beside plain reference loops, in the same run; leave the machine alone meanwhile (10 minutes)."""
+    """Time everything beside plain reference loops, in the same run: 10 minutes in which the machine is left alone."""
     from lottery.experiments import engine
 
     tests = Path(__file__).parents[1] / "tests"
