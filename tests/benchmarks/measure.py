@@ -151,7 +151,7 @@ def resident():
 
 
 def machine(device="cpu"):
-    """What was measured on. `load`: others' and our own processes that wanted a core, over the last minute."""
+    """What is measured on. `load`: processes that wanted a core over the last minute; ask before the work begins."""
     return {
         "cpu": _cpu(),
         "cores": CORES,
