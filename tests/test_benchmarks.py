@@ -48,7 +48,7 @@ def test_variants_take_turns():
     assert turns == [("a", 1), ("b", 1), *[("a", 3), ("b", 3)] * 2]
 
 
-@pytest.mark.parametrize("form", [sparse.BAKED, sparse.CSR, sparse.SCIPY])
+@pytest.mark.parametrize("form", [sparse.BAKED, sparse.FAST, sparse.CSR, sparse.SCIPY])
 def test_every_form_of_a_pruned_network_gives_its_logits(form):
     net, x = sparse.lenet(0.1), torch.rand(7, 784)
     with torch.no_grad():

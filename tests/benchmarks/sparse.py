@@ -13,7 +13,7 @@ from lottery import masks, models, perceptron, training
 DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 BATCHES = (1, 60, 2500)
 MASKED, BAKED, CSR, SCIPY, TWO_FOUR = "dense with mask", "baked dense", "CSR, PyTorch", "CSR, SciPy", "2:4 on a GPU"
-UNFOLD, FREE = "unfolded, CSR", "CSR alone, unfolding not counted"
+FAST, UNFOLD, FREE = "baked dense, oneDNN", "unfolded, CSR", "CSR alone, unfolding not counted"
 
 
 def lenet(density):
@@ -65,9 +65,11 @@ def forms(net):
     pytorch = [(csr(weight), bias) for weight, bias in plain]
     scipys = [(scipy.sparse.csr_matrix(weight.numpy()), bias) for weight, bias in plain]
     dense, packed = (sum(f(weight) for weight, _ in plain) for f in (lambda weight: 4 * weight.numel(), csr_bytes))
+    baked = masks.bake(copy.deepcopy(net))
     return {
         MASKED: (net, 2 * dense),
-        BAKED: (masks.bake(copy.deepcopy(net)), dense),
+        BAKED: (baked, dense),
+        FAST: (perceptron.forward(baked), dense),
         CSR: (functools.partial(transposed, pytorch), packed),
         SCIPY: (functools.partial(transposed, scipys), packed),
     }
@@ -111,12 +113,12 @@ def inference(o):
 
 
 def crossover(points):
-    """The highest measured density at which a CSR form is faster than baked dense at it and at all below; else None."""
+    """The highest density measured at which, and below which, a CSR form is faster than the dense ones; else None."""
     fast = None
     for density in sorted({p["density"] for p in points}):
         at = {p["form"]: p["median"] for p in points if p["density"] == density}
         sparse = [at[form] for form in (CSR, SCIPY, UNFOLD) if form in at]
-        if not sparse or min(sparse) >= at[BAKED]:
+        if not sparse or min(sparse) >= min(at[form] for form in (BAKED, FAST) if form in at):
             break
         fast = density
     return fast
