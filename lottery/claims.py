@@ -23,7 +23,7 @@ from scipy import stats
 
 KINDS = ("direction", "value", "same", "at least matches", "down to", "up to")
 ALL = "in all cells: "  # a prefix of direction, value, same, at least matches
-LOG = ("iterations", "epochs", "MACs")  # compared as ratios
+LOG = ("iterations", "epochs", "MACs", "gradient norm", "gradient norm of the copy")  # compared as ratios
 MARGINS = {"mnist": 0.2, "fashion_mnist": 0.5, "cifar10": 0.5, "cifar100": 1.0}  # points
 FACTOR = 1.15  # the margin of iterations and epochs
 MOST_CENSORED = 0.2

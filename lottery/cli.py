@@ -190,15 +190,13 @@ def _declare():
 
 def _setting(paper, scale, trials):
     """The paper's experiments module and its Setting at a scale, with another number of trials."""
-    import dataclasses
-
     from lottery import experiments
 
     if paper not in PAPERS:
         raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(PAPERS)}.")
     module = getattr(experiments, paper)
     at = module.setting(scale)
-    return module, at if trials is None else dataclasses.replace(at, trials=trials)
+    return module, module.override(at, trials=trials)
 
 
 def _seconds(text):

@@ -5,6 +5,7 @@ Nothing here is typed: evidence is what the runs' specs and data fingerprints sa
 
 import functools
 import importlib.util
+import json
 import math
 import re
 from collections import Counter
@@ -25,6 +26,8 @@ EXACT = ("weights", "conv weights", "fc share")  # quantities that need no train
 ACCURACIES = {"test accuracy": "test_acc", "validation accuracy": "val_acc", "train accuracy": "train_acc"}
 LOSSES = {"train loss": "batch_loss", "test loss": "test_loss"}  # of the last epoch's minibatches, of the test set
 READ = ("iterations", *ACCURACIES, *LOSSES)  # what a stored training can be asked for
+NORMS = {"gradient norm": "gradient_norm", "gradient norm of the copy": "copy_gradient_norm"}  # and a measurement,
+DENSITY = "density of "  # which also has the density of each layer
 FINGERPRINTS = {  # `data.load(...).fingerprint` of the papers' data
     "mnist": "dd29bf4170bdf2db69525817f063e2f8d2dc8d2848f855acdf866788d14c6a64",
     "cifar10": "38ddfeb83ff729933dbb1bf2d683078e77209dc4e08ff3828538f61cecf8e677",
@@ -32,7 +35,7 @@ FINGERPRINTS = {  # `data.load(...).fingerprint` of the papers' data
 }
 # What may differ from the paper's Run: never mind · makes the evidence "reduced" · anything else is a stand-in.
 ALIKE = {"parent", "seed", "draw", "test_readings"}
-FEWER = {"train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every"}
+FEWER = {"images", "train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every"}
 
 
 def read(paper, kind="", reported_dir=None):
@@ -131,7 +134,10 @@ class Judge:
         self.printed = reported[(reported["provenance"] == "paper") & (reported["unit"] == "%")]
         self.arm = functools.cache(self._arm)  # one arm serves many claims
 
-    def _arm(self, name, x, trial, scale):
+    def _arm(self, name, x, trial, scale, measured=None):
+        if measured:
+            measure = getattr(self.experiment, "measured", None)
+            return measure and measure(measured, name, x, trial, scale)
         return self.experiment.arm(name, x, trial, scale) if self.experiment else None
 
     def row(self, claim):
@@ -142,20 +148,25 @@ class Judge:
         if claim["kind"]:
             row |= {"claim": claim["id"], "quantity": _quantity(claim), "rule": _rule(claim), "verdict": "not tested"}
             row |= {k: claim[k] for k in ("paper_value", "value_source")}
-        row |= self._exact(claim) if claim["quantity"] in EXACT else self._experiment(claim)
+        exact = (*EXACT, *getattr(self.experiment, "EXACT", ()))
+        row |= self._exact(claim) if claim["quantity"] in exact else self._experiment(claim)
         return {k: _plain(v) for k, v in row.items()}
 
     def _exact(self, claim):
         name = claim["arm_a"].split("/")[0]
         name = getattr(self.experiment, "NETWORKS", {}).get(name, name)
-        if (ours := count(claim["quantity"], name)) is None:
+        if claim["quantity"] in EXACT:
+            ours = count(claim["quantity"], name)
+        else:
+            ours = self.experiment.EXACT[claim["quantity"]](claim["arm_a"])
+        if ours is None:
             return {}
         verdict = C.exact(ours - claim["paper_value"], claim["margin"])
         command = f"lottery scorecard --paper {self.paper}"
         return {"evidence": "exact", "net": name, "ours": ours, "verdict": str(verdict), "command": command}
 
     def _experiment(self, claim):
-        if claim["quantity"] not in (None, *READ):
+        if not (claim["quantity"] in (None, *READ) or _measured(claim)):
             return {}
         tried = [at for scale in getattr(self.experiment, "SCALES", ()) if (at := _At(self, claim, scale)).cells]
         if not tried:
@@ -166,7 +177,7 @@ class Judge:
         cells = f"{len(best.cells) if best else 0} of {len(_cells(claim))} cells"
         partial = [f"{at.scale} {at.done} of {len(at.keys)} runs" for at in above if at.done]
         at = best or tried[0]
-        command = f"lottery run {self.paper} {_short(claim['item'])} --scale {at.scale}"
+        command = f"lottery run {self.paper} {_measured(claim) or _short(claim['item'])} --scale {at.scale}"
         command += f" --trials {at.trials}" if at.trials != at.preset else ""
         old = sum(self.stored[key]["stale"] for key in at.keys if key in self.stored)
         fields = {"coverage": "; ".join([cells, *partial]), "command": command}
@@ -199,6 +210,8 @@ class _At:
         ranged = not claim["kind"] or claim["kind"].startswith((C.ALL, "up to"))
         if len(self.cells) < len(cells) and not ranged:
             self.cells = []
+        if _measured(claim) and self.cells:
+            n = self.preset = next(t for t in range(n + 1) if t == n or not self._runs(self.cells[0], t))
         for trials in sorted({n, min(self.preset, n)}, reverse=True):
             if self._declare(trials):
                 return
@@ -216,8 +229,12 @@ class _At:
 
     def _runs(self, x, trial):
         """[runs of A, runs of B] at one cell, or None where one of them is no experiment here."""
-        arms = [self.judge.arm(name, at, trial, self.scale) for name, at in _arms(self.claim, x)]
+        arms = [self._arm(name, at, trial, self.scale) for name, at in _arms(self.claim, x)]
         return arms if arms and all(arms) else None
+
+    def _arm(self, name, x, trial, scale):
+        measured = _measured(self.claim)
+        return self.judge.arm(name, x, trial, scale, measured) if measured else self.judge.arm(name, x, trial, scale)
 
     def _stored(self, key):
         row = self.judge.stored.get(key)
@@ -238,15 +255,16 @@ class _At:
         found, steps = {"full"}, 1.0
         for x, (ours, *_) in zip(self.cells, self.runs, strict=True):
             for mine, (name, at) in zip(ours, _arms(self.claim, x), strict=True):
-                theirs = self.judge.arm(name, at, 0, "paper")
+                theirs = self._arm(name, at, 0, "paper")
                 if not theirs or self._stored(mine[0].key)["fingerprint"] != FINGERPRINTS.get(theirs[0].dataset):
                     found.add("stand-in")
                 if theirs:
                     found.add(compare(mine[0].spec(), theirs[0].spec()))
-                    steps = min(steps, mine[0].recipe.iterations / theirs[0].recipe.iterations)
+                    if not _measured(self.claim):
+                        steps = min(steps, mine[0].recipe.iterations / theirs[0].recipe.iterations)
         if self.trials < self.claim["n"] or len(self.cells) < len(_cells(self.claim)):
             found.add("reduced")
-        return max(found, key=EVIDENCE.index), steps
+        return max(found, key=EVIDENCE.index), None if _measured(self.claim) else steps
 
     def _judged(self, evidence, dataset):
         claim, rows = self.claim, [[[[self._stored(r.key) for r in a] for a in t] for t in c] for c in self.runs]
@@ -280,6 +298,8 @@ class _At:
             late = [[row["censored"] or row["status"] == "diverged" for arm in runs for row in arm] for runs in arms]
             if C.too_censored(late):
                 return f"{100 * max(map(np.mean, late)):.0f} % of an arm's minima are its last reading"
+        if _measured(claim):
+            return None
         quantity, dense = self.judge.dense(claim)
         for name, (at, printed) in dense.items() if evidence == "full" else ():
             runs = [self.judge.arm(name, None, t, self.scale) for t in range(self.trials)]
@@ -300,8 +320,14 @@ _COLUMNS = {"net": "model", "data": "dataset", "device": "device"}
 def reading(row, quantity, at):
     """What a stored run reads at "early_stop", "last", or "best", the highest test accuracy over the readings.
 
-    Points, the logarithm of iterations, or a loss of the last epoch; diverged is chance.
+    Points, the logarithm of iterations, or a loss of the last epoch; diverged is chance. What a measurement reads: the
+    logarithm of a gradient norm, or a layer's density in %.
     """
+    if quantity in NORMS:  # zero where a layer is gone
+        return math.log(max(json.loads(row["values"])[NORMS[quantity]], 1e-12))
+    if quantity.startswith(DENSITY):
+        kept, n = json.loads(row["layers"])[quantity.removeprefix(DENSITY)]
+        return 100 * kept / n
     bad = row["status"] == "diverged"
     if quantity == "iterations":
         return math.log(row["iterations"] if bad else row[f"{at}_step"])
@@ -338,7 +364,7 @@ def images(kind, d, rows, at):
 
 def compare(spec, paper):
     """Evidence of one run's spec beside the paper's."""
-    spec, paper = ({**s, **s["recipe"], "recipe": None} for s in (spec, paper))
+    spec, paper = ({**s, **s.get("recipe", {}), "recipe": None} for s in (spec, paper))
     differ = {name for name in spec if spec[name] != paper.get(name)} - ALIKE
     return "full" if not differ else "reduced" if differ <= FEWER else "stand-in"
 
@@ -386,7 +412,18 @@ def _changed(claim, started):
 def _quantity(claim):
     kind = "nats" if claim["quantity"] in LOSSES else "points"
     unit = "ratio A/B" if claim["quantity"] in C.LOG else "%" if claim["kind"].endswith("value") else f"{kind}, A − B"
-    return claim["quantity"] if claim["quantity"] in EXACT else f"{claim['quantity']} at {claim['reading']}, {unit}"
+    at = f" at {claim['reading']}" if claim["reading"] else ""
+    return (
+        claim["quantity"]
+        if claim["quantity"] in EXACT or (not claim["x"] and not at)
+        else f"{claim['quantity']}{at}, {unit}"
+    )
+
+
+def _measured(claim):
+    """The item that measures the claim's quantity without training, or None."""
+    quantity = claim["quantity"] or ""
+    return "fig2right" if quantity in NORMS else "fig3" if quantity.startswith(DENSITY) else None
 
 
 def _rule(claim):

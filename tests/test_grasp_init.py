@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lottery import baselines, claims, experiments, grasp
+from lottery import baselines, claims, experiments, grasp, scorecard
 from lottery import masks as M
 from lottery.experiments import Store
 from lottery.experiments import grasp_init as G
@@ -275,3 +275,42 @@ def test_printed_tests_are_welch_and_holm(printed):
     passed = next(i for i, value in enumerate(p) if value > 0.05 / (18 - i))
     assert found["holm"].sum() == passed
     assert len(G.printed_tests(printed, b="random")) == 16
+
+
+# The scorecard --------------------------------------------------------------------------------------------------------
+
+
+def judged(store, id):
+    return next(row for row in claims.scorecard("grasp", store, REPORTED)["rows"] if row["claim"] == id)
+
+
+def test_the_toy_is_exact_and_needs_no_store(tmp_path):
+    row = judged(Store(tmp_path), "grasp-fig1-snip-blocks")
+    assert (row["evidence"], row["ours"], row["verdict"]) == ("exact", 1, "reproduced")
+
+
+def test_measured_claims_read_the_measurements(tmp_path, monkeypatch):
+    """Ten invented trials: GraSP keeps e times SNIP's gradient, on 128 images: reduced, so it supports."""
+    monkeypatch.setattr(scorecard, "FINGERPRINTS", {"cifar10": "x"})
+    store = Store(tmp_path)
+    for i, p in enumerate(G.PLANS["laptop"].prunings("fig2right")):
+        norm = {"grasp": math.e, "snip": 1.0, "random": 0.5, "dense": 0.8}[p.criterion] * (1 + 0.01 * (i % 3))
+        values = json.dumps({"gradient_norm": norm, "copy_gradient_norm": norm})
+        certificate = {"versions": {"grasp": grasp.VERSION, "baselines": baselines.VERSION}}
+        store.put(
+            {name: getattr(p, name) for name in ("key", "model", "dataset", "seed")}
+            | {"status": "finished", "started": "2026-11-22T00:00:00+00:00", "device": "cpu", "fingerprint": "x"}
+            | {"spec": json.dumps(p.spec()), "certificate": json.dumps(certificate), "values": values, "wall_s": 1.0}
+        )
+    row = judged(store, "grasp-fig2-norm-c10-grasp-above-snip")
+    assert (row["evidence"], row["trials"], row["steps_fraction"]) == ("reduced", 10, None)
+    assert row["ours"] == pytest.approx(math.e, rel=0.02)
+    assert row["verdict"].startswith("supports")
+    assert row["command"] == "lottery run grasp fig2right --scale laptop"
+    assert judged(store, "grasp-fig2-norm-c100-grasp-above-snip")["evidence"] == "none"
+
+
+def test_density_of_a_layer_is_read_in_percent():
+    row = {"layers": json.dumps({"conv1": [3, 12]}), "values": "{}", "status": "finished"}
+    assert scorecard.reading(row, "density of conv1", None) == 25
+    assert scorecard.reading(row | {"values": '{"gradient_norm": 0.0}'}, "gradient norm", None) < -20

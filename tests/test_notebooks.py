@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lottery.experiments import Store, lth
+from lottery.experiments import Store, grasp, lth
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("rebuild", ROOT / "book/rebuild.py")
@@ -95,8 +95,8 @@ def clone(folder, ours=True):
     return folder
 
 
-def papermill(clone, results, **parameters):
-    """Execute the chapter in a clone. With no parameters the notebook has the cells that are committed."""
+def papermill(clone, results, notebook="lth.ipynb", **parameters):
+    """Execute a chapter in a clone. With no parameters the notebook has the cells that are committed."""
     copy = results.parent / f"{results.name}.ipynb"
     options = ["--cwd", clone / "notebooks", "--kernel", "python3", "--no-progress-bar", "--log-level", "CRITICAL"]
     if parameters:
@@ -104,7 +104,7 @@ def papermill(clone, results, **parameters):
     environment = rebuild.private_environment() | {"LOTTERY_RESULTS": str(results), "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
     code = subprocess.run(
-        [sys.executable, "-m", "papermill", ROOT / "notebooks/lth.ipynb", copy, *options],
+        [sys.executable, "-m", "papermill", ROOT / "notebooks" / notebook, copy, *options],
         env=environment, capture_output=True,
     ).returncode  # fmt: skip
     notebook = nbformat.read(copy, as_version=4)
@@ -181,6 +181,27 @@ def test_smoke_from_nothing_shows_what_it_trained(anew):
     assert not (anew.clone / "results/ours").exists()
     [store] = anew.results.iterdir()
     assert set(Store(store).rows()) == {r.key for r in lth.runs(None, "smoke")}
+
+
+def test_grasp_from_nothing_fills_every_figure(folder, anew, capsys):
+    run = papermill(anew.clone, folder / "grasp", "grasp.ipynb", scale="smoke", recompute="all").completed()
+    with capsys.disabled():
+        print(f" [GraSP, scale smoke from nothing: {run.seconds:.0f} s] ", end="")
+    committed = nbformat.read(ROOT / "notebooks/grasp.ipynb", as_version=4).cells
+    for number, (old, new) in enumerate(zip(committed, run.notebook.cells, strict=True), start=1):
+        drawn = any(map(is_picture, new.get("outputs", [])))
+        assert drawn == ("figure" in new.metadata.get("mystnb", {})), number
+        assert drawn >= any(map(is_picture, old.get("outputs", []))), number
+    assert " that are not stored" not in run.text
+    [store] = run.results.iterdir()
+    assert set(Store(store).rows()) == {r.key for r in grasp.runs(None, "smoke")}
+
+
+def test_a_bad_parameter_of_grasp_is_one_line(folder, anew):
+    run = papermill(anew.clone, folder / "grasp-bad", "grasp.ipynb", scale="smoke", temperature=-1.0)
+    [error] = run.outputs(is_error)
+    [line] = "\n".join(error.traceback).splitlines()
+    assert line.startswith("Invalid temperature -1.0")
 
 
 # Other parameters

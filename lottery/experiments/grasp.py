@@ -7,6 +7,7 @@ resnet32-c10. What nothing printed or published states: see GUESSED.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 from lottery import data
@@ -60,7 +61,7 @@ class Setting:
     sparsities: tuple[float, ...] | None = None
     score: dict = field(default_factory=dict)
     criterion: str = "grasp"
-    measured: grasp_init.Plan = grasp_init.PLANS["paper"]
+    measured: grasp_init.Plan = field(default_factory=lambda: grasp_init.PLANS["paper"])
 
     def __post_init__(self):
         if type(self.trials) is not int or self.trials < 1:
@@ -199,6 +200,27 @@ def arm(name, x, seed, scale):
         x = 0
     cells = {cell for item in TRAINED for cell in cells_of(item, at)}
     return trial(name, at, seed, x) if (name, x) in cells else None
+
+
+def measured(item, name, x, seed, scale):
+    """The Pruning of an arm "net/criterion" for one trial at `x` % removed, as `item` measures it, or None."""
+    net, criterion = name.split("/")
+    return _measured(item, scale).get((net, criterion, 0 if criterion == "dense" else x, seed))
+
+
+@functools.cache
+def _measured(item, scale):
+    cells = setting(scale).measured.cells(item)
+    keys = ("net", "criterion", "sparsity", "seed")
+    return {tuple(map(labels.get, keys)): [p] for labels, p in cells if labels["variant"] == "driver"}
+
+
+def _toy(name):
+    """Weights behind the dead unit of figure 1 that the criterion of an arm "toy/criterion" removes."""
+    return int((~grasp_init.toy(name.split("/")[1])[1]["outgoing"][0, 0]).sum())
+
+
+EXACT = {"outgoing weights removed": _toy}
 
 
 def override(at, **given):

@@ -276,12 +276,14 @@ class Plan:
     """What is measured at one scale.
 
     nets: the first trial's Pruning of each network. trials: {item: {network: number of trials}}. images: {item: images
-    that the gradient is measured on}. densities: in place of every item's own. ranked: what the arm "grasp" ranks by.
+    that the gradient is measured on}. kernel: images of the item "kernel". densities: in place of every item's own.
+    ranked: what the arm "grasp" ranks by.
     """
 
     nets: dict[str, Pruning]
     trials: dict[str, dict[str, int]]
     images: dict[str, int]
+    kernel: int = 10
     densities: tuple[float, ...] | None = None
     ranked: str = "grasp"
 
@@ -290,7 +292,7 @@ class Plan:
         found = {}
         for net, trials in self.trials[item].items():
             first = dataclasses.replace(
-                self.nets[net], images=self.images.get(item, 0), kernel=10 if item == "kernel" else 0
+                self.nets[net], images=self.images.get(item, 0), kernel=self.kernel if item == "kernel" else 0
             )
             for trial, (criterion, density, variant) in itertools.product(range(trials), ITEMS[item]):
                 for d in (density,) if criterion == "dense" or not self.densities else self.densities:
@@ -340,7 +342,7 @@ PLANS = {
         trials={
             "fig2right": {"resnet32-c10": 10},
             "fig3": {"resnet32-c10": 5, "vgg19-c10": 5, "resnet32-c100": 1, "vgg19-c100": 1},
-            "variants": {"resnet32-c10": 2, "vgg19-c10": 2},
+            "variants": {"resnet32-c10": 1, "vgg19-c10": 1},
             "images": {"resnet32-c10": 1},
             "kernel": {"resnet8-c10": 5},
         },
@@ -350,6 +352,7 @@ PLANS = {
         {"resnet32-c10": Pruning("resnet8", "digits", (*PLAIN, ("width", 8)), augment=False)},
         trials={item: {"resnet32-c10": 2} for item in ITEMS},
         images={"fig2right": 128, "variants": 128, "images": 256},
+        kernel=3,
     ),
 }
 
