@@ -4,6 +4,8 @@ Every function takes the frame of `experiments.chapter.Chapter.frame`; accuracie
 log axis that falls from left to right, as in the paper.
 """
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -25,11 +27,16 @@ PRUNED = {
     "lt": ("ticket, original values", "#009E73", "^", "-."),
     "lt-rewind": ("ticket, rewound", "#E69F00", "v", "-."),
 }
+OTHERS = [  # of any other arm
+    *(("#009E73", "^", "-."), ("#56B4E9", "v", ":"), ("#E69F00", "X", "--")),
+    *(("#CC79A7", "D", "-."), ("black", "P", ":")),
+]
 # Learning curves: a level has its colour in every panel, a control its level's colour and its arm's line.
 LEVELS = {0: "black", 3: "#56B4E9", 7: "#0072B2", 12: "#009E73", 15: "#E69F00", 18: "#D55E00"}
 LABEL = {
     "step": "early-stop iteration",
     "test_acc": "test accuracy, %",
+    "val_acc": "validation accuracy, %",
     "train_acc": "train accuracy, %",
     "val_loss": "validation loss",
 }
@@ -43,14 +50,15 @@ def style():
 
 
 def per_trial(frame, quantity, reading="early_stop"):
-    """One value for each arm, point and trial (repeated draws averaged), and the density in %.
+    """One value for each arm, point and trial (repeated draws averaged), the density in % and the weights left.
 
     quantity: "step", "val_loss", or an accuracy ("test_acc", "train_acc", "val_acc"), returned in %.
     """
     factor = 100 if quantity.endswith("acc") else 1
     values = frame.assign(density=100 * frame["density"], value=factor * frame[f"{reading}_{quantity}"].astype(float))
+    values["weights"] = [sum(k for k, _ in json.loads(layers).values()) for layers in frame["layers"]]
     keys = ["arm", "level", "point", "seed"]
-    return values.groupby(keys, sort=False, dropna=False)[["density", "value"]].mean().reset_index()
+    return values.groupby(keys, sort=False, dropna=False)[["density", "weights", "value"]].mean().reset_index()
 
 
 def summary(frame, quantity, reading="early_stop"):
@@ -58,27 +66,40 @@ def summary(frame, quantity, reading="early_stop"):
     trials = per_trial(frame, quantity, reading)
     groups = trials.groupby(["arm", "level", "point"], sort=False, dropna=False)
     out = groups.agg(
-        density=("density", "mean"), mean=("value", "mean"), min=("value", "min"), max=("value", "max"),
-        trials=("seed", "nunique"),
+        density=("density", "mean"), weights=("weights", "mean"), mean=("value", "mean"),
+        min=("value", "min"), max=("value", "max"), trials=("seed", "nunique"),
     )  # fmt: skip
     return out.reset_index().drop(columns="point")
 
 
-def by_density(ax, frame, quantity, reading="early_stop", arms=None):
-    """Mean over trials against density, bars from minimum to maximum, the dense network as a grey line."""
+def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None, x="density"):
+    """Mean over trials against density, bars from minimum to maximum, the dense network as a grey line.
+
+    arms: default all; labels: of those that ARMS does not have; x: "density", or "weights" for their number.
+    """
     table = summary(frame, quantity, reading)
-    for arm in arms or [name for name in ARMS if name in set(table["arm"])]:
-        label, colour, marker, line = ARMS[arm]
-        part = table[table["arm"] == arm].sort_values("density")
+    given = set(table["arm"])
+    others = [name for name in dict.fromkeys(table["arm"]) if name not in ARMS]
+    style = ARMS | {name: ((labels or {}).get(name, name), *OTHERS[i % len(OTHERS)]) for i, name in enumerate(others)}
+    for arm in arms or [name for name in style if name in given]:
+        label, colour, marker, line = style[arm]
+        part = table[table["arm"] == arm].sort_values(x)
         bars = np.abs(part[["min", "max"]].to_numpy().T - part["mean"].to_numpy())
         ax.errorbar(
-            part["density"], part["mean"], bars, label=label, color=colour, marker=marker, linestyle=line,
+            part[x], part["mean"], bars, label=label, color=colour, marker=marker, linestyle=line,
             markersize=4, linewidth=1.4, elinewidth=0.8, capsize=2,
         )  # fmt: skip
     dense = table[(table["arm"] == "imp") & (table["level"] == 0)]
     if len(dense):
         ax.axhline(dense["mean"].iloc[0], color="0.55", linewidth=1, zorder=0)
-    density_axis(ax, table["density"])
+    if x == "density":
+        density_axis(ax, table["density"])
+    else:
+        ax.set(xscale="log", xlabel="weights left")
+        ax.set_xticks([t for t in (200_000, 50_000, 20_000, 10_000, 5_000) if t >= 0.9 * min(table[x])])
+        ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+        ax.minorticks_off()
+        ax.invert_xaxis()
     ax.set_ylabel(LABEL[quantity])
     return table
 
@@ -134,6 +155,20 @@ def over_training(ax, frame, quantity, arms, scale=100):
         ax.fill_between(part["step"].iloc[0], curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
     ax.set_xlabel("training iterations")
     ax.legend(title="density, %", fontsize=7.5, title_fontsize=8)
+
+
+def outline(ax, counts, edges, **style):
+    """A histogram as an outline whose area is 1."""
+    ax.stairs(np.asarray(counts) / max(1, np.sum(counts)) / np.diff(edges), edges, linewidth=1.3, **style)
+
+
+def missing(text):
+    """In place of a figure: the line that says which runs are missing and how to get them."""
+    import textwrap
+
+    _, ax = plt.subplots(figsize=(7, 0.8))
+    ax.axis("off")
+    ax.text(0, 0.5, "\n".join(textwrap.wrap(text, 105)), fontsize=9, color="0.35", va="center")
 
 
 def badge(fig, text):

@@ -115,6 +115,30 @@ def imp(
         M.attach(model, prune(model, rate, scope))
 
 
+def from_survivors(theta, masks, generator=None):
+    """θ with each layer's weights drawn anew, with replacement, from D_m = {θ₀⁽ⁱ⁾ : m⁽ⁱ⁾ = 1} of that layer.
+
+    The control that keeps the distribution of the ticket's initial values and nothing else (figure 17).
+    """
+    drawn = {}
+    for name, m in masks.items():
+        weight = theta[f"{name}.weight"]
+        d_m = weight[m]
+        pick = torch.randint(len(d_m), (m.numel(),), generator=generator).to(d_m.device)
+        drawn[f"{name}.weight"] = d_m[pick].view_as(weight)
+    return {**theta, **drawn}
+
+
+def add_noise(theta, layers, c, generator=None):
+    """θ with N(0, (c σ)²) added to each layer's weights, σ their own standard deviation (figure 25)."""
+    noisy = {}
+    for name in layers:
+        weight = theta[f"{name}.weight"]
+        noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+        noisy[f"{name}.weight"] = weight + c * weight.std() * noise
+    return {**theta, **noisy}
+
+
 def random_masks(masks, generator=None):
     """The random-sparsity control: each layer's mask shuffled, so that its density stays (1903.01611, figure 3)."""
     shuffled = {}

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 
 
-def lenet_300_100(in_shape=(1, 28, 28), classes=10):
+def lenet_300_100(in_shape=(1, 28, 28), classes=10, hidden=(300, 100)):
     """Fully connected 300, 100, classes (LeCun et al. 1998): 266,200 weights on MNIST."""
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_dense(prod(in_shape), 300, 100, classes)))
+    if not (isinstance(hidden, tuple | list) and _whole(*hidden, n=2)):
+        raise ValueError(f"Invalid hidden {hidden!r}: give two layer sizes, both at least 1.")
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_dense(prod(in_shape), *hidden, classes)))
 
 
 def conv2(in_shape=(3, 32, 32), classes=10):
@@ -108,7 +110,7 @@ MODELS = {
 STR_INITS = {"resnet18": "kaiming fan_in", "resnet50": "kaiming fan_in", "mobilenetv1": "pytorch"}
 
 
-def create(name, seed=None, init=None, **options):
+def create(name, seed=None, init=None, sigma=None, **options):
     """Build a network: float [B, C, H, W] -> logits [B, classes].
 
     Args:
@@ -120,11 +122,14 @@ def create(name, seed=None, init=None, **options):
             "glorot": N(0, 2 / (fan_in + fan_out)); LTH and the code of CS. The default but for STR's networks.
             "kaiming fan_in": N(0, 2 / fan_in); STR's ResNets, and their default.
             "kaiming fan_out": N(0, 2 / fan_out) for convolutions, N(0, 0.01²) for Linear layers; GraSP.
-            "normal": N(0, 0.1²); one of the initialisations of GraSP's robustness study, as it is remembered.
+            "normal": N(0, sigma²); LTH's figure 30; at 0.1 one of the initialisations of GraSP's robustness study, as
+            it is remembered.
             "pytorch": uniform in ±1 / √fan_in, what a new PyTorch layer has, and N(0, 2 / fan_in) for STR's classifier;
             STR's MobileNetV1, and its default.
+        sigma: of init="normal"; default 0.1.
         in_shape: (C, H, W); default (1, 28, 28) for LeNet, (3, 224, 224) for STR's networks, else (3, 32, 32).
         classes: default 1000 for STR's networks, else 10.
+        hidden: the two hidden layers of lenet_300_100; default (300, 100).
         width: filters of the first stage of resnet8, resnet20 and resnet32; default 16.
         shortcut: where widths change in resnet8, resnet20 and resnet32 there is a 1x1 convolution, followed by batch
             norm ("batch norm", the default: LTH, GraSP) or alone ("plain": the code of CS).
@@ -144,12 +149,17 @@ def create(name, seed=None, init=None, **options):
     init = init or STR_INITS.get(name, "glorot")
     if init not in INITS:  # before a large network is built
         raise ValueError(f"Invalid init {init!r}: choose one of {', '.join(INITS)}.")
+    if sigma is not None and init != "normal":
+        raise ValueError(f"Invalid sigma {sigma!r} with init {init!r}: it is the deviation of init 'normal'.")
+    if sigma is not None and not (isinstance(sigma, int | float) and sigma > 0):
+        raise ValueError(f"Invalid sigma {sigma!r}: give a deviation above 0.")
+    draw = INITS[init] if sigma is None else partial(_normal, sigma=sigma)
     with torch.random.fork_rng(devices=[]):  # no random numbers are spent on PyTorch's own initialisation
         model = MODELS[name](**options)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            INITS[init](module, generator)
+            draw(module, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
@@ -178,8 +188,8 @@ def _pytorch(layer, generator):
         nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
 
 
-def _normal(layer, generator):
-    nn.init.normal_(layer.weight, std=0.1, generator=generator)
+def _normal(layer, generator, sigma=0.1):
+    nn.init.normal_(layer.weight, std=sigma, generator=generator)
 
 
 INITS = {

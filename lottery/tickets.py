@@ -50,23 +50,30 @@ def level(level, seed=0, scale=None, store=None):
     Raises ValueError: no such run is stored.
     """
     from lottery.experiments import Store, lth
-    from lottery.experiments.store import unpack_masks
 
     store = store or Store()
     scales = [scale] if scale else lth.SCALES
     for name in scales:
         at = lth.setting(name)
-        if 0 <= level <= at.rounds and (row := store.get(run := at.imp(seed, level)[0])):
+        if 0 <= level <= at.rounds and (row := store.get(at.imp(seed, level)[0])):
             break
     else:
         raise ValueError(
             f"No run of level {level}, seed {seed} is stored at {' or '.join(scales)}: see lottery status."
         )
-    model = _create(run.spec(), seed)
+    return stored(row)
+
+
+def stored(row):
+    """The ticket of a stored run that started from θ₀, a row of `experiments.load`."""
+    from lottery.experiments.store import unpack_masks
+
+    spec = json.loads(row["spec"])
+    model = _create(spec, spec["seed"])
     theta = M.state(model)
     shapes = {name: layer.weight.shape for name, layer in M.prunable(model).items()}
     bitwise = digest(theta) == json.loads(row["certificate"])["theta0"]
-    return Ticket(theta, unpack_masks(row["mask"], shapes), run.spec(), bitwise)
+    return Ticket(theta, unpack_masks(row["mask"], shapes), spec, bitwise)
 
 
 def save(ticket, path):
@@ -95,6 +102,43 @@ def load(path):
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no ticket: give a file that lottery.tickets.save wrote.") from None
     return Ticket(theta, masks, spec)
+
+
+def survivors(ticket):
+    """`{layer: values}`: the initial weights that the mask keeps, as flat tensors (figures 15, 16)."""
+    return {name: ticket.theta[f"{name}.weight"][m] for name, m in ticket.masks.items()}
+
+
+def connections(masks, direction):
+    """`{layer: shares}`: the share of its connections that each unit has kept (figures 21 to 24).
+
+    masks: of Linear layers in order, [units, units before]. direction: "in" for a layer's own units, "out" for the
+    units that it reads, so that the first layer's are the inputs.
+    """
+    if direction not in ("in", "out"):
+        raise ValueError(f"Invalid direction {direction!r}: give 'in' or 'out'.")
+    return {name: m.double().mean(1 if direction == "in" else 0) for name, m in masks.items()}
+
+
+# (from, to, bins) of the histograms; growth has a bin around 0, where the weights of pixels that are never lit stay.
+MOVES = {"distance": (0.0, 0.8, 80), "growth": (-0.405, 0.795, 120)}
+
+
+def moves(theta_0, theta_J, masks):
+    """How training moved weights inside and outside of a ticket (figures 19, 20), as counts.
+
+    distance: of |θ_J − θ₀|; growth: of |θ_J| − |θ₀|; beyond `MOVES` counts in the last bin of that side.
+    Returns `{"distance" | "growth": {layer: {"in": [bins], "out": [bins]}}}`.
+    """
+    found = {quantity: {} for quantity in MOVES}
+    for name, m in masks.items():
+        before, after = (theta[f"{name}.weight"].double().cpu() for theta in (theta_0, theta_J))
+        values = {"distance": (after - before).abs(), "growth": after.abs() - before.abs()}
+        for quantity, (low, high, bins) in MOVES.items():
+            sets = {"in": values[quantity][m.cpu()], "out": values[quantity][~m.cpu()]}
+            counts = {side: torch.histc(v.clamp(low, high), bins, low, high) for side, v in sets.items()}
+            found[quantity][name] = {side: c.int().tolist() for side, c in counts.items()}
+    return found
 
 
 def digest(theta):

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lottery import baselines, data, experiments, models, scorecard, training
+from lottery import baselines, data, experiments, models, scorecard, tickets, training
 from lottery import grasp as grasp_algorithm
 from lottery import lth as algorithm
 from lottery import masks as M
@@ -33,7 +33,7 @@ from lottery.training import Recipe
 
 ROOT = Path(store.__file__).parents[2]
 REPORTED = ROOT / "results/reported"
-QUICK = Recipe(iterations=40, eval_every=10)
+QUICK = Recipe(iterations=40, eval_every=10, test_readings="all")
 DENSE = Run(dataset="digits", recipe=QUICK)
 STANDARD = replace(QUICK, inputs="standard")
 
@@ -125,6 +125,7 @@ CHANGES = {
     "criterion": "random",
     "density": 0.3,
     "score": (("per_class", 5),),
+    "noise": 0.5,
 }
 RECIPE_CHANGES = {
     "optimizer": "sgd",
@@ -152,13 +153,20 @@ def test_every_field_enters_the_key():
     assert {f.name for f in dataclasses.fields(Run)} == CHANGES.keys() | {"recipe"}
     assert {f.name for f in dataclasses.fields(Recipe)} == RECIPE_CHANGES.keys()
     trunk = Run()
-    alone = CHANGES.keys() - {"init", "parent", "criterion", "score"}
+    alone = CHANGES.keys() - {"init", "parent", "criterion", "score", "noise"}
     runs = [trunk, *(Run(**{name: CHANGES[name]}) for name in alone)]
     pruned = Run(criterion="grasp", density=0.5, recipe=Recipe(inputs="standard"))
     runs += [pruned, *(replace(pruned, **{name: CHANGES[name]}) for name in ("criterion", "density", "score"))]
     sgd = Recipe(optimizer="sgd", momentum=0.5)  # Nesterov's needs it
     runs += [Run(recipe=dataclasses.replace(sgd, **{name: value})) for name, value in RECIPE_CHANGES.items()]
-    runs += [Run(parent=trunk), Run(parent=trunk, init="reinit"), Run(parent=Run(rate=0.3)), Run(parent=child(trunk))]
+    runs += [child(trunk, init="noise", noise=c) for c in (0.5, 1)]
+    runs += [
+        Run(parent=trunk),
+        Run(parent=trunk, init="reinit"),
+        Run(parent=trunk, init="survivors"),
+        Run(parent=Run(rate=0.3)),
+        Run(parent=child(trunk)),
+    ]
     assert len({r.key for r in runs}) == len(runs)
     assert len(set(runs)) == len(runs)
 
@@ -170,11 +178,11 @@ def test_a_field_added_later_changes_no_key():
 
     @dataclass(frozen=True)
     class LaterRun(Run):
-        noise: float = 0.0
+        tint: float = 0.0
 
     for seed in range(3):
         assert LaterRun(seed=seed, recipe=LaterRecipe()).key == Run(seed=seed).key
-    assert LaterRun(noise=0.5).key != Run().key
+    assert LaterRun(tint=0.5).key != Run().key
     assert LaterRun(recipe=LaterRecipe(mixup="yes")).key != Run().key
 
 
@@ -201,7 +209,10 @@ def test_level_root_and_spec():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"init": "rest"}, "Invalid init 'rest': give one of reset, rewind, reinit, random, continue."),
+        (
+            {"init": "rest"},
+            "Invalid init 'rest': give one of reset, rewind, reinit, random, continue, survivors, noise.",
+        ),
         ({"init": "reinit"}, "Invalid init 'reinit' without a parent: a dense network starts from its own θ₀."),
         ({"rewind_schedule": "again"}, "Invalid rewind_schedule 'again': give 'continue' or 'restart'."),
         ({"rewind_to": 50_000}, "Invalid rewind_to 50000: give 0 <= iteration < 50000."),
@@ -213,6 +224,11 @@ def test_level_root_and_spec():
         ({"rate": 1.0}, "Invalid rate 1.0: give the fraction of survivors to remove, 0 <= rate < 1."),
         ({"rate_conv": -0.1}, "Invalid rate_conv -0.1: give the fraction of survivors to remove, 0 <= rate_conv < 1."),
         ({"rate_output": 2}, "Invalid rate_output 2: give the fraction of survivors to remove, 0 <= rate_output < 1."),
+        ({"noise": 0.5}, "Invalid noise 0.5 with init 'reset': give one above 0 with init 'noise', else 0."),
+        (
+            {"parent": Run(), "init": "noise"},
+            "Invalid noise 0.0 with init 'noise': give one above 0 with init 'noise', else 0.",
+        ),
         ({"parent": Run(seed=1)}, "Invalid parent: its seed is 1, not 0."),
         ({"parent": Run(model="conv2")}, "Invalid parent: its model is 'conv2', not 'lenet_300_100'."),
         ({"parent": Run(dataset="digits")}, "Invalid parent: its dataset is 'digits', not 'mnist'."),
@@ -638,7 +654,7 @@ def test_flipped_bytes_never_crash_and_never_change_a_value(tmp_path, capfd):
 def test_a_field_added_to_run_later_finds_stored_runs(tmp_path):
     @dataclass(frozen=True)
     class LaterRun(Run):
-        noise: float = 0.0
+        tint: float = 0.0
 
     Store(tmp_path).put(fake())
     assert Store(tmp_path).get(LaterRun(dataset="digits", recipe=QUICK))
@@ -910,6 +926,8 @@ def family():
     runs |= {"random": child(runs["one"], init="random"), "random again": child(runs["one"], init="random", draw=1)}
     runs |= {"continue": child(DENSE, init="continue"), "rewind": child(DENSE, **rewind)}
     runs |= {"restart": child(DENSE, **rewind, rewind_schedule="restart")}
+    runs |= {"strategy 2": child(runs["continue"], init="reset"), "survivors": child(runs["one"], init="survivors")}
+    runs |= {f"noise {c}": child(runs["one"], init="noise", noise=c) for c in (0.5, 3)}
     runs |= {"global": child(DENSE, scope="global", rate=0.6), "side": child(DENSE, rate=0.6, rate_output=0.3)}
     return runs
 
@@ -974,7 +992,13 @@ def largest(scores, k):
     return mask
 
 
-@pytest.mark.parametrize(("parent", "name"), [("dense", "one"), ("one", "two"), ("two", "three"), ("one", "reinit")])
+@pytest.mark.parametrize(
+    ("parent", "name"),
+    [
+        *(("dense", "one"), ("one", "two"), ("two", "three"), ("one", "reinit"), ("continue", "strategy 2")),
+        *(("one", "survivors"), ("one", "noise 3")),
+    ],
+)
 def test_a_childs_mask_is_the_largest_of_the_parents_final_weights(trained, parent, name):
     weights, before = end(trained, parent)
     for layer, mask in stored_masks(trained, name).items():
@@ -1015,7 +1039,7 @@ def test_masks_are_nested_along_the_chain(trained):
         assert all(not (after[layer] & ~before[layer]).any() for layer in before)
 
 
-@pytest.mark.parametrize("name", ["dense", "one", "two", "three", "side", "global"])
+@pytest.mark.parametrize("name", ["dense", "one", "two", "three", "side", "global", "strategy 2"])
 def test_reset_is_theta_0_bit_for_bit(trained, digits, name):
     model, row = start(trained, digits, name)
     assert equal(M.state(model), theta_0())
@@ -1059,6 +1083,57 @@ def test_continue_goes_on_from_the_parents_final_weights(trained, digits):
     model, _ = start(trained, digits, "continue")
     assert equal(M.state(model), end(trained, "dense")[0])
     assert equal(M.read(model), stored_masks(trained, "one"))
+
+
+def test_values_from_survivors_are_those_of_the_same_layers_ticket(trained, digits):
+    model, _ = start(trained, digits, "survivors")
+    assert equal(M.read(model), stored_masks(trained, "two"))
+    for layer, mask in M.read(model).items():
+        of_ticket = theta_0()[f"{layer}.weight"][mask]
+        drawn = M.prunable(model)[layer].weight.detach()[mask]
+        assert set(drawn.tolist()) <= set(of_ticket.tolist())
+        assert (drawn != of_ticket).float().mean() > 0.99
+        assert len(drawn.unique()) < len(of_ticket.unique())  # with replacement
+        assert float(drawn.std()) == pytest.approx(float(of_ticket.std()), rel=0.1)
+        assert abs(float(torch.corrcoef(torch.stack([drawn, of_ticket]))[0, 1])) < 0.2
+
+
+@pytest.mark.parametrize("c", [0.5, 3])
+def test_noise_has_its_size_in_every_layer_and_spares_the_biases(trained, digits, c):
+    model, _ = start(trained, digits, f"noise {c}")
+    before, after = theta_0(), M.state(model)
+    assert equal(M.read(model), stored_masks(trained, "two"))
+    for name, weight in before.items():
+        if name.endswith("bias"):
+            assert torch.equal(after[name], weight)
+        else:
+            noise = after[name] - weight
+            assert float(noise.std() / weight.std()) == pytest.approx(c, rel=0.1)
+            assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), weight.flatten()]))[0, 1])) < 0.15
+
+
+def test_a_run_from_survivors_holds_how_its_dense_network_moved(trained):
+    """Counted weight by weight, from the dense network's two ends and the mask of the ticket."""
+    before, (after, _), masks = theta_0(), end(trained, "dense"), stored_masks(trained, "two")
+    row = Store(trained).get(family()["survivors"])
+    for quantity, layers in json.loads(row["moves"]).items():
+        low, high, bins = tickets.MOVES[quantity]
+        for layer, sides in layers.items():
+            expected = {"in": [0] * bins, "out": [0] * bins}
+            weights = zip(*(t[f"{layer}.weight"].flatten().double().tolist() for t in (before, after)), strict=True)
+            for (a, b), kept in zip(weights, masks[layer].flatten().tolist(), strict=True):
+                value = abs(b - a) if quantity == "distance" else abs(b) - abs(a)
+                place = int((value - low) / (high - low) * bins)
+                expected["in" if kept else "out"][min(max(place, 0), bins - 1)] += 1
+            assert sides == expected
+    assert all(Store(trained).get(r)["moves"] is None for r in family().values() if r.init != "survivors")
+
+
+def test_the_dense_network_of_a_run_from_survivors_is_trained_again_when_its_weights_are_gone(tmp_path):
+    one = child(DENSE)
+    train([one, child(one)], tmp_path)
+    Store(tmp_path).artifact(DENSE.key).unlink()
+    assert train([child(one, init="survivors")], tmp_path) == [DENSE, child(one, init="survivors")]
 
 
 @pytest.mark.parametrize("name", ["rewind", "restart"])
@@ -1515,7 +1590,8 @@ def test_conv_layers_have_their_own_rate():
 
 
 def test_laptop_is_155_runs_and_2_3_million_iterations():
-    runs = lth.runs(None, "laptop")
+    """The figures of the main text and 14."""
+    runs = lth.runs(lth.MAIN, "laptop")
     assert len(runs) == len(set(runs)) == len({r.key for r in runs}) == 155 == 5 * (16 + 6 + 6 + 3)
     assert sum(r.recipe.iterations for r in runs) == 2_325_000
     for seed in range(5):
@@ -1533,23 +1609,25 @@ def test_laptop_is_155_runs_and_2_3_million_iterations():
 
 
 def test_the_trunks_come_first():
-    runs = lth.runs(None, "laptop")
+    runs = lth.runs(lth.MAIN, "laptop")
     assert all(r.init == "reset" for r in runs[:80])
+    assert lth.runs(None, "laptop")[: len(runs)] == runs
     assert all(runs.index(r.parent) < runs.index(r) for r in runs if r.parent)
 
 
 @pytest.mark.parametrize("scale", lth.SCALES)
-@pytest.mark.parametrize("item", lth.ITEMS)
-def test_every_items_runs_are_among_all(item, scale):
-    runs = lth.runs(item, scale)
-    assert runs
-    assert len(runs) == len(set(runs))
-    assert set(runs) <= set(lth.runs(None, scale))
-    assert set(lth.runs([item, "fig12"], scale)) == set(runs) | set(lth.runs("fig12", scale))
+def test_every_items_runs_are_among_all(scale):
+    every, twelve = set(lth.runs(None, scale)), set(lth.runs("fig12", scale))
+    for item in lth.ITEMS:
+        runs = lth.runs(item, scale)
+        assert runs
+        assert len(runs) == len(set(runs))
+        assert set(runs) <= every
+        assert set(lth.runs([item, "fig12"], scale)) == set(runs) | twelve
 
 
 def test_items_need_their_own_arms():
-    inits = {item: {r.init for r in lth.runs(item, "laptop")} for item in lth.ITEMS}
+    inits = {item: {r.init for r in lth.runs(item, "laptop")} for item in lth.MAIN}
     assert inits["fig1"] == {"reset", "random"}
     assert inits["fig3"] == inits["fig11"] == inits["fig12"] == {"reset", "reinit"}
     assert inits["fig14"] == {"reset", "reinit", "random"}
@@ -1557,7 +1635,7 @@ def test_items_need_their_own_arms():
 
 
 def test_curves_are_read_closely_only_where_figure_3_draws_them():
-    for r in lth.runs(None, "laptop"):
+    for r in lth.runs(lth.MAIN, "laptop"):
         trunk = r.init == "reset" and r.rate == 0.2
         drawn = r.init in ("reinit", "random") and r.level in (3, 7)
         assert r.recipe.test_readings == ("all" if trunk or drawn else "log")
@@ -1724,6 +1802,104 @@ def test_rewinding_chains():
         ("reset", 0),
     ]
     assert second.root.key == lth.setting("smoke").dense(1)[0].key
+
+
+# The appendix ---------------------------------------------------------------------------------------------------------
+
+
+def test_strategy_2_trains_on_between_rounds_and_resets_the_ticket_that_is_scored():
+    at = lth.setting("laptop")
+    [ticket] = lth.trial("continued", at, 1, 7)
+    chain = [ticket]
+    while chain[-1].parent:
+        chain.append(chain[-1].parent)
+    assert [r.init for r in chain] == ["reset", *["continue"] * 6, "reset"]
+    assert chain[-1] == at.dense(1)[0]
+    assert at.continued(1, 9)[0].parent.parent == replace(ticket, init="continue")
+    [theirs] = at.imp(1, 7)
+    assert (theirs.level, theirs.rate) == (ticket.level, ticket.rate)
+    assert theirs.key != ticket.key
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("lr2.5e-5", {"optimizer": "adam", "lr": 2.5e-5}),
+        ("lr6.4e-3", {"optimizer": "adam", "lr": 0.0064}),
+        ("sgd-0.8", {"optimizer": "sgd", "lr": 0.8, "momentum": 0.0}),
+        ("momentum-0.025", {"optimizer": "sgd", "lr": 0.025, "momentum": 0.9}),
+        ("rate0.4", {"rate": 0.4, "rate_output": 0.2, "lr": 1.2e-3}),
+        ("sigma0.1", {"options": (("init", "normal"), ("sigma", 0.1))}),
+        ("hidden75-25", {"options": (("hidden", (75, 25)),)}),
+        ("kaiming", {"options": (("init", "kaiming fan_in"),)}),
+    ],
+)
+def test_a_sweeps_point_differs_in_what_it_is_called(name, fields):
+    [ticket] = lth.trial(f"{name}/imp", lth.setting("laptop"), 3, 2)
+    [base] = lth.setting("laptop").imp(3, 2)
+    flat, plain = ({**vars(r), **vars(r.recipe)} for r in (ticket, base))
+    changed = {k: flat[k] for k in plain if flat[k] != plain[k] and k not in ("key", "parent", "recipe")}
+    assert changed.items() <= {**fields, "test_readings": "all" if name == "sgd-0.8" else "log"}.items()
+    assert all(flat[k] == v for k, v in fields.items())
+
+
+def test_sweeps_end_where_as_few_weights_are_left():
+    """P_m by hand: round(s n) of n survivors go; output layers at half the rate."""
+
+    def series(sizes, s, rounds):
+        for _ in range(rounds):
+            sizes = [n - round(rate * n) for n, rate in zip(sizes, (s, s, s / 2), strict=True)]
+        return sum(sizes)
+
+    lenet, at = [784 * 300, 300 * 100, 1000], lth.setting("laptop")
+    seventh, fifteenth = series(lenet, 0.2, 7), series(lenet, 0.2, 15)
+    assert (at.weights(7), at.weights(15)) == (seventh, fifteenth)
+    for name, sizes, s, target in (
+        ("lr2e-4", lenet, 0.2, seventh),
+        ("rate0.1", lenet, 0.1, seventh),
+        ("rate0.4", lenet, 0.4, fifteenth),
+        ("hidden75-25", [784 * 75, 75 * 25, 250], 0.2, fifteenth),
+        ("sgd-0.8", lenet, 0.2, series(lenet, 0.2, 21)),
+    ):
+        variant = at.variant(name)
+        assert [variant.weights(r) for r in range(9)] == [series(sizes, s, r) for r in range(9)]
+        assert series(sizes, s, variant.rounds) <= target < series(sizes, s, variant.rounds - 1)
+
+
+def test_pruned_before_training_is_as_sparse_as_the_ticket_layer_by_layer(digits):
+    at = lth.setting("smoke")
+    [run] = lth.trial("prune-at-init", at, 0, 7)
+    assert (run.parent, run.criterion) == (None, "magnitude")
+    model, _ = engine.initialise(run, digits, None)
+    assert equal(M.state(model), theta_0())
+    for layer, (n, rate) in {"fc1": (19_200, 0.2), "fc2": (30_000, 0.2), "fc3": (1_000, 0.1)}.items():
+        for _ in range(7):
+            n -= round(rate * n)
+        assert torch.equal(M.read(model)[layer].flatten(), largest(theta_0()[f"{layer}.weight"].abs().flatten(), n))
+
+
+def test_grid_points_are_named_by_the_paper_or_marked_as_guessed():
+    reported = scorecard.read("lth", "", REPORTED)
+    for item, unit in (("fig26", "learning rate"), ("fig27", "learning rate"), ("fig28", "learning rate")):
+        rows = reported[(reported["item"] == item.replace("fig", "Figure ")) & (reported["provenance"] == "paper")]
+        named = set(rows[rows["unit"] == unit]["value"])
+        variants = [lth.setting("paper").variant(arm.split("/")[0]) for arm in lth.ITEMS[item] if "/" in arm]
+        assert {at.base.recipe.lr for at in variants} <= named
+    assert {"sigma0.03", "sigma0.3", "hidden75-25", "hidden150-50"} == set(lth.GUESSED_POINTS)
+
+
+def test_claims_on_lenet_are_all_experiments_of_the_paper_scale():
+    rules = scorecard.read("lth", "_claims", REPORTED)
+    rules = rules[rules["arm_a"].str.startswith("lenet") & (rules["kind"] != "") & (rules["quantity"] != "weights")]
+    for claim in rules.to_dict("records"):
+        for cell in scorecard._cells(claim):
+            for arm, x in scorecard._arms(claim, cell):
+                assert lth.arm(arm, x, 0, "paper"), (claim["id"], arm, x)
+
+
+def test_another_network_has_no_hidden_layers_to_size():
+    at = lth.override(lth.setting("smoke"), model="conv2", dataset="cifar10")
+    assert {r.model for r in lth.runs("fig31", at)} == {"conv2"}
 
 
 def test_smoke_is_small_enough_for_every_figure():

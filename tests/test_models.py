@@ -294,6 +294,15 @@ def test_odd_sizes_are_pooled_as_torch_pools():
     assert models.create("conv4", in_shape=(2, 9, 14))(torch.zeros(1, 2, 9, 14)).shape == (1, 10)
 
 
+def test_lenet_of_other_sizes_and_with_one_deviation_for_all_layers():
+    model = models.create("lenet_300_100", seed=0, init="normal", sigma=0.1, hidden=(600, 200))
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    assert [tuple(w.shape) for w in weights] == [(600, 784), (200, 600), (10, 200)]
+    for w in weights:
+        assert float(w.detach().std()) == pytest.approx(0.1, rel=0.05)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -309,6 +318,9 @@ def test_odd_sizes_are_pooled_as_torch_pools():
         ("resnet8", {"shortcut": "A"}, "Invalid shortcut 'A': give 'batch norm' or 'plain'."),
         ("conv2", {"init": "he"},
          "Invalid init 'he': choose one of glorot, normal, kaiming fan_in, kaiming fan_out, pytorch."),
+        ("conv2", {"sigma": 0.2}, "Invalid sigma 0.2 with init 'glorot': it is the deviation of init 'normal'."),
+        ("conv2", {"init": "normal", "sigma": 0}, "Invalid sigma 0: give a deviation above 0."),
+        ("lenet_300_100", {"hidden": (300,)}, "Invalid hidden (300,): give two layer sizes, both at least 1."),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, options, message):

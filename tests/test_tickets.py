@@ -18,7 +18,7 @@ SPARSE = {"fc1": 15_360, "fc2": 24_000, "fc3": 900}  # what one round keeps of 1
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The dense network and the first round of the digits' preset: 2 × 300 iterations."""
+    """The dense network and the first round of the digits' preset: 2 × 100 iterations."""
     folder = tmp_path_factory.mktemp("stored")
     [run] = lth.setting("smoke").imp(0, 1)
     with futures.ThreadPoolExecutor(1) as pool:
@@ -33,6 +33,36 @@ def ticket(stored):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def test_survivors_and_connections_by_hand():
+    theta = {"fc1.weight": torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]]), "fc1.bias": torch.zeros(2)}
+    m = torch.tensor([[True, False, False], [True, True, True]])
+    ticket = tickets.Ticket(theta, {"fc1": m}, {})
+    assert tickets.survivors(ticket)["fc1"].tolist() == [1, 4, 5, -6]
+    assert tickets.connections({"fc1": m}, "in")["fc1"].tolist() == pytest.approx([1 / 3, 1])
+    assert tickets.connections({"fc1": m}, "out")["fc1"].tolist() == [1, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"^Invalid direction 'up': give 'in' or 'out'\.$"):
+        tickets.connections({"fc1": m}, "up")
+
+
+def test_moves_by_hand():
+    theta_0 = {"fc1.weight": torch.tensor([[0.3, -0.304, 0.0, 0.5]])}
+    theta_J = {"fc1.weight": torch.tensor([[0.337, 0.2, 0.0, -2.0]])}
+    moved = tickets.moves(theta_0, theta_J, {"fc1": torch.tensor([[True, True, False, False]])})
+
+    def bins(counts):
+        return {i: n for i, n in enumerate(counts) if n}
+
+    assert {side: bins(c) for side, c in moved["distance"]["fc1"].items()} == {
+        "in": {3: 1, 50: 1},
+        "out": {0: 1, 79: 1},
+    }
+    # +0.037, -0.1 | 0, +1.5: bins of 0.01 around 0.04, -0.1, 0; the last one holds what is beyond
+    assert {side: bins(c) for side, c in moved["growth"]["fc1"].items()} == {
+        "in": {30: 1, 44: 1},
+        "out": {40: 1, 119: 1},
+    }
 
 
 def test_a_ticket_of_the_store_is_the_initialisation_and_the_mask(ticket, stored):

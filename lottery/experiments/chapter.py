@@ -29,7 +29,7 @@ class Chapter:
         results_dir: of `open_store`: where new runs go. The clone's own results are read as well and never written.
         device, threads, budget_minutes: of new runs.
         parameters: of the paper's `override`; None keeps the preset's value. Any other value makes the chapter an
-            exploration, which gets no verdicts.
+            exploration, which gets no verdicts and trains the items of the module's MAIN only, where it has one.
 
     Raises Refused with one line for a bad value.
     """
@@ -61,7 +61,8 @@ class Chapter:
             }
             self.store = open_store(results_dir, anew=recompute == "all")
             if recompute != "never":
-                runs = self.module.runs(None, self.settings[scale])
+                items = getattr(self.module, "MAIN", None) if self.exploration else None
+                runs = self.module.runs(items, self.settings[scale])
                 budget = budget_minutes and 60 * budget_minutes
                 experiments.run(runs, store=self.store, device=device, threads=threads, budget=budget, progress=False)
         except (ValueError, TypeError, OSError) as error:
@@ -73,6 +74,8 @@ class Chapter:
             if self.stored(item, name)[0] == len(self._runs(item, name)):
                 return name
         done, runs = self.stored(item, self.scales[-1])[0], self._runs(item, self.scales[-1])
+        if self.exploration and item not in getattr(self.module, "MAIN", [item]):
+            raise Refused(f"{item} is no part of an exploration: it varies the paper's own setting.")
         minutes = self._minutes(runs)
         how = (
             "recompute='missing'" if self.exploration else f"lottery run {self.paper} {item} --scale {self.scales[-1]}"

@@ -43,7 +43,7 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
     runs, store = list(runs), store or Store()
     store.dir.mkdir(parents=True, exist_ok=True)
     todo = missing(runs, store)
-    parents = {r.parent for r in todo} | {r.parent for r in runs}
+    parents = {p for r in (*todo, *runs) for p in needs(r)}
     slots = getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
     slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
     clock, under_way, given_up, errors = _Clock(budget, store), {}, set(), []
@@ -54,11 +54,11 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
         try:
             while todo or under_way:
                 for r in todo:  # parents stand before their children
-                    if r.parent in given_up:
+                    if given_up.intersection(needs(r)):
                         given_up.add(r)
                 todo = _without(given_up, todo)
                 waiting = {*todo, *(r for group in under_way.values() for r in group)}
-                ready = [r for r in todo if r.parent not in waiting]
+                ready = [r for r in todo if not waiting.intersection(needs(r))]
                 while ready and len(under_way) < slots:
                     group = [r for r in ready if _alike(r, device) == _alike(ready[0], device)][:TOGETHER]
                     todo, ready = _without(group, todo), _without(group, ready)
@@ -105,6 +105,12 @@ def check(device, threads):
         raise ValueError(f"Invalid threads {threads!r}: give a whole number from 1.")
 
 
+def needs(r):
+    """The runs whose final weights this one starts from or is measured against."""
+    needed = {r.parent, r.root} if getattr(r, "init", None) == "survivors" else {r.parent}
+    return needed - {None}
+
+
 def missing(runs, store):
     """Runs to train so that all of `runs` are stored, longest chain first: a missing run needs its parent's weights."""
     todo = {}
@@ -112,8 +118,8 @@ def missing(runs, store):
     def need(r, weights=False):
         if r in todo or (store.get(r) and not (weights and not store.artifact(r.key).exists())):
             return
-        if r.parent:
-            need(r.parent, weights=True)
+        for p in needs(r):
+            need(p, weights=True)
         todo[r] = None
 
     for r in runs:
@@ -151,7 +157,8 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         weights = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep else None
         certificate = _certificate(_algorithms(r), started, history.wall_s, device, threads)
         certificate |= {"group": [r.key for r in runs], "weights": weights, **hashes}
-        store.put(_row(r, images, model, history, certificate))
+        moves = _moves(r, images, model, store) if r.init == "survivors" else None
+        store.put({**_row(r, images, model, history, certificate), "moves": moves})
     return sum(history.wall_s for history in histories)
 
 
@@ -205,22 +212,25 @@ def _certificate(algorithms, started, wall_s, device, threads):
 
 def initialise(r, images, store, device="cpu"):
     """The network of a run before its training: m ⊙ θ on the model; sha256 of θ and of its parent's weights."""
-    shape = tuple(images.train.x.shape[1:])
-    create = functools.partial(models.create, r.model, in_shape=shape, classes=images.classes, **dict(r.options))
+    create = functools.partial(_create, r, images)
     model, parent_sha, fresh = M.attach(create(seed=r.seed)), None, int(r.key[15:], 16) % 2**31
-    theta_0 = M.state(model)
+    theta_0, generator = M.state(model), torch.Generator().manual_seed(fresh)
     if r.parent:
         trained, parent_sha = _load_artifact(store, r.parent)
         m = {name.removeprefix("mask/"): t.bool() for name, t in trained.items() if name.startswith("mask/")}
         trained = {name: t for name, t in trained.items() if not name.startswith("mask/")}
         M.attach(M.restore(model, trained), m)
     if r.parent or r.density:
-        m = pruned(r, model, images, torch.Generator().manual_seed(fresh), device)
+        m = pruned(r, model, images, torch.Generator().manual_seed(fresh), device)  # a generator of its own
         if r.init == "random":
-            m = lth.random_masks(m, torch.Generator().manual_seed(fresh))
+            m = lth.random_masks(m, generator)
         M.attach(model, m)
         if r.init in ("reinit", "random"):
             M.restore(model, M.state(create(seed=fresh)))
+        elif r.init == "survivors":
+            M.restore(model, lth.from_survivors(theta_0, m, generator))
+        elif r.init == "noise":
+            M.restore(model, lth.add_noise(theta_0, m, r.noise, generator))
         elif r.init in ("reset", "rewind"):
             M.restore(model, theta_0)
     if r.init == "rewind" and r.rewind_to:
@@ -231,11 +241,26 @@ def initialise(r, images, store, device="cpu"):
     return model.to(device), {"theta0": theta, "parent_weights": parent_sha}
 
 
+def _create(r, images, seed):
+    shape = tuple(images.train.x.shape[1:])
+    return models.create(r.model, seed=seed, in_shape=shape, classes=images.classes, **dict(r.options))
+
+
+def _moves(r, images, model, store):
+    """`tickets.moves` of the dense training that this run's mask comes from, as JSON.
+
+    One run for each ticket holds it, that with new values from the survivors: nothing else needs dense weights as well.
+    """
+    theta_J, _ = _load_artifact(store, r.root)
+    return json.dumps(tickets.moves(M.state(_create(r, images, r.seed)), theta_J, M.read(model)))
+
+
 def pruned(r, model, images, generator, device="cpu"):
     """The masks of a run, of the network as it is before them; `generator` draws what the criterion draws."""
     if r.density is None:
         return lth.prune(model, r.rate if r.scope == "global" else rates(model, r), r.scope)
-    return M.top_k(scores(r, model, images, generator, device), r.density, within=M.read(model))
+    density = dict(r.density) if isinstance(r.density, tuple) else r.density
+    return M.top_k(scores(r, model, images, generator, device), density, within=M.read(model))
 
 
 def scores(r, model, images, generator, device="cpu"):
@@ -280,7 +305,8 @@ def _row(r, images, model, history, certificate):
         "val_loss": history.val_loss,
         "val_acc": history.val_acc,
         **{name: _nulls(getattr(history, name)) for name in ("test_acc", "test_loss", "batch_loss")},
-        "mask": pack_masks(m),
+        # Tickets whose curves are drawn keep their masks; a control has its ticket's, and a sweep's serves no figure.
+        "mask": pack_masks(m) if r.recipe.test_readings == "all" else None,
         "spec": json.dumps(r.spec(), sort_keys=True),
         "layers": json.dumps({name: [int(t.sum()), t.numel()] for name, t in m.items()}),
         "train_loss": json.dumps(history.train_loss),

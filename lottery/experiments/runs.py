@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import typing
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,7 +13,7 @@ from lottery import data, masks, models
 from lottery.training import Recipe
 
 SCHEMA = 1
-INITS = ("reset", "rewind", "reinit", "random", "continue")
+INITS = ("reset", "rewind", "reinit", "random", "continue", "survivors", "noise")
 BATCH = {"chunks": 2, "class_sorted": True, "per_class": 10, "reinit_linear": True}  # as GraSP's authors draw it
 CRITERIA = {"magnitude": {}, "random": {}, "snip": BATCH, "grasp": {**BATCH, "temperature": 200.0}}
 
@@ -28,12 +29,14 @@ class Run:
     rate, rate_conv, rate_output: fraction of survivors removed from Linear, Conv and the last layer
         (None: as Linear). scope: "layer" | "global" (one rate for all).
     init: the survivors' values: "reset" θ₀ | "rewind" θ_k | "reinit" a fresh θ₀′ | "random" a fresh θ₀′ under the
-        mask shuffled layer by layer | "continue" the parent's final weights.
+        mask shuffled layer by layer | "continue" the parent's final weights | "survivors" drawn from the survivors'
+        own θ₀, layer by layer | "noise" θ₀ + N(0, (noise · σ)²), σ of the layer's θ₀.
     rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
     draw: tells repetitions of a fresh draw apart.
     criterion: what ranks the weights, "magnitude" | "random" | "snip" | "grasp".
     density: None removes `rate` of the parent's survivors; a fraction keeps that share of all Linear and Conv weights,
         ranked together in one shot: of the parent's final weights, or without parent of θ₀: pruned at initialisation.
+        ((layer, fraction), …) ranks each layer by itself.
     score: what differs from the criterion's options CRITERIA, as pairs in order of their names. For "snip" and "grasp":
         per_class images of each class in `chunks` chunks, which come in pairs of half the classes each
         (class_sorted=True) or have all classes each; reinit_linear as in `grasp.prune`; temperature ("grasp").
@@ -57,8 +60,9 @@ class Run:
     train_fraction: float = 1.0
     options: tuple[tuple[str, object], ...] = ()
     criterion: str = "magnitude"
-    density: float | None = None
+    density: float | tuple[tuple[str, float], ...] | None = None
     score: tuple[tuple[str, object], ...] = ()
+    noise: float = 0.0
 
     def __post_init__(self):
         if self.init not in INITS:
@@ -87,6 +91,10 @@ class Run:
             raise ValueError(f"Invalid train_fraction {share!r}: give a share of the training images, 0 < share <= 1.")
         if self.parent is None and self.init != "reset":
             raise ValueError(f"Invalid init {self.init!r} without a parent: a dense network starts from its own θ₀.")
+        if not (isinstance(c := self.noise, int | float) and c >= 0 and (c > 0) == (self.init == "noise")):
+            raise ValueError(
+                f"Invalid noise {c!r} with init {self.init!r}: give one above 0 with init 'noise', else 0."
+            )
         for name in ("model", "dataset", "seed", "split_seed", "valid", "options") if self.parent else ():
             mine, its = getattr(self, name), getattr(self.parent, name)
             if mine != its:
@@ -95,7 +103,8 @@ class Run:
     def _check_criterion(self):
         if self.density is None and self.criterion != "magnitude":
             raise ValueError(f"Invalid criterion {self.criterion!r} without density: give the fraction to keep.")
-        if self.density is not None and not (isinstance(self.density, int | float) and 0 < self.density <= 1):
+        each = dict(self.density).values() if isinstance(self.density, tuple) else [self.density]
+        if self.density is not None and not all(isinstance(d, int | float) and 0 < d <= 1 for d in each):
             raise ValueError(f"Invalid density {self.density!r}: give a fraction of weights to keep, 0 < density <= 1.")
         known, given = CRITERIA[self.criterion], self.score_options
         for name, value in self.score:
@@ -159,8 +168,9 @@ class Run:
         return hash(self.key)
 
     def __repr__(self):
-        what = f"level {self.level}" + (f" {self.init} {self.draw}" if self.init in ("reinit", "random") else "")
-        what += f" {self.criterion} to {self.density:g}" if self.density else ""
+        drawn = self.init not in ("reset", "rewind", "continue")
+        what = f"level {self.level}" + (f" {self.init} {self.draw}" if drawn else "")
+        what += f" {self.criterion} to {self.density}" if self.density else ""
         return f"<Run {self.model}/{self.dataset} seed {self.seed} {what}, {self.recipe.iterations} iterations>"
 
 
@@ -211,7 +221,7 @@ def _fields(spec, all):
             if value or all:
                 fields[f.name] = value
         elif all or value != f.default:
-            is_float = f.type in (float, float | None) and value is not None
+            is_float = float in (f.type, *typing.get_args(f.type)) and isinstance(value, int | float)
             fields[f.name] = float(value) if is_float else _lists(value)
     return fields
 

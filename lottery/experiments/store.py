@@ -11,6 +11,7 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,6 +46,7 @@ def schema():
     columns |= {"mask": pa.binary()}
     columns |= dict.fromkeys(("spec", "layers", "train_loss", "certificate", "payload_sha"), pa.string())
     columns |= dict.fromkeys(("test_loss", "batch_loss"), pa.list_(pa.float32()))  # None in the first runs
+    columns["moves"] = pa.string()  # of runs from "survivors", none in the first runs
     columns |= {"values": pa.string(), "sketch": pa.binary()}  # of measurements
     return pa.schema(list(columns.items()))
 
@@ -139,7 +141,7 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self.row(row["key"]):
+        if self._holds(row["key"]):
             return False
         table = pa.Table.from_pylist([row], schema=schema())
         table = _signed(table)
@@ -150,6 +152,16 @@ class Store:
             pq.write_table(table, temporary, compression="zstd")
             self._folders.clear()
             return _publish(temporary, path, replace=False)
+
+    def _holds(self, key):
+        """Whether a sound row of this key is there; the spool is asked first, from which a merge takes rows away."""
+        folders = (self.dir, *self.also)
+        spooled = [folder / ".spool" / f"{key}.parquet" for folder in folders]
+        for path in itertools.chain(spooled, (shard for folder in folders for shard in folder.glob("*.parquet"))):
+            with contextlib.suppress(FileNotFoundError):
+                if read(path, {key}):
+                    return True
+        return False
 
     def artifact(self, key):
         """Where the final weights of a run lie, or would lie."""
