@@ -49,25 +49,27 @@ def style():
     plt.rcParams |= {"figure.dpi": 110, "savefig.bbox": "tight", "figure.facecolor": "white"}
 
 
-def per_trial(frame, quantity, reading="early_stop"):
-    """One value for each arm, point and trial (repeated draws averaged), the density in % and the weights left.
+def per_trial(frame, quantity, reading="early_stop", x="density"):
+    """One value for each arm, point and trial (repeated draws averaged), and the density in % or the weights left.
 
     quantity: "step", "val_loss", or an accuracy ("test_acc", "train_acc", "val_acc"), returned in %.
+    x: "density", or "weights" for their number.
     """
     factor = 100 if quantity.endswith("acc") else 1
-    values = frame.assign(density=100 * frame["density"], value=factor * frame[f"{reading}_{quantity}"].astype(float))
-    values["weights"] = [sum(k for k, _ in json.loads(layers).values()) for layers in frame["layers"]]
+    left = (sum(k for k, _ in json.loads(layers).values()) for layers in frame.get("layers", ()))
+    at = 100 * frame["density"] if x == "density" else list(left)
+    values = frame.assign(value=factor * frame[f"{reading}_{quantity}"].astype(float)).assign(**{x: at})
     keys = ["arm", "level", "point", "seed"]
-    return values.groupby(keys, sort=False, dropna=False)[["density", "weights", "value"]].mean().reset_index()
+    return values.groupby(keys, sort=False, dropna=False)[[x, "value"]].mean().reset_index()
 
 
-def summary(frame, quantity, reading="early_stop"):
+def summary(frame, quantity, reading="early_stop", x="density"):
     """Mean, minimum and maximum over the trials, for each arm and density: what `by_density` draws."""
-    trials = per_trial(frame, quantity, reading)
+    trials = per_trial(frame, quantity, reading, x)
     groups = trials.groupby(["arm", "level", "point"], sort=False, dropna=False)
     out = groups.agg(
-        density=("density", "mean"), weights=("weights", "mean"), mean=("value", "mean"),
-        min=("value", "min"), max=("value", "max"), trials=("seed", "nunique"),
+        **{x: (x, "mean")}, mean=("value", "mean"), min=("value", "min"), max=("value", "max"),
+        trials=("seed", "nunique"),
     )  # fmt: skip
     return out.reset_index().drop(columns="point")
 
@@ -77,7 +79,7 @@ def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None
 
     arms: default all; labels: of those that ARMS does not have; x: "density", or "weights" for their number.
     """
-    table = summary(frame, quantity, reading)
+    table = summary(frame, quantity, reading, x)
     given = set(table["arm"])
     others = [name for name in dict.fromkeys(table["arm"]) if name not in ARMS]
     style = ARMS | {name: ((labels or {}).get(name, name), *OTHERS[i % len(OTHERS)]) for i, name in enumerate(others)}

@@ -196,12 +196,14 @@ def test_all_trains_everything_anew_in_a_folder_of_its_own(commit, clone, tmp_pa
     [anew] = (tmp_path / "other").iterdir()
     assert chapter.store.dir == anew
     at = lth.override(lth.setting("smoke"), **TINY)
-    assert set(Store(anew).rows()) == {r.key for r in lth.runs(None, at)}
+    assert set(Store(anew).rows()) == {r.key for r in lth.runs(lth.MAIN, at)}
     assert chapter.exploration
-    for item in lth.ITEMS:
+    for item in lth.MAIN:
         assert chapter.scale(item) == "smoke"
         assert len(chapter.frame(item)) == len(lth.runs(item, at)) > 0
         assert "20 iterations" in chapter.badge(item) or "of the paper's steps" in chapter.badge(item)
+    with pytest.raises(Refused, match=r"^fig26 is no part of an exploration: "):
+        chapter.frame("fig26")
 
 
 def test_what_a_reader_trained_is_shown_beside_what_is_committed(commit, clone):
