@@ -141,9 +141,9 @@ def bench(
     sys.path.insert(0, str(tests))
     from benchmarks import workloads
 
-    found = workloads.run(names or [], workloads.Options(device, repeats, small), typer.echo)
-    if json_file:
-        json_file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    for found in workloads.run(names or [], workloads.Options(device, repeats, small), typer.echo):
+        if json_file:  # after each benchmark, so that an interrupt loses only the one under way
+            json_file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
 def _declared():

@@ -148,7 +148,7 @@ def test_benchmarks_run(name, monkeypatch):
     monkeypatch.setattr(measure, "CORES", 1)
     monkeypatch.setattr(measure, "peak", lambda *args: {"MiB": 2.0, "before": 1.0})
     said = []
-    found = workloads.run([name], SMALL, said.append)
+    [found] = workloads.run([name], SMALL, said.append)
     assert found == json.loads(json.dumps(found, allow_nan=False))
     assert (found["schema"], found["small"]) == (1, True)
     assert {"cpu", "cores", "device", "load", "torch", "python"} <= found["machine"].keys()

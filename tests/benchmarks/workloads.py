@@ -349,6 +349,7 @@ def scores(name, o):
     times = measure.interleaved(variants, 1, min(o.repeats, 3))
     step = times["training step of one chunk"]["median"]
     found = {f"{key} / training step of one chunk": round(t["median"] / step, 3) for key, t in times.items()}
+    del found["training step of one chunk / training step of one chunk"]
     found["GraSP, one graph / GraSP, ours"] = times["GraSP, one graph"]["median"] / times["GraSP, ours"]["median"]
     row = {"name": f"scores_{name}", "title": f"Scores of {title}: 2 chunks of {size}", "unit": "ms", "per": "whole"}
     row |= {"times": times, "ratios": {key: round(v, 3) for key, v in found.items()}}
@@ -462,7 +463,10 @@ SLOW = ("resnet20", "vgg19", "scores_resnet50")
 
 
 def run(names, o, say=print):
-    """{"schema": 1, …}: the machine, the ceilings and a row a benchmark. Raises ValueError for an unknown name."""
+    """Yields {"schema": 1, …}, the machine, the ceilings and a row a benchmark, after each of them.
+
+    Raises ValueError for an unknown name, before anything is measured.
+    """
     known = benchmarks()
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"Unknown benchmark {unknown[0]!r}: choose from {', '.join(known)}.")
@@ -473,8 +477,8 @@ def run(names, o, say=print):
         row = known[name](o)
         rows.append(row | {"load": round(load, 2), "wall_s": round(time.perf_counter() - start, 1)})
         say(text(rows[-1]))
-    return {"schema": 1, "started": started, "wall_s": round(time.time() - began, 1), "small": o.small,
-            "machine": machine, "ceilings": ceilings(o), "rows": rows}  # fmt: skip
+        yield {"schema": 1, "started": started, "wall_s": round(time.time() - began, 1), "small": o.small,
+               "machine": machine, "ceilings": ceilings(o), "rows": rows}  # fmt: skip
 
 
 def ceilings(o):
