@@ -144,7 +144,7 @@ def damaged(folder):
     for path in (found / "results/ours").glob("*.parquet"):
         table = pq.read_table(path)
         hit = [key == min(shown) for key in table["key"].to_pylist()]
-        values = [v + 0.005 * h for v, h in zip(table["last_test_acc"].to_pylist(), hit, strict=True)]
+        values = [v + 0.005 if h else v for v, h in zip(table["last_test_acc"].to_pylist(), hit, strict=True)]
         at = table.schema.get_field_index("last_test_acc")
         pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values)), path)
     return found
