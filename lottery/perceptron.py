@@ -7,6 +7,7 @@ every x86 processor. A GPU would idle under one such network; there many of them
 is not of this form takes the general way.
 """
 
+import copy
 import platform
 
 import torch
@@ -67,6 +68,33 @@ def _product(x, weight, bias=None, relu=False):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
     y = F.linear(x, weight, bias)
     return y.relu_() if relu else y
+
+
+@torch.no_grad()
+def narrow(model, inputs):
+    """A copy of a model with `layers` that reads only these inputs, int64 [n]."""
+    model = copy.deepcopy(model)
+    first = layers(model)[0]
+    weight = nn.Parameter(M.original(first)[:, inputs])
+    first.in_features = len(inputs)
+    if (mask := M.mask_of(first)) is None:
+        first.weight = weight
+    else:
+        first.parametrizations.weight.original = weight
+        mask.mask = mask.mask[:, inputs]
+    return model
+
+
+@torch.no_grad()
+def widen(model, narrow, inputs):
+    """Copy the parameters of a `narrow` copy back into the model; what reads the other inputs stays as it is."""
+    for layer, trained in zip(layers(model), layers(narrow), strict=True):
+        weight = M.original(layer)
+        if weight.shape == M.original(trained).shape:
+            weight.copy_(M.original(trained))
+        else:
+            weight[:, inputs] = M.original(trained)
+        layer.bias.copy_(trained.bias)
 
 
 class Step:

@@ -147,6 +147,34 @@ def test_models_that_cannot_be_trained_together_are_refused(digits):
             fit(list(nets), digits, SHORT, seed=seeds)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_pixels_that_are_black_everywhere_are_left_out_and_their_weights_stay(digits, masked, monkeypatch):
+    torch.manual_seed(0)
+    black = [0, 7, 8, 63]
+    parts = {}
+    for name in ("train", "valid", "test"):
+        x = getattr(digits, name).x.clone()
+        x.flatten(1)[:, black] = 0
+        parts[name] = dataclasses.replace(getattr(digits, name), x=x)
+    dark = dataclasses.replace(digits, **parts)
+    model = lenet(0.5, masked=masked)
+    before, sizes, step = M.state(model), [], perceptron.Step.__init__
+    monkeypatch.setattr(
+        perceptron.Step, "__init__", lambda *a: sizes.append(perceptron.layers(a[1])[0].in_features) or step(*a)
+    )
+    (fast, a), (general, b) = both(model, dark, SHORT)
+    assert sizes[0] <= 60, "the fast way still reads black pixels"
+    assert fast.val_loss == pytest.approx(general.val_loss, abs=1e-10)
+    assert fast.test_acc == general.test_acc
+    for x, y in zip(M.state(a).values(), M.state(b).values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    assert torch.equal(M.state(a)["fc1.weight"][:, black], before["fc1.weight"][:, black])
+    sizes.clear()
+    fit(copy.deepcopy(model), dark, dataclasses.replace(SHORT, iterations=1, weight_decay=0.1))
+    fit(copy.deepcopy(model), dark, dataclasses.replace(SHORT, iterations=1, inputs="standard"))
+    assert sizes == [64, 64], "decay moves every weight, and standardised black is not 0"
+
+
 def unusual():
     def net(*modules):
         return nn.Sequential(nn.Flatten(), *modules)

@@ -459,7 +459,7 @@ def benchmarks():
     }
 
 
-SLOW = ("resnet20", "vgg19", "scores_resnet50")
+SLOW = ("growth", "conv4_step", "resnet20", "vgg19", "scores_resnet50")
 
 
 def run(names, o, say=print):
