@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from lottery import masks as M
 
 X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+SMALL = 2**18  # multiplications below which calling oneDNN takes longer than the product
 FEW = 1 / 3  # below this density it is faster to gather the survivors for the optimiser than to mask all gradients
 
 
@@ -64,7 +65,7 @@ def _activations(parameters, x):
 
 def _product(x, weight, bias=None, relu=False):
     """[B, n] × [m, n] → x weightᵀ + bias, [B, m]."""
-    if X86 and x.dtype == torch.float32:
+    if X86 and x.dtype == torch.float32 and len(x) * weight.numel() > SMALL:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
     y = F.linear(x, weight, bias)
     return y.relu_() if relu else y
