@@ -146,7 +146,8 @@ def damaged(folder):
         hit = [key == min(shown) for key in table["key"].to_pylist()]
         values = [v + 0.005 if h else v for v, h in zip(table["last_test_acc"].to_pylist(), hit, strict=True)]
         at = table.schema.get_field_index("last_test_acc")
-        pq.write_table(table.set_column(at, table.schema.field(at), pa.array(values)), path)
+        field = table.schema.field(at)
+        pq.write_table(table.set_column(at, field, pa.array(values, field.type)), path)
     return found
 
 
