@@ -509,16 +509,21 @@ def test_any_file_that_is_no_parquet_is_passed_over(tmp_path, capsys, content):
     assert "2026-01-01-00000000.parquet" in capsys.readouterr().err
 
 
+def store_with_one_changed(folder, runs, column):
+    """A shard of the runs, in which half a point was added to one column of the second."""
+    for r in runs:
+        Store(folder).put(fake(r))
+    Store(folder).merge()
+    [shard] = shards(folder)
+    frame = pd.read_parquet(shard)
+    frame.loc[frame["key"] == runs[1].key, column] += 0.005
+    frame.to_parquet(shard, index=False)
+
+
 @pytest.mark.parametrize("reading", ["early_stop", "last"])
 def test_one_accuracy_half_a_point_higher_is_found_out(tmp_path, capsys, reading):
     runs = seeds(3)
-    for r in runs:
-        Store(tmp_path).put(fake(r))
-    Store(tmp_path).merge()
-    [shard] = shards(tmp_path)
-    frame = pd.read_parquet(shard)
-    frame.loc[frame["key"] == runs[1].key, f"{reading}_test_acc"] += 0.005
-    frame.to_parquet(shard, index=False)
+    store_with_one_changed(tmp_path, runs, f"{reading}_test_acc")
     opened = Store(tmp_path)
     assert load(runs, opened)["key"].tolist() == [runs[0].key, runs[2].key]
     err = capsys.readouterr().err
@@ -532,13 +537,7 @@ def test_one_accuracy_half_a_point_higher_is_found_out(tmp_path, capsys, reading
 
 def test_only_runs_that_are_asked_for_are_checked(tmp_path, capsys):
     runs = seeds(3)
-    for r in runs:
-        Store(tmp_path).put(fake(r))
-    Store(tmp_path).merge()
-    [shard] = shards(tmp_path)
-    frame = pd.read_parquet(shard)
-    frame.loc[frame["key"] == runs[1].key, "last_test_acc"] += 0.005
-    frame.to_parquet(shard, index=False)
+    store_with_one_changed(tmp_path, runs, "last_test_acc")
     mine = Store(tmp_path)
     assert mine.columns("status", "iterations") == {r.key: ("finished", QUICK.iterations) for r in runs}
     assert mine.paces() == {("lenet_300_100", "digits"): 1.5 / QUICK.iterations}

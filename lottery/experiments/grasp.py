@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lottery import data
 from lottery.experiments import grasp_init
-from lottery.experiments.runs import CRITERIA, Run
+from lottery.experiments.runs import CRITERIA, Run, chosen, preset
 from lottery.training import Recipe
 
 GUESSED = (
@@ -83,8 +83,7 @@ NETS = {
 CHUNKS = {"resnet32-c100": 4}  # two draws of 5 images per class, halved; the others one draw of 10
 LAPTOP = {"resnet32-c10": dense("resnet8", "cifar10_16", recipe(30, precision="bfloat16"))}
 SMOKE = {"resnet32-c10": dense("resnet8", "digits", recipe(3, 42, batch_size=32, augment="none"), width=8)}
-SCALES = ("paper", "laptop", "smoke")  # highest first
-SETTINGS = {
+SETTINGS = {  # highest scale first
     "paper": Setting(NETS),
     "laptop": Setting(
         LAPTOP,
@@ -96,6 +95,7 @@ SETTINGS = {
         SMOKE, trials=2, only=(90, 98), variants=("batch-400", "init-xavier"), measured=grasp_init.PLANS["smoke"]
     ),
 }
+SCALES = tuple(SETTINGS)
 INITS = {"init-normal": "normal", "init-xavier": "glorot"}
 
 # What each figure and table shows: networks → control → sparsities in %. Within an item, all trials of a network come
@@ -121,17 +121,13 @@ ITEMS = (*TRAINED, *MEASURED)
 
 def setting(scale):
     """The preset of a scale. Raises ValueError for an unknown one."""
-    if scale not in SCALES:
-        raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(SCALES)}.")
-    return SETTINGS[scale]
+    return preset(scale, SETTINGS)
 
 
 def runs(items, at):
     """All Runs, or Prunings, of some items (None: all) at a Setting or scale: network by network, seed by seed."""
     at = setting(at) if isinstance(at, str) else at
-    items = list(ITEMS) if not items else [items] if isinstance(items, str) else items
-    if unknown := [item for item in items if item not in ITEMS]:
-        raise ValueError(f"Unknown item {unknown[0]!r} of grasp: choose from {', '.join(ITEMS)}.")
+    items = chosen(items, ITEMS, "grasp")
     found = {}
     for item in items:
         if item in MEASURED:

@@ -12,7 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from lottery import data, masks, models
-from lottery.experiments.runs import INITS, Run, rates
+from lottery.experiments.runs import INITS, Run, chosen, preset, rates
 from lottery.training import Recipe
 
 NETWORKS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # by the paper's names; its "Resnet-18" has 20 layers
@@ -205,8 +205,7 @@ LAPTOP = {
     "one_shot": (0.825, None, 0.95),
 }
 SMOKE = LAPTOP | {"rounds": 7, "control_rounds": (3, 7), "probe_rounds": (7,), "sweep_rounds": 1, "far_rounds": 7}
-SCALES = ("paper", "primary", "laptop", "smoke")  # highest first
-SETTINGS = {
+SETTINGS = {  # highest scale first
     "paper": Setting(),
     # The paper's trainings that decide the primary claims, with twice its trials: figure 4 is 180 runs.
     "primary": Setting(
@@ -217,6 +216,7 @@ SETTINGS = {
         Run(dataset="digits", recipe=Recipe(iterations=100, eval_every=10, test_readings="all")), trials=2, **SMOKE
     ),
 }
+SCALES = tuple(SETTINGS)
 
 # What each figure draws: arm → levels (None: all that the setting has). MAIN: of the main text, and 14.
 MAIN = ("fig1", "fig3", "fig4", "fig11", "fig12", "fig14")
@@ -260,17 +260,13 @@ CONTROLS = {arm.split("/")[-1] for arms in ITEMS.values() for arm in arms} | {"d
 
 def setting(scale):
     """The preset of a scale. Raises ValueError for an unknown one."""
-    if scale not in SCALES:
-        raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(SCALES)}.")
-    return SETTINGS[scale]
+    return preset(scale, SETTINGS)
 
 
 def runs(items, at):
     """All Runs of some items (None: all) at a Setting or scale, most decisive first: the trunks, then the controls."""
     at = setting(at) if isinstance(at, str) else at
-    items = list(ITEMS) if not items else [items] if isinstance(items, str) else list(items)
-    if unknown := [item for item in items if item not in ITEMS]:
-        raise ValueError(f"Unknown item {unknown[0]!r} of lth: choose from {', '.join(ITEMS)}.")
+    items = chosen(items, ITEMS, "lth")
     cells = dict.fromkeys(cell for item in items for cell in cells_of(item, at))
     return list(dict.fromkeys(r for arm, point in cells for seed in at.seeds for r in trial(arm, at, seed, point)))
 

@@ -209,6 +209,21 @@ def rates(model, r):
     return each
 
 
+def preset(scale, settings):
+    """A paper's setting at a scale. Raises ValueError for an unknown one."""
+    if scale not in settings:
+        raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(settings)}.")
+    return settings[scale]
+
+
+def chosen(items, known, paper):
+    """A list of items: one by its name, some, or all for None. Raises ValueError for one that the paper has not."""
+    items = list(known) if not items else [items] if isinstance(items, str) else list(items)
+    if unknown := [item for item in items if item not in known]:
+        raise ValueError(f"Unknown item {unknown[0]!r} of {paper}: choose from {', '.join(known)}.")
+    return items
+
+
 def _fields(spec, all):
     """Fields of a dataclass as JSON types, floats as floats whatever was given; without the defaults unless `all`."""
     fields = {}
