@@ -1,0 +1,602 @@
+"""The store: round trips, damage, shards, and processes that are killed or race each other."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_runs import DENSE, QUICK, ROOT, edit, fake, message, seeds, shards, spool, train, tree
+
+from lottery import training
+from lottery.experiments import Run, Store, engine, load, store
+
+# Store ----------------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    row = fake()
+    assert Store(tmp_path).put(row)
+    kept = Store(tmp_path).get(DENSE)
+    assert kept.keys() == set(store.schema().names)
+    for name, value in row.items():
+        assert kept[name] == (pytest.approx(value) if name in ("val_loss", "val_acc") else value) or name == "test_acc"
+    assert kept["test_acc"] == [pytest.approx(0.1), None, pytest.approx(0.7)]
+    assert Store(tmp_path).get(replace(DENSE, seed=9)) is None
+
+
+def test_one_name_for_a_reading_that_was_not_taken(tmp_path):
+    """Without a validation set there is no early stop; not-a-number is a value like any other."""
+    none = {f"early_stop_{f}": None for f in ("step", "val_loss", "val_acc", "test_acc", "train_acc", "correct")}
+    Store(tmp_path).put(fake(**none, last_val_loss=float("nan"), val_loss=[float("nan"), float("inf"), 1.0]))
+    row = Store(tmp_path).get(DENSE)
+    assert row["early_stop_correct"] is None
+    assert np.isnan(row["last_val_loss"])
+    assert np.isinf(row["val_loss"][1])
+
+
+def test_pandas_reads_the_folder(tmp_path):
+    runs = seeds(4)
+    mine = Store(tmp_path)
+    for r in runs[:3]:
+        mine.put(fake(r))
+    mine.merge()
+    mine.put(fake(runs[3]))
+    mine.save_artifact("some", {"w": torch.zeros(2)})
+    frame = pd.read_parquet(tmp_path)
+    assert sorted(frame["key"]) == sorted(r.key for r in runs[:3])
+    assert frame["last_step"].tolist() == [20, 20, 20]
+
+
+def test_load_gives_one_row_a_stored_run_in_order(tmp_path):
+    runs = seeds(5)
+    mine = Store(tmp_path)
+    for r in (runs[3], runs[0], runs[4]):
+        mine.put(fake(r))
+    frame = load(runs, mine)
+    assert frame["key"].tolist() == [runs[0].key, runs[3].key, runs[4].key]
+    assert set(load(None, mine)["key"]) == set(frame["key"])
+    assert frame["stale"].tolist() == [False] * 3
+    promised = "key model dataset fingerprint seed level init draw iterations density status started device"
+    assert {*promised.split(), "n_valid", "n_test", "censored", "spec", "certificate"} <= set(frame.columns)
+    for r in ("early_stop", "last"):
+        assert {f"{r}_{f}" for f in ("step", "val_loss", "val_acc", "test_acc", "train_acc", "correct")} <= set(frame)
+    bits = np.unpackbits(np.frombuffer(frame["last_correct"][0], np.uint8))[:21]
+    assert bits.mean() == frame["last_test_acc"][0]
+
+
+def test_load_of_nothing(tmp_path):
+    assert len(load(seeds(2), Store(tmp_path / "none"))) == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_result_of_an_older_version_is_stale(tmp_path):
+    old = {**store.versions(), "training": training.VERSION - 1}
+    Store(tmp_path).put(fake(certificate=json.dumps({"versions": old})))
+    assert load([DENSE], Store(tmp_path))["stale"].tolist() == [True]
+
+
+def test_a_second_finisher_discards_its_copy(tmp_path):
+    assert Store(tmp_path).put(fake(wall_s=1.0))
+    assert not Store(tmp_path).put(fake(wall_s=2.0))
+    assert Store(tmp_path).get(DENSE)["wall_s"] == 1.0
+    Store(tmp_path).merge()
+    Store(tmp_path).put(fake(wall_s=3.0))
+    assert Store(tmp_path).get(DENSE)["wall_s"] == 1.0
+    assert Store(tmp_path).merge() == 0
+    assert pd.read_parquet(tmp_path)["wall_s"].tolist() == [1.0]
+    assert not spool(tmp_path)
+
+
+def test_merge_packs_shards_of_limited_size(tmp_path, monkeypatch):
+    assert store.SHARD == 300
+    monkeypatch.setattr(store, "SHARD", 3)
+    for r in seeds(7):
+        Store(tmp_path).put(fake(r, started=f"2026-01-0{r.seed + 1}T00:00:00+00:00"))
+    before = load(seeds(7), Store(tmp_path))
+    assert Store(tmp_path).merge() == 7
+    assert not spool(tmp_path)
+    assert sorted(pq.read_metadata(p).num_rows for p in shards(tmp_path)) == [1, 3, 3]
+    for p in shards(tmp_path):
+        assert re.fullmatch(r"2026-01-0\d-[0-9a-f]{8}\.parquet", p.name)
+        assert p.name[:10] == max(pd.read_parquet(p)["started"])[:10]
+    pd.testing.assert_frame_equal(load(seeds(7), Store(tmp_path)), before)
+    first = tree(tmp_path)
+    assert Store(tmp_path).merge() == 0
+    assert tree(tmp_path) == first
+
+    Store(tmp_path).put(fake(replace(DENSE, seed=8)))
+    assert Store(tmp_path).merge() == 1
+    assert first.items() <= tree(tmp_path).items(), "shards are append-only"
+
+
+def test_a_store_that_is_open_sees_what_others_do(tmp_path):
+    mine, other = Store(tmp_path), Store(tmp_path)
+    assert mine.get(DENSE) is None
+    other.put(fake())
+    assert mine.get(DENSE)
+    other.merge()
+    assert mine.get(DENSE)
+    assert len(load(None, mine)) == 1
+
+
+def test_merge_of_another_store(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    runs = seeds(5)
+    for r in runs[:2]:
+        Store(there).put(fake(r))
+    Store(there).merge()
+    for r in runs[2:4]:
+        Store(there).put(fake(r))
+    Store(here).put(fake(runs[0], wall_s=77.0))
+    Store(here).put(fake(runs[4]))
+    Store(here).merge()
+    before = tree(there)
+    assert Store(here).merge(there) == 3
+    assert tree(there) == before
+    assert len(load(runs, Store(here))) == len(pd.read_parquet(here)) == 5
+    assert Store(here).get(runs[0])["wall_s"] == 77.0
+    assert Store(here).merge(there) == 0
+
+
+def test_a_read_only_store_beside_is_read_and_never_written(tmp_path):
+    committed, mine = tmp_path / "committed", tmp_path / "mine"
+    runs = seeds(3)
+    for r in runs[:2]:
+        Store(committed).put(fake(r))
+    Store(committed).merge()
+    Store(committed).put(fake(runs[2]))
+    Store(committed).save_artifact(runs[0].key, {"w": torch.zeros(2)})
+    before = tree(committed)
+    both = Store(mine, also=[committed])
+    assert len(load(runs, both)) == 3
+    assert both.artifact(runs[0].key).parent.parent == committed
+    both.put(fake(replace(DENSE, seed=4)))
+    both.save_artifact("other", {"w": torch.zeros(2)})
+    both.merge()
+    assert tree(committed) == before
+    assert len(pd.read_parquet(mine)) == 1
+    assert len(load(None, Store(mine, also=[committed]))) == 4
+
+
+def test_a_truncated_spool_file_is_named_kept_and_trained_again(tmp_path, capsys):
+    runs = seeds(2)
+    for r in runs:
+        Store(tmp_path).put(fake(r))
+    path = tmp_path / ".spool" / f"{runs[0].key}.parquet"
+    broken = path.read_bytes()[:-100]
+    path.write_bytes(broken)
+    assert load(runs, Store(tmp_path))["key"].tolist() == [runs[1].key]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(path) in err
+    assert engine.missing(runs, Store(tmp_path)) == [runs[0]]
+
+    Store(tmp_path).merge()
+    assert path.read_bytes() == broken, "merge must not touch what it cannot read"
+    assert Store(tmp_path).put(fake(runs[0]))
+    assert path.with_suffix(".damaged").read_bytes() == broken
+    capsys.readouterr()
+    assert len(load(runs, Store(tmp_path))) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all" * 50])
+def test_any_file_that_is_no_parquet_is_passed_over(tmp_path, capsys, content):
+    Store(tmp_path).put(fake())
+    Store(tmp_path).merge()
+    (tmp_path / "2026-01-01-00000000.parquet").write_bytes(content)
+    assert len(load(None, Store(tmp_path))) == 1
+    assert "2026-01-01-00000000.parquet" in capsys.readouterr().err
+
+
+def store_with_one_changed(folder, runs, column):
+    """A shard of the runs, in which half a point was added to one column of the second."""
+    for r in runs:
+        Store(folder).put(fake(r))
+    Store(folder).merge()
+    [shard] = shards(folder)
+    frame = pd.read_parquet(shard)
+    frame.loc[frame["key"] == runs[1].key, column] += 0.005
+    frame.to_parquet(shard, index=False)
+
+
+@pytest.mark.parametrize("reading", ["early_stop", "last"])
+def test_one_accuracy_half_a_point_higher_is_found_out(tmp_path, capsys, reading):
+    runs = seeds(3)
+    store_with_one_changed(tmp_path, runs, f"{reading}_test_acc")
+    opened = Store(tmp_path)
+    assert load(runs, opened)["key"].tolist() == [runs[0].key, runs[2].key]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert runs[1].key in err
+    assert f"{reading}_test_acc" in err
+    assert engine.missing(runs, opened) == [runs[1]]
+    Store(tmp_path).put(fake(runs[1]))
+    assert len(load(runs, Store(tmp_path))) == 3
+
+
+def test_only_runs_that_are_asked_for_are_checked(tmp_path, capsys):
+    runs = seeds(3)
+    store_with_one_changed(tmp_path, runs, "last_test_acc")
+    mine = Store(tmp_path)
+    assert mine.columns("status", "iterations") == {r.key: ("finished", QUICK.iterations) for r in runs}
+    assert mine.paces() == {("lenet_300_100", "digits"): 1.5 / QUICK.iterations}
+    shown = store.Rows(mine)
+    assert shown[runs[0].key]["last_test_acc"] == mine.get(runs[0])["last_test_acc"]
+    assert capsys.readouterr().err == ""
+    assert runs[1].key not in shown
+    assert runs[1].key in capsys.readouterr().err
+    assert set(mine.rows()) == {runs[0].key, runs[2].key}
+    assert capsys.readouterr().err == "", "what is damaged is named once"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"val_loss": [0.3, 0.1, 0.25]},
+        {"test_acc": [0.1, None, 0.75]},
+        {"step": [10, 20, 41]},
+        {"density": 0.51},
+        {"status": "diverged"},
+        {"early_stop_step": 30},
+        {"mask": b"\1\3"},
+        {"started": "2025-01-01T00:00:00+00:00"},
+        {"certificate": "{}"},
+        {"payload_sha": "0" * 64},
+        {"key": "0" * 24},
+    ],
+)
+def test_any_other_change_breaks_the_hash(tmp_path, capsys, change):
+    Store(tmp_path).put(fake())
+    edit(spool(tmp_path)[0], **change)
+    assert len(load(None, Store(tmp_path))) == 0
+    assert "its content does not match its hash" in capsys.readouterr().err
+
+
+def test_correct_bits_changed_with_their_accuracy_break_the_hash(tmp_path, capsys):
+    Store(tmp_path).put(fake())
+    all_right = np.packbits(np.ones(21, bool)).tobytes()
+    edit(spool(tmp_path)[0], last_correct=all_right, last_test_acc=1.0)
+    assert len(load(None, Store(tmp_path))) == 0
+    assert "does not match its hash" in capsys.readouterr().err
+
+
+def test_options_of_the_model_reach_it_and_are_found_again(tmp_path):
+    recipe = replace(DENSE.recipe, iterations=1)
+    narrow = Run(model="resnet8", dataset="digits", recipe=recipe, options=(("shortcut", "plain"), ("width", 2)))
+    wide = replace(narrow, options=(("shortcut", "plain"), ("width", 3)))
+    train([narrow, wide], tmp_path)
+    for run, width in (narrow, 2), (wide, 3):
+        assert json.loads(Store(tmp_path).get(run)["layers"])["conv1"] == [9 * width] * 2
+
+
+def test_a_column_added_later_leaves_old_results_sound(tmp_path, monkeypatch):
+    Store(tmp_path).put(fake())
+    Store(tmp_path).merge()
+    later = store.schema().append(pa.field("noise", pa.float64()))
+    monkeypatch.setattr(store, "schema", lambda: later)
+    Store(tmp_path).put(fake(replace(DENSE, seed=1), noise=0.5))
+    frame = load(seeds(2), Store(tmp_path))
+    assert frame["noise"].isna().tolist() == [True, False]
+
+
+def test_another_spec_under_the_same_key_is_an_error_that_names_the_field(tmp_path):
+    spec = json.dumps({**DENSE.spec(), "rate": 0.3}, sort_keys=True)
+    Store(tmp_path).put(fake(spec=spec))
+    with pytest.raises(ValueError, match=message(f"Run {DENSE.key} is stored with rate = 0.3, not 0.2: ")):
+        Store(tmp_path).get(DENSE)
+    with pytest.raises(ValueError, match="rate"):
+        load([DENSE], Store(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["inputs", "gamma"])
+def test_a_field_added_to_recipe_later_finds_stored_runs(tmp_path, name):
+    """What a run was stored without is the default of the field that came later."""
+    spec = DENSE.spec()
+    del spec["recipe"][name]
+    Store(tmp_path).put(fake(spec=json.dumps(spec, sort_keys=True)))
+    assert Store(tmp_path).get(DENSE)
+    assert len(load([DENSE], Store(tmp_path))) == 1
+
+
+def test_another_recipe_under_the_same_key_is_an_error_that_names_its_field(tmp_path):
+    spec = DENSE.spec()
+    spec["recipe"]["lr"] = 9.0
+    Store(tmp_path).put(fake(spec=json.dumps(spec, sort_keys=True)))
+    with pytest.raises(ValueError, match=message(f"Run {DENSE.key} is stored with lr = 9.0, not 0.0012: ")):
+        Store(tmp_path).get(DENSE)
+
+
+def test_flipped_bytes_never_crash_and_never_change_a_value(tmp_path, capfd):
+    """50 files of one run, each with one random byte turned around: sound, or named and passed over."""
+    Store(tmp_path).put(fake(test_acc=[0.1, None, 0.7], mask=bytes(range(256)) * 3))
+    sound = Store(tmp_path).get(DENSE)
+    [path] = spool(tmp_path)
+    content, rng = path.read_bytes(), random.Random(0)
+    unnoticed = 0
+    for _ in range(50):
+        broken = bytearray(content)
+        broken[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        path.write_bytes(broken)
+        capfd.readouterr()
+        frame = load([DENSE], Store(tmp_path))
+        err = capfd.readouterr().err
+        if len(frame):
+            assert Store(tmp_path).get(DENSE) == sound
+            unnoticed += 1
+        else:
+            assert err.count("\n") == 1
+            assert DENSE.key in err
+    assert unnoticed < 50
+
+
+def test_a_field_added_to_run_later_finds_stored_runs(tmp_path):
+    @dataclass(frozen=True)
+    class LaterRun(Run):
+        tint: float = 0.0
+
+    Store(tmp_path).put(fake())
+    assert Store(tmp_path).get(LaterRun(dataset="digits", recipe=QUICK))
+
+
+def test_default_store_is_that_of_the_clone(tmp_path, monkeypatch):
+    (tmp_path / "clone/results").mkdir(parents=True)
+    (tmp_path / "clone/lottery/experiments").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "clone/lottery/experiments")
+    assert Store().dir == (tmp_path / "clone/results/ours").resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^No results folder around .*--results-dir\.$"):
+        Store()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_masks_survive_packing(shapes, seed):
+    rng = np.random.default_rng(seed)
+    masks = {f"fc{i}": torch.from_numpy(rng.random(shape) < 0.3) for i, shape in enumerate(shapes)}
+    back = store.unpack_masks(store.pack_masks(masks), {name: m.shape for name, m in masks.items()})
+    assert back.keys() == masks.keys()
+    assert all(torch.equal(back[name], masks[name]) for name in masks)
+
+
+def test_masks_of_large_networks_are_not_stored():
+    limit = store.MASK_LIMIT
+    assert limit == 500_000
+    assert store.pack_masks({"a": torch.ones(limit, dtype=torch.bool)})
+    assert store.pack_masks({"a": torch.ones(limit, dtype=torch.bool), "b": torch.ones(1, dtype=torch.bool)}) is None
+
+
+# Store: kills and races, in forked processes --------------------------------------------------------------------------
+
+KILLS = """
+    import contextlib, io, itertools, json, os, random, signal, sys, time
+    from pathlib import Path
+    import pyarrow.parquet as pq
+    from lottery.experiments import store
+    from lottery.experiments.store import Store
+
+    base, template = Path(sys.argv[1]), store.read(Path(sys.argv[2]))[0]
+    rng, result = random.Random(0), {}
+
+    def row(i):
+        return {**template, "key": f"{i:024x}"}
+
+    def fork(work):
+        pid = os.fork()
+        if not pid:
+            try:
+                work()
+            finally:
+                os._exit(0)
+        return pid
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(n, function):
+        calls = itertools.count()
+        def patched(*args, **kwargs):
+            if next(calls) == n:
+                die()
+            return function(*args, **kwargs)
+        return patched
+
+    def half(table, where, **kwargs):
+        with io.BytesIO() as buffer:
+            true_write(table, buffer, **kwargs)
+            Path(where).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+        die()
+
+    true_write = pq.write_table
+
+    def state(folder):
+        # keys that a fresh reader sees, how often pandas sees each, what it complains about
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            keys = sorted(Store(folder).rows())
+        packed = sorted(key for p in folder.glob("*.parquet") for key in pq.read_table(p)["key"].to_pylist())
+        return {"keys": keys, "packed": packed, "err": err.getvalue()}
+
+    # 1. killed at random moments while it puts one run after the other
+    folder, acknowledged, reports = base / "random", [], []
+    for trial in range(12):
+        r, w = os.pipe()
+        def victim():
+            opened = Store(folder)
+            for i in itertools.count(1000 * trial):
+                opened.put(row(i))
+                os.write(w, i.to_bytes(4, "big"))
+        pid = fork(victim)
+        os.close(w)
+        for _ in range(rng.randrange(1, 5)):
+            acknowledged.append(int.from_bytes(os.read(r, 4), "big"))
+        moment = time.perf_counter() + rng.random() * 0.01
+        while time.perf_counter() < moment:
+            pass
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        while more := os.read(r, 4):
+            acknowledged.append(int.from_bytes(more, "big"))
+        os.close(r)
+    result["random"] = {**state(folder), "acknowledged": [row(i)["key"] for i in acknowledged]}
+
+    # 2. killed at each step of a put
+    for name, patch in {
+        "half written": lambda: setattr(pq, "write_table", half),
+        "before fsync": lambda: setattr(os, "fsync", die),
+        "before link": lambda: setattr(os, "link", die),
+        "after link": lambda: setattr(Path, "unlink", die),
+    }.items():
+        folder = base / name
+        Store(folder).put(row(0))
+        os.waitpid(fork(lambda: (patch(), Store(folder).put(row(1)))), 0)
+        found = state(folder)
+        again = Store(folder).put(row(1))
+        result[name] = {"found": found, "again": again, "after": state(folder)}
+
+    # 3. killed at each step of a merge
+    store.SHARD = 2
+    for name, patch in {
+        "merge half written": lambda: setattr(pq, "write_table", half),
+        "merge before its first shard": lambda: setattr(os, "replace", die),
+        "merge between its shards": lambda: setattr(os, "replace", after(1, os.replace)),
+        "merge before removing": lambda: setattr(Path, "unlink", after(3, Path.unlink)),
+        "merge while removing": lambda: setattr(Path, "unlink", after(5, Path.unlink)),
+    }.items():
+        folder = base / name
+        for i in range(5):
+            Store(folder).put(row(i))
+        os.waitpid(fork(lambda: (patch(), Store(folder).merge())), 0)
+        found = state(folder)
+        n = Store(folder).merge()
+        left = len(list((folder / ".spool").glob("*.parquet")))
+        result[name] = {"found": found, "again": n, "after": state(folder), "left": left}
+
+    # 4. races, started together by closing a pipe
+    def together(*works):
+        r, w = os.pipe()
+        def wait(work):
+            os.close(w)
+            os.read(r, 1)
+            work()
+        pids = [fork(lambda work=work: wait(work)) for work in works]
+        os.close(r), os.close(w)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+    folder, wins = base / "same run", base / "wins"
+    wins.mkdir()
+    def put(who):
+        for i in range(10):
+            if Store(folder).put({**row(i), "wall_s": float(who)}):
+                (wins / f"{i}-{who}").touch()
+    together(*(lambda who=who: put(who) for who in range(3)))
+    result["same run"] = {**state(folder), "wins": sorted(p.name for p in wins.iterdir()),
+                          "kept": [Store(folder).rows()[row(i)["key"]]["wall_s"] for i in range(10)]}
+
+    folder = base / "two merges"
+    for i in range(9):
+        Store(folder).put(row(i))
+    together(*[lambda: Store(folder).merge()] * 3)
+    result["two merges"] = {**state(folder), "left": len(list((folder / ".spool").glob("*.parquet")))}
+
+    folder = base / "put and merge"
+    def puts():
+        for i in range(12):
+            Store(folder).put(row(i))
+    def merges():
+        for _ in range(6):
+            Store(folder).merge()
+    def reads():
+        seen = 0
+        opened = Store(folder)
+        for _ in range(12):
+            now = len(Store(folder).rows())
+            assert now >= seen, "a finished run was out of sight"
+            assert len(opened.rows()) >= now, "an open store lost a run"
+            seen = now
+        (base / "reader done").touch()
+    together(puts, merges, reads)
+    Store(folder).merge()
+    result["put and merge"] = {**state(folder), "reader": (base / "reader done").exists()}
+    print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kills")
+    Store(folder / "template").put(fake())
+    [template] = spool(folder / "template")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLS), str(folder), str(template)],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def keys(*numbers):
+    return [f"{i:024x}" for i in numbers]
+
+
+def test_sigkill_at_random_moments_loses_no_finished_run(kills):
+    found = kills["random"]
+    assert found["err"] == ""
+    assert len(found["acknowledged"]) >= 12
+    assert set(found["acknowledged"]) <= set(found["keys"])
+
+
+@pytest.mark.parametrize("step", ["half written", "before fsync", "before link", "after link"])
+def test_sigkill_at_each_step_of_a_put(kills, step):
+    case = kills[step]
+    assert case["found"]["err"] == ""
+    assert case["found"]["keys"] == keys(0, 1) if step == "after link" else keys(0)
+    assert case["again"] is (step != "after link")
+    assert case["after"]["keys"] == keys(0, 1)
+
+
+@pytest.mark.parametrize(
+    "step", ["half written", "before its first shard", "between its shards", "before removing", "while removing"]
+)
+def test_sigkill_at_each_step_of_a_merge(kills, step):
+    case = kills[f"merge {step}"]
+    assert case["found"]["err"] == ""
+    assert case["found"]["keys"] == keys(*range(5)), "a run was lost"
+    assert len(set(case["found"]["packed"])) == len(case["found"]["packed"]), "a key is in two shards"
+    assert case["after"]["packed"] == case["after"]["keys"] == keys(*range(5))
+    assert case["left"] == 0
+    packed = {"between its shards": 2, "before removing": 5, "while removing": 5}.get(step, 0)
+    assert len(case["found"]["packed"]) == packed
+    assert case["again"] == 5 - packed
+
+
+def test_of_processes_that_put_the_same_run_one_is_kept(kills):
+    race = kills["same run"]
+    assert race["keys"] == keys(*range(10))
+    assert race["err"] == ""
+    assert [int(win.split("-")[0]) for win in race["wins"]] == list(range(10)), "exactly one winner each"
+    assert [float(win.split("-")[1]) for win in race["wins"]] == race["kept"]
+
+
+def test_merges_at_once_pack_every_run_once(kills):
+    race = kills["two merges"]
+    assert race["packed"] == race["keys"] == keys(*range(9))
+    assert (race["err"], race["left"]) == ("", 0)
+
+
+def test_merging_while_others_put_and_read(kills):
+    race = kills["put and merge"]
+    assert race["packed"] == race["keys"] == keys(*range(12))
+    assert race["err"] == ""
+    assert race["reader"]
