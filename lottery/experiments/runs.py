@@ -211,7 +211,7 @@ def rates(model, r):
 
 def preset(scale, settings):
     """A paper's setting at a scale. Raises ValueError for an unknown one."""
-    if scale not in settings:
+    if scale not in list(settings):  # whatever was given, hashable or not
         raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(settings)}.")
     return settings[scale]
 
