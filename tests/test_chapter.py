@@ -99,10 +99,39 @@ def test_best_is_the_highest_scale_that_is_complete(commit):
     assert Chapter("lth", scale="smoke").scale("fig12") == "smoke"
 
 
+def test_a_scale_with_fewer_controls_takes_no_figure_from_a_lower_one(commit, clone, monkeypatch):
+    primary = replace(presets()["primary"], trials=2, rounds=3, control_rounds=(2,))  # laptop's is at 3
+    monkeypatch.setitem(lth.SETTINGS, "primary", primary)
+    runs = lth.runs("fig4", primary)
+    last = [r for r in runs if r.seed == 1][-1]
+
+    def train(runs):
+        with futures.ThreadPoolExecutor(1) as pool:
+            assert experiments.run(runs, pool, store=Store(clone / "results/ours"), progress=False) == []
+
+    commit(lth.runs("fig4", "laptop"))
+    train([r for r in runs if r != last])
+    chapter = Chapter("lth")
+    assert chapter.scale("fig4") == "laptop"
+    assert chapter.partial("fig4") == {"primary": (len(runs) - 1, len(runs))}
+    assert set(chapter.trials("fig4", "primary")["seed"]) == {0}  # the other lacks a network
+    assert "trials 1 of" in chapter.badge("fig4", "primary")
+    train([last])
+    chapter = Chapter("lth")
+    assert chapter.scale("fig4") == "laptop"
+    assert set(chapter.trials("fig4", "primary")["seed"]) == {0, 1}
+    assert chapter.trials("fig4", "paper") is None
+    monkeypatch.setitem(lth.SETTINGS, "primary", replace(primary, control_rounds=(2, 3)))
+    assert Chapter("lth").scale("fig4") == "laptop"  # one more network to train
+    monkeypatch.setitem(lth.ITEMS, "fig4", {"imp": None})
+    assert Chapter("lth").scale("fig4") == "primary"  # the tickets are all there, and more of them
+
+
 def test_missing_runs_are_told_with_their_number_minutes_and_command(commit):
     runs = lth.runs("fig4", "smoke")
-    commit([*runs[:-2], *lth.runs("fig12", "laptop")])
-    for scale in ("best", "smoke"):
+    assert len(lth.runs("fig4", "laptop")) == len(runs)
+    commit([*runs[:-2], *lth.runs("fig4", "laptop")[:-2]])
+    for scale, asked in (("best", "laptop"), ("smoke", "smoke")):  # the digits' runs are no evidence of anything
         with pytest.raises(Refused) as told:
             Chapter("lth", scale=scale).scale("fig4")
         text = str(told.value)
@@ -112,7 +141,7 @@ def test_missing_runs_are_told_with_their_number_minutes_and_command(commit):
         command = re.search("lottery run .*?(?= trains)", text)[0]
         words = shlex.split(command)[2:]
         given = typer.main.get_command(cli.app).commands["run"].make_context("run", words).params
-        assert (given["paper"], given["items"], given["scale"]) == ("lth", ["fig4"], "smoke")
+        assert (given["paper"], given["items"], given["scale"]) == ("lth", ["fig4"], asked)
     assert told.value._render_traceback_() == [text]
 
 
@@ -247,7 +276,7 @@ def test_one_stored_accuracy_half_a_point_higher_turns_the_figure_red(commit, cl
     frame.loc[frame["key"] == victim, "early_stop_test_acc"] += 0.005
     frame.to_parquet(shard, index=False)
     capsys.readouterr()
-    chapter = Chapter("lth")
+    chapter = Chapter("lth", scale="smoke")
     with pytest.raises(Refused, match="fig4 needs 1 of"):
         chapter.frame("fig4")
     err = capsys.readouterr().err

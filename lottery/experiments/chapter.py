@@ -24,7 +24,8 @@ class Chapter:
 
     Args:
         paper: module name in `lottery.experiments`.
-        scale: "best" takes for each item the highest scale whose runs are all stored, or the preset to show alone.
+        scale: the preset to show alone, or "best": for each item the highest scale whose runs are all stored, passing
+            over one that lacks cells (arms, points) which a lower one has.
         recompute: "never" shows what is stored, "missing" trains what is not, "all" trains everything anew.
         results_dir: of `open_store`: where new runs go. The clone's own results are read as well and never written.
         device, threads, budget_minutes: of new runs.
@@ -69,17 +70,17 @@ class Chapter:
             raise Refused(error) from None
 
     def scale(self, item):
-        """The highest scale for which every run of the item is stored. Raises Refused, with the command to run."""
-        for name in self.scales:
-            if self.stored(item, name)[0] == len(self._runs(item, name)):
+        """The scale at which the item is shown. Raises Refused, with the command to run, where none is complete."""
+        complete = [name for name in self.scales if self.stored(item, name)[0] == len(self._runs(item, name))]
+        for i, name in enumerate(complete):
+            if all(self._cells(item, name) >= self._cells(item, lower) for lower in complete[i + 1 :]):
                 return name
-        done, runs = self.stored(item, self.scales[-1])[0], self._runs(item, self.scales[-1])
         if self.exploration and item not in getattr(self.module, "MAIN", [item]):
             raise Refused(f"{item} is no part of an exploration: it varies the paper's own setting.")
+        name = self.scales[-1] if self.exploration else self.scales[-2:][0]  # the last is the digits', for a quick look
+        done, runs = self.stored(item, name)[0], self._runs(item, name)
         minutes = self._minutes(runs)
-        how = (
-            "recompute='missing'" if self.exploration else f"lottery run {self.paper} {item} --scale {self.scales[-1]}"
-        )
+        how = "recompute='missing'" if self.exploration else f"lottery run {self.paper} {item} --scale {name}"
         raise Refused(
             f"{item} needs {len(runs) - done} of {len(runs)} runs that are not stored ({minutes}): {how} trains them."
         )
@@ -93,6 +94,15 @@ class Chapter:
         """Higher scales that are under way: `{scale: (stored, declared)}`."""
         above = self.scales[: self.scales.index(self.scale(item))]
         return {name: n for name in above if (n := self.stored(item, name))[0]}
+
+    def trials(self, item, scale):
+        """`frame` at a scale, of the trials of which every run is stored (None: there is none)."""
+        at, runs = self.settings[scale], self._runs(item, scale)
+        part = {r.seed for r in runs if not self.store.get(r)}
+        if part.issuperset(at.seeds):
+            return None
+        frame = self.frame(item, scale)
+        return frame[~frame["seed"].isin(part)]
 
     def frame(self, item, scale=None):
         """One row for each stored run of the item, with `arm` and `point`, as `experiments.load` gives them.
@@ -120,24 +130,25 @@ class Chapter:
         names = pd.DataFrame([(arm, point) for arm, point, _ in labels], columns=["arm", "point"])
         return pd.concat([names, frame], axis=1)
 
-    def badge(self, item):
-        """What the item's numbers rest on, in one line."""
-        scale = self.scale(item)
+    def badge(self, item, scale=None):
+        """What the item's numbers rest on, in one line: at its scale, or the `trials` at another."""
         if self.is_measured(item):
-            return self._measured_badge(item, scale)
-        at, paper, frame = self.settings[scale], self.module.setting("paper"), self.frame(item)
-        same, run, papers = self.stands_beside_paper(item), self._runs(item, scale)[0], self._papers(item)[0]
-        share = run.recipe.iterations / papers.recipe.iterations
+            return self._measured_badge(item, self.scale(item))
+        frame, others = (self.trials(item, scale), {}) if scale else (self.frame(item), self.partial(item))
+        scale = scale or self.scale(item)
+        at, paper = self.settings[scale], self.module.setting("paper")
+        same, run, papers = self.stands_beside_paper(item, scale), self._runs(item, scale)[0], self._papers(item)[0]
+        share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
         cells = f"{len(self.module.cells_of(item, at))} of {len(self.module.cells_of(item, paper))}"
         parts = [
             f"net, data: {'the paper’s' if same else f'stand-in ({run.model}, {run.dataset})'}",
             f"training: {100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations} iterations",
-            f"trials {frame['seed'].nunique()} of {paper.trials}",
+            f"trials {n} of {paper.trials}" if n <= paper.trials else f"trials {n}, the paper {paper.trials}",
             f"device {', '.join(sorted(frame['device'].unique()))}",
             f"{len(self.module.GUESSED)} settings guessed",
             f"cells {cells}",
         ]
-        parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in self.partial(item).items()]
+        parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in others.items()]
         return " · ".join(parts)
 
     def _measured_badge(self, item, scale):
@@ -161,11 +172,11 @@ class Chapter:
         """True for an item that needs no training."""
         return item in getattr(self.module, "MEASURED", ())
 
-    def stands_beside_paper(self, item):
+    def stands_beside_paper(self, item, scale=None):
         """True when the item shows the paper's own network and data, so that its printed points may be drawn."""
         ours, papers = (
             {(r.model, r.dataset, r.options) for r in runs}
-            for runs in (self._runs(item, self.scale(item)), self._papers(item))
+            for runs in (self._runs(item, scale or self.scale(item)), self._papers(item))
         )
         return ours <= papers
 
@@ -174,6 +185,10 @@ class Chapter:
         from lottery import claims
 
         return None if self.exploration else claims.scorecard(self.paper, self.store)
+
+    def _cells(self, item, scale):
+        """What a measured item has is the module's to say: there a higher scale has it all."""
+        return set() if self.is_measured(item) else set(self.module.cells_of(item, self.settings[scale]))
 
     def _runs(self, item, scale):
         return self.module.runs(item, self.settings[scale])
