@@ -122,6 +122,55 @@ def text(card):
     return "\n".join(lines)
 
 
+def tested(card):
+    """Rows of the claims that got a verdict: primary ones first, exact statements last."""
+    rows = [row for row in card["rows"] if row["claim"] and row["evidence"] != "none" and word(row) != "not tested"]
+    return sorted(rows, key=lambda row: (not row["primary"], row["evidence"] == "exact"))
+
+
+def summary(card):
+    """Lines for a chapter: how many claims were tested, and how they came out."""
+    rows, chance = tested(card), card["totals"]["chance"]
+    runs, exact = ([row for row in rows if (row["evidence"] == "exact") == kind] for kind in (False, True))
+    lines = [f"{len(runs)} claims were tested here, {sum(row['primary'] for row in runs)} of them primary."]
+    lines += [f"{verdict}: {n}" for verdict, n in sorted(Counter(map(word, runs)).items())]
+    lines += [f"If nothing were there, at most {chance['would_pass']:g} of them would pass by chance."]
+    if exact:
+        said = ", ".join(f"{n} {verdict}" for verdict, n in sorted(Counter(map(word, exact)).items()))
+        lines += [f"{len(exact)} more are exact and need no runs: {said}."]
+    lines += [f"The other {card['totals']['claims'] - len(rows)} claims are in the scorecard."]
+    return "\n".join(lines)
+
+
+def number(v, digits=4):
+    """A value for reading."""
+    if v is None:
+        return "–"
+    return f"{v:,.0f}" if abs(v) >= 10_000 else f"{v:.{digits}g}"
+
+
+def interval(v):
+    """An interval for reading."""
+    return "" if v is None else f"[{number(v[0], 3)}, {number(v[1], 3)}]"
+
+
+def table(rows):
+    """Rows as a table for reading: a DataFrame of strings."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "claim": "★ " * row["primary"] + row["title"],
+            "item": row["item"],
+            "paper": number(row["paper_value"]),
+            "ours": f"{number(row['ours'])} {interval(row['interval'])}",
+            "verdict": row["verdict"],
+            "evidence": row["evidence"],
+        }
+        for row in rows
+    )
+
+
 class Judge:
     """One paper's claims against the stored runs.
 

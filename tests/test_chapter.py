@@ -154,7 +154,7 @@ def test_an_exploration_has_no_verdicts_and_other_words(commit):
     commit(lth.runs(None, "smoke"))
     chapter = Chapter("lth", scale="smoke", lr=0.01)
     assert chapter.exploration
-    assert chapter.scorecard() is None
+    assert chapter.card is None
     with pytest.raises(Refused, match="recompute='missing'"):
         chapter.scale("fig3")
     assert not Chapter("lth", scale="smoke", lr=None, trials=None).exploration
@@ -162,7 +162,7 @@ def test_an_exploration_has_no_verdicts_and_other_words(commit):
 
 def test_the_scorecard_is_that_of_the_store(commit):
     commit(lth.runs(None, "smoke"))
-    card = Chapter("lth").scorecard()
+    card = Chapter("lth").card
     assert {"schema", "rows", "totals"} == card.keys()
     assert {row["paper"] for row in card["rows"]} == {"lth"}
 

@@ -856,6 +856,36 @@ def test_totals_count_chance_and_keep_exact_apart():
     assert totals["primary"]["claims"] == 1
 
 
+def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_claims_first():
+    def row(title, evidence, verdict, primary=False, **values):
+        keys = dict.fromkeys(("ours", "paper_value", "interval"))
+        row = {"claim": title, "title": title, "item": "Figure 4", "rule": "direction; n = 5", "primary": primary}
+        return keys | row | {"evidence": evidence, "verdict": verdict} | values
+
+    rows = [
+        row("weights", "exact", "reproduced", ours=266_200, paper_value=266_000.0),
+        row("faster", "reduced", "supports (1 of 2 cells)"),
+        row("better", "full", "reproduced", True, ours=1.23456, interval=[0.5, 2], paper_value=1.0),
+        row("late", "reduced", "not tested (baseline off)"),
+        row("unrun", "none", "not tested"),
+        row(None, "none", None),
+    ]
+    card = {"rows": rows, "totals": scorecard.totals(rows)}
+    assert [r["title"] for r in scorecard.tested(card)] == ["better", "faster", "weights"]
+    assert scorecard.summary(card).splitlines() == [
+        "2 claims were tested here, 1 of them primary.",
+        "reproduced: 1",
+        "supports: 1",
+        "If nothing were there, at most 0.05 of them would pass by chance.",
+        "1 more are exact and need no runs: 1 reproduced.",
+        "The other 2 claims are in the scorecard.",
+    ]
+    table = scorecard.table(scorecard.tested(card))
+    assert table["claim"].tolist() == ["★ better", "faster", "weights"]
+    assert table["ours"].tolist() == ["1.235 [0.5, 2]", "– ", "266,200 "]
+    assert table["paper"].tolist() == ["1", "–", "266,000"]
+
+
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of grasp, lth \([^\n]*\)\.$"):
         claims.claims("lht", REPORTED)

@@ -1,11 +1,14 @@
 """What a paper's notebook shows: for every figure the best complete evidence, with its badge, or how to get it."""
 
+import ast
 import dataclasses
+import functools
+import inspect
 import json
 import os
 from pathlib import Path
 
-from lottery import experiments
+from lottery import experiments, scorecard
 from lottery.experiments import engine
 from lottery.experiments.store import Store, load, now, root
 
@@ -180,11 +183,24 @@ class Chapter:
         )
         return ours <= papers
 
-    def scorecard(self):
-        """The paper's claims as `claims.scorecard` rows, or None in an exploration."""
+    @functools.cached_property
+    def card(self):
+        """The paper's claims as `claims.scorecard` gives them, or None in an exploration."""
         from lottery import claims
 
         return None if self.exploration else claims.scorecard(self.paper, self.store)
+
+    def show_claims(self):
+        """Print and display the claims that were tested, with the commands that test them again."""
+        import pandas as pd
+        from IPython.display import display
+
+        if not (rows := self.card and scorecard.tested(self.card)):
+            print("exploration: no verdict" if self.exploration else "No claim was tested: no run is stored.")
+            return
+        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
+            display(scorecard.table(rows))
+        print("Each is computed again by one of:", *sorted({row["command"] for row in rows}), sep="\n  ")
 
     def _cells(self, item, scale):
         """What a measured item has is the module's to say: there a higher scale has it all."""
@@ -205,6 +221,13 @@ class Chapter:
             return "time unknown: none like them was timed"
         seconds = sum(pace[r.like] * r.work for r in left)
         return f"about {max(1, round(seconds / 60))} core minutes"
+
+
+def listing(function):
+    """The source of a function as it runs here, without its docstring."""
+    source = inspect.getsource(function).splitlines()
+    text = ast.parse("\n".join(source)).body[0].body[0]
+    return "\n".join(source[: text.lineno - 1] + source[text.end_lineno :])
 
 
 def open_store(results_dir=None, anew=False):
