@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +61,8 @@ def run(
     seconds = None if budget is None else _seconds(budget)
     engine.check(device, threads)
     before = len(experiments.load(runs, store))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell's script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         experiments.run(runs, budget=seconds, store=store, device=device, threads=threads)
     finally:

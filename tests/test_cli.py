@@ -287,7 +287,7 @@ import signal
 from lottery.cli import app
 from lottery.experiments import lth
 os.cpu_count = lambda: 2  # two workers on any machine
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a background job of a shell's script inherits
 lth.SETTINGS["smoke"] = lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2)
 app()
 """
