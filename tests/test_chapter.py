@@ -202,6 +202,9 @@ def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
     parts = chapter.badge("fig4").split(" · ")
     assert parts[0] == "net, data: stand-in (lenet_300_100, digits)"
     assert parts[1].endswith("20 iterations")
+    half = replace(paper.base, recipe=replace(paper.base.recipe, precision="bfloat16"))
+    monkeypatch.setitem(lth.SETTINGS, "paper", replace(paper, base=half))
+    assert Chapter("lth").badge("fig4").split(" · ")[2] == "float32"  # said where it is not the paper's
 
 
 # What is trained, and where it goes -----------------------------------------------------------------------------------

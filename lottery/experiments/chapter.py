@@ -151,6 +151,7 @@ class Chapter:
             f"{len(self.module.GUESSED)} settings guessed",
             f"cells {cells}",
         ]
+        parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
         parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in others.items()]
         return " · ".join(parts)
 
