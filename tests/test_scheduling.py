@@ -1,0 +1,170 @@
+"""The engine: which runs are trained, when and in what order; failures, interrupts, budgets, pools."""
+
+import concurrent.futures as futures
+import hashlib
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from small_runs import (
+    DENSE,
+    Inline,
+    child,
+    fake,
+    message,
+    seeds,
+    train,
+    tree,
+)
+
+from lottery import experiments
+from lottery.experiments import Store, engine, load
+from lottery.training import Recipe
+
+
+def test_what_is_stored_is_not_trained_again(tmp_path):
+    chain = [DENSE, child(DENSE), child(child(DENSE))]
+    assert train(chain[2:], tmp_path) == chain
+    before = tree(tmp_path)
+    assert train(chain, tmp_path) == []
+    Store(tmp_path).merge()
+    assert train(chain, tmp_path) == []
+    for path, (content, _) in before.items():
+        assert path.suffix == ".parquet" or path.read_bytes() == content
+
+
+def test_a_parent_without_its_weights_is_trained_again_and_keeps_its_row(tmp_path):
+    train([child(DENSE)], tmp_path)
+    Store(tmp_path).merge()
+    row = Store(tmp_path).get(DENSE)
+    opened = Store(tmp_path)
+    opened.artifact(DENSE.key).unlink()
+    new = child(DENSE, rate=0.5)
+    assert engine.missing([DENSE, child(DENSE)], opened) == []
+    assert train([new], tmp_path) == [DENSE, new]
+    assert Store(tmp_path).get(DENSE) == row
+    sha = hashlib.sha256(opened.artifact(DENSE.key).read_bytes()).hexdigest()
+    assert json.loads(Store(tmp_path).get(new)["certificate"])["parent_weights"] == sha
+    Store(tmp_path).merge()
+    assert sorted(pd.read_parquet(tmp_path)["key"]) == sorted(r.key for r in (DENSE, child(DENSE), new))
+
+
+def test_a_parent_of_the_committed_store_is_trained_again_beside_it_and_keeps_its_row(tmp_path):
+    committed, mine = tmp_path / "committed", tmp_path / "mine"
+    train([child(DENSE)], committed)
+    Store(committed).merge()
+    Store(committed).artifact(DENSE.key).unlink()
+    before, row = tree(committed), Store(committed).get(DENSE)
+    both = Store(mine, also=[committed])
+    new = child(DENSE, rate=0.5)
+    assert experiments.run([new], Inline(), store=both, progress=False) == []
+    for opened in (both, Store(mine, also=[committed])):
+        assert opened.get(DENSE) == row
+    assert tree(committed) == before
+    assert set(Store(mine).rows()) == {new.key}
+    assert Store(mine).artifact(DENSE.key).exists()
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: b"", lambda content: b"\xff" * 99])
+def test_damaged_weights_are_set_aside_named_and_trained_again(tmp_path, damage):
+    train([child(DENSE)], tmp_path)
+    path = Store(tmp_path).artifact(DENSE.key)
+    sound = path.read_bytes()
+    path.write_bytes(broken := damage(sound))
+    new = child(DENSE, rate=0.5)
+    with pytest.raises(ValueError, match=message(f"Damaged weights {path}: set aside; run again, ")):
+        train([new], tmp_path)
+    assert not path.exists()
+    assert path.with_suffix(".damaged").read_bytes() == broken
+    assert train([new], tmp_path) == [DENSE, new]
+    assert path.read_bytes() == sound
+
+
+class Failing(Inline):
+    """Some runs fail, as an exception in a worker does."""
+
+    def __init__(self, *failing, error=RuntimeError):
+        super().__init__()
+        self.failing, self.error = failing, error
+
+    def submit(self, fn, runs, *args):
+        [r] = runs
+        if r not in self.failing:
+            return super().submit(fn, runs, *args)
+        future = futures.Future()
+        future.set_exception(self.error(f"seed {r.seed} failed"))
+        return future
+
+
+def test_a_run_that_fails_stops_its_descendants_only(tmp_path):
+    """The others are trained and kept, and the first error is raised at the end."""
+    chains = [[r := replace(DENSE, seed=seed), child(r), child(child(r))] for seed in range(3)]
+    executor = Failing(chains[0][1], chains[1][0])
+    with pytest.raises(RuntimeError, match="seed 1 failed"):
+        train([r for chain in chains for r in chain], tmp_path, executor)
+    assert set(executor.ran) == {chains[0][0], *chains[2]}
+    assert set(Store(tmp_path).rows()) == {r.key for r in executor.ran}
+
+
+def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path):
+    class Interrupted(futures.ThreadPoolExecutor):
+        def submit(self, fn, runs, *args):
+            if runs[0].seed == 2:
+                raise KeyboardInterrupt
+            return super().submit(fn, runs, *args)
+
+    with Interrupted(3) as pool, pytest.raises(KeyboardInterrupt):
+        experiments.run(seeds(5), pool, store=Store(tmp_path), progress=False)
+    assert set(Store(tmp_path).rows()) == {r.key for r in seeds(2)}
+
+
+def test_long_chains_go_before_side_branches(tmp_path):
+    trunk = [DENSE, child(DENSE), child(child(DENSE))]
+    side = [child(DENSE, init="reinit", draw=i) for i in range(3)]
+    other = replace(DENSE, seed=1)
+    assert engine.missing([*side, other, *trunk], Store(tmp_path)) == [*trunk[:2], *side, other, trunk[2]]
+
+
+def test_a_thread_pool_will_do(tmp_path):
+    with futures.ThreadPoolExecutor(1) as pool:
+        train([child(DENSE)], tmp_path, pool)
+    assert len(load(None, Store(tmp_path))) == 2
+
+
+def test_two_threads_train_two_runs_as_one_after_the_other(tmp_path):
+    chains = [child(r) for r in seeds(3)]
+    train(chains, tmp_path / "alone")
+    with futures.ThreadPoolExecutor(2) as pool:
+        train(chains, tmp_path / "together", pool)
+    alone, together = (Store(tmp_path / name).rows() for name in ("alone", "together"))
+    assert alone.keys() == together.keys()
+    for key, row in alone.items():
+        for column in ("step", "val_loss", "train_loss", "mask", "early_stop_correct", "last_correct"):
+            assert together[key][column] == row[column]
+
+
+def test_budget_0_starts_nothing(tmp_path, capsys):
+    left = experiments.run([child(DENSE)], Inline(), budget=0, store=Store(tmp_path / "new"), progress=False)
+    assert left == [DENSE, child(DENSE)]
+    assert not tree(tmp_path)
+
+
+def test_children_of_a_run_that_the_budget_refuses_are_not_started(tmp_path):
+    opened, executor = Store(tmp_path), Inline()
+    opened.put(fake(replace(DENSE, seed=5), wall_s=40.0))  # a second an iteration
+    slow = replace(DENSE, recipe=Recipe(iterations=1000))
+    quick = child(slow, recipe=Recipe(iterations=2, eval_every=1))
+    left = experiments.run([quick, child(quick)], executor, budget=20, store=opened, progress=False)
+    assert left == [slow, quick, child(quick)]
+    assert executor.ran == []
+
+
+def test_a_budget_stops_before_runs_that_would_end_after_it(tmp_path):
+    opened = Store(tmp_path)
+    opened.put(fake(replace(DENSE, seed=5), wall_s=40.0))  # a second an iteration
+    executor = Inline()
+    quick, slow = replace(DENSE, recipe=Recipe(iterations=10, eval_every=5)), replace(DENSE, seed=1)
+    left = experiments.run([quick, slow], executor, budget=20, store=opened, progress=False)
+    assert executor.ran[:1] == [quick]
+    assert left == [r for r in (slow,) if r not in executor.ran]
