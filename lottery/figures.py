@@ -173,6 +173,12 @@ def missing(text):
     ax.text(0, 0.5, "\n".join(textwrap.wrap(text, 105)), fontsize=9, color="0.35", va="center")
 
 
+def legend(fig, axes):
+    """One legend above the panels, each label once."""
+    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), fontsize=8)
+
+
 def badge(fig, text):
     """The line below a figure that says what its numbers rest on, wrapped to the figure's width."""
     import textwrap

@@ -225,7 +225,8 @@ class Judge:
         above = tried[: tried.index(best)] if best else tried
         cells = f"{len(best.cells) if best else 0} of {len(_cells(claim))} cells"
         partial = [f"{at.scale} {at.done} of {len(at.keys)} runs" for at in above if at.done]
-        at = best or tried[0]
+        alike = [at for at in tried if best and at.keys.keys() == best.keys.keys()]
+        at = alike[-1] if alike else tried[0]  # the lowest scale that has the same runs has the fewest others
         command = f"lottery run {self.paper} {_measured(claim) or _short(claim['item'])} --scale {at.scale}"
         command += f" --trials {at.trials}" if at.trials != at.preset else ""
         old = sum(self.stored[key]["stale"] for key in at.keys if key in self.stored)

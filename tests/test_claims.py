@@ -531,6 +531,16 @@ def test_full_evidence_at_a_lower_scale_goes_before_too_few_trials_at_a_higher_o
     assert row["command"] == "lottery run lth fig4 --scale laptop --trials 10"
 
 
+def test_the_command_names_the_lowest_scale_that_has_the_same_runs(monkeypatch):
+    """At a higher scale the figure's other networks would be trained as well."""
+    lab = Invented()
+    lab.SCALES = ("paper", "primary", "laptop")
+    run = lab.run
+    lab.run = lambda name, x, trial, scale, draw: run(name, x, trial, scale.replace("primary", "paper"), draw)
+    row = judged(lab, lab.store("paper", better, xs=[21.1]), claim(delta=1.0))
+    assert (row["evidence"], row["command"]) == ("full", "lottery run lth fig4 --scale primary")
+
+
 def test_of_two_reduced_scales_the_one_with_more_cells_is_used(monkeypatch):
     lab = Invented()
     lab.SCALES, lab.missing = ("paper", "laptop", "short"), {("laptop", 2.9)}
