@@ -108,7 +108,7 @@ def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None
 
 def density_axis(ax, density):
     """Log axis of densities in %, dense on the left."""
-    ticks = [100, 51.3, 21.1, 10.8, 7.0, 3.6, 1.9]
+    ticks = [100, 51.3, 21.1, 10.8, 7.0, 3.6, 1.9, 1.0]
     ax.set_xscale("log")
     ax.set_xlim(115, 0.87 * min(density))
     ax.set_xticks([t for t in ticks if t >= 0.9 * min(density)], minor=False)
