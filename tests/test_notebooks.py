@@ -3,6 +3,7 @@
 Every notebook runs in a copy of the clone's layout, in the environment that `make book` gives it.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -138,8 +139,10 @@ def others(folder, anew):
 
 def damaged(folder):
     """A clone in which one stored test accuracy, of a network that Figure 4 shows, is 0.5 points higher."""
-    shown = {r.key for r in lth.runs("fig4", Chapter("lth").scale("fig4"))}
     found = clone(folder / "damaged-clone")
+    with contextlib.chdir(found):  # what is committed, whatever else this machine has stored
+        scale = Chapter("lth", results_dir=str(folder / "damaged")).scale("fig4")
+    shown = {r.key for r in lth.runs("fig4", scale)}
     for path in (found / "results/ours").glob("*.parquet"):
         table = pq.read_table(path)
         hit = [key == min(shown) for key in table["key"].to_pylist()]
