@@ -42,9 +42,12 @@ def kind_errors(command):
 @kind_errors
 def run(
     paper: Annotated[str, typer.Argument(help="lth or grasp.")],
-    items: Annotated[list[str] | None, typer.Argument(help="fig3, table1, …; default: all that the paper has.")] = None,
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(help="fig3, table1, …, or claims by their ids, lth-fig4-accuracy-13, …; default: all figures."),
+    ] = None,
     scale: Scale = "laptop",
-    trials: Annotated[int | None, typer.Option(help="Seeds 0 … trials − 1; default: the scale's.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Seeds 0 … trials − 1; default: the scale's or claim's.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of one training; more trainings run side by side.")] = 1,
     budget: Annotated[
@@ -52,12 +55,11 @@ def run(
     ] = None,
     results_dir: ResultsDir = None,
 ):
-    """Train what the store does not have yet of a paper's figures and tables. Interrupt and repeat at will."""
+    """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will."""
     from lottery import experiments
     from lottery.experiments import engine
 
-    module, at = _setting(paper, scale, trials)
-    runs, store = module.runs(items, at), experiments.Store(results_dir)
+    runs, store = _asked(paper, items, scale, trials), experiments.Store(results_dir)
     seconds = None if budget is None else _seconds(budget)
     engine.check(device, threads)
     before = len(experiments.load(runs, store))
@@ -191,15 +193,18 @@ def _declare():
     return declared
 
 
-def _setting(paper, scale, trials):
-    """The paper's experiments module and its Setting at a scale, with another number of trials."""
-    from lottery import experiments
+def _asked(paper, items, scale, trials):
+    """The Runs of a paper's figures, tables and claims at a scale; trials: another number than their own."""
+    from lottery import experiments, scorecard
 
     if paper not in PAPERS:
         raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(PAPERS)}.")
     module = getattr(experiments, paper)
-    at = module.setting(scale)
-    return module, module.override(at, trials=trials)
+    at = module.override(module.setting(scale), trials=trials)
+    claims = [item for item in items or () if item.startswith(f"{paper}-")]
+    figures = [item for item in items or () if item not in claims]
+    runs = module.runs(figures, at) if figures or not claims else []
+    return list(dict.fromkeys([*runs, *(scorecard.runs(paper, claims, scale, trials) if claims else ())]))
 
 
 def _seconds(text):

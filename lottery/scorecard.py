@@ -77,6 +77,32 @@ def scorecard(paper=None, store=None, reported_dir=None):
     return {"schema": 1, "rows": rows, "totals": totals(rows)}
 
 
+def runs(paper, ids, scale, trials=None, reported_dir=None):
+    """The Runs that some claims rest on at one scale, those of the baseline gate with them.
+
+    trials: default the claim's, below scale "paper" no more than the scale has. Raises ValueError for a claim that the
+    paper does not have, or that is no experiment at the scale.
+    """
+    module, found = _module(paper), {}
+    judge = Judge(paper, module, {}, read(paper, reported_dir=reported_dir))
+    rules = read(paper, "_claims", reported_dir).set_index("id", drop=False)
+    for name in ids:
+        if name not in rules.index:
+            raise ValueError(f"Unknown claim {name!r}: `lottery scorecard --paper {paper} --json` lists them.")
+        claim = _blank_is_none(rules.loc[name].to_dict())
+        tried = [_At(judge, claim, at, trials) for at in module.SCALES] if _trained(claim) else []
+        if not (possible := {at.scale: at for at in tried if at.cells}):
+            raise ValueError(f"Nothing to train for {name}: see `lottery scorecard --paper {paper}`.")
+        if scale not in possible:
+            raise ValueError(f"Invalid scale {scale!r} for {name}: choose one of {', '.join(possible)}.")
+        at = possible[scale]
+        found |= at.keys
+        if scale == "paper" and not _measured(claim):
+            dense = [judge.arm(arm, None, t, scale) for arm in judge.dense(claim)[1] for t in range(at.trials)]
+            found |= {r.key: r for runs in dense for r in runs or ()}
+    return list(found.values())
+
+
 def totals(rows):
     """Verdicts by evidence, so that exact items are never added to experiments, of all and of the primary claims."""
     rows = [row for row in rows if row["claim"]]
@@ -166,6 +192,7 @@ def table(rows):
             "ours": f"{number(row['ours'])} {interval(row['interval'])}",
             "verdict": row["verdict"],
             "evidence": row["evidence"],
+            "again by": row["command"],
         }
         for row in rows
     )
@@ -191,7 +218,7 @@ class Judge:
 
     def row(self, claim):
         """One row of the scorecard, of a row of the rules."""
-        claim = {k: None if v == "" or v != v else v for k, v in claim.items()}
+        claim = _blank_is_none(claim)
         row = dict.fromkeys(FIELDS) | {k: claim[k] for k in ("item", "panel", "item_source", "trials_paper")}
         row |= {"paper": self.paper, "title": claim["text"], "primary": claim["primary"] == 1, "evidence": "none"}
         if claim["kind"]:
@@ -215,7 +242,7 @@ class Judge:
         return {"evidence": "exact", "net": name, "ours": ours, "verdict": str(verdict), "command": command}
 
     def _experiment(self, claim):
-        if not (claim["quantity"] in (None, *READ) or _measured(claim)):
+        if not _trained(claim):
             return {}
         tried = [at for scale in getattr(self.experiment, "SCALES", ()) if (at := _At(self, claim, scale)).cells]
         if not tried:
@@ -225,10 +252,9 @@ class Judge:
         above = tried[: tried.index(best)] if best else tried
         cells = f"{len(best.cells) if best else 0} of {len(_cells(claim))} cells"
         partial = [f"{at.scale} {at.done} of {len(at.keys)} runs" for at in above if at.done]
-        alike = [at for at in tried if best and at.keys.keys() == best.keys.keys()]
-        at = alike[-1] if alike else tried[0]  # the lowest scale that has the same runs has the fewest others
-        command = f"lottery run {self.paper} {_measured(claim) or _short(claim['item'])} --scale {at.scale}"
-        command += f" --trials {at.trials}" if at.trials != at.preset else ""
+        at = best or tried[0]
+        command = f"lottery run {self.paper} {claim['id'] if claim['kind'] else _short(claim['item'])}"
+        command += f" --scale {at.scale}" + (f" --trials {at.trials}" if at.trials != at.default else "")
         old = sum(self.stored[key]["stale"] for key in at.keys if key in self.stored)
         fields = {"coverage": "; ".join([cells, *partial]), "command": command}
         fields |= {"stale": f"{old} runs of an older algorithm version"} if old else {}
@@ -250,23 +276,26 @@ class Judge:
 
 
 class _At:
-    """One claim at one scale. `cells` are those of its x that exist there; `rows[cell][trial][arm]` stored runs."""
+    """One claim at one scale. `cells` are those of its x that exist there; `runs[cell][trial][arm]` lists of Runs.
 
-    def __init__(self, judge, claim, scale):
+    trials: default the claim's n, or as many as the scale has, where those are stored; else `default`, that of `runs`.
+    """
+
+    def __init__(self, judge, claim, scale, trials=None):
         self.judge, self.claim, self.scale = judge, claim, scale
-        self.preset = judge.experiment.setting(scale).trials
         n, cells = int(claim["n"] or 1), _cells(claim)
+        fewer = min(n, judge.experiment.setting(scale).trials)
+        self.default = n if scale == "paper" else fewer
         self.cells = [x for x in cells if self._runs(x, 0)]
         ranged = not claim["kind"] or claim["kind"].startswith((C.ALL, "up to"))
         if len(self.cells) < len(cells) and not ranged:
             self.cells = []
         if _measured(claim) and self.cells:
-            n = self.preset = next(t for t in range(n + 1) if t == n or not self._runs(self.cells[0], t))
-        for trials in sorted({n, min(self.preset, n)}, reverse=True):
-            if self._declare(trials):
-                return
-        if scale == "paper":
-            self._declare(n)
+            n = next(t for t in range(n + 1) if t == n or not self._runs(self.cells[0], t))
+            fewer = self.default = n
+            trials = trials and min(trials, n)
+        if trials or not any(self._declare(some) for some in (n, fewer)):
+            self._declare(trials or self.default)
 
     def _declare(self, trials):
         """Take the runs of so many trials; True when all of them are stored."""
@@ -486,6 +515,15 @@ def _short(item):
     if match := re.fullmatch(r"(fig|table)(?:ure)? (\d+)", item.lower()):
         return match[1] + match[2]
     return item.lower().split()[0]
+
+
+def _trained(claim):
+    """True where runs decide."""
+    return claim["quantity"] in (None, *READ) or _measured(claim)
+
+
+def _blank_is_none(row):
+    return {k: None if v == "" or v != v else v for k, v in row.items()}
 
 
 def _chance(row):

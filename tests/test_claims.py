@@ -507,7 +507,7 @@ def test_a_row_has_exactly_the_fields_and_the_right_words():
     assert row["interval_images"][0] <= row["interval"][0]
     assert (row["evidence"], row["verdict"], row["steps_fraction"]) == ("full", "reproduced", 1)
     assert (row["trials"], row["trials_paper"], row["coverage"]) == (5, 5, "1 of 1 cells")
-    assert row["command"] == "lottery run lth fig4 --scale paper"
+    assert row["command"] == "lottery run lth lth-fig4-x --scale paper"
     assert row["rule"] == "direction; Δ = 1; m = 0.2; n = 5"
     assert row["stale"] is None
 
@@ -518,7 +518,7 @@ def test_the_best_complete_scale_is_used_and_partial_ones_are_mentioned():
     row = judged(lab, stored, claim(delta=1.0))
     assert (row["evidence"], row["verdict"], row["steps_fraction"]) == ("reduced", "supports", 0.3)
     assert row["coverage"] == "1 of 1 cells; paper 4 of 10 runs"
-    assert row["command"] == "lottery run lth fig4 --scale laptop"
+    assert row["command"] == "lottery run lth lth-fig4-x --scale laptop"
 
 
 def test_full_evidence_at_a_lower_scale_goes_before_too_few_trials_at_a_higher_one(monkeypatch):
@@ -528,17 +528,7 @@ def test_full_evidence_at_a_lower_scale_goes_before_too_few_trials_at_a_higher_o
     stored = lab.store("paper", better, xs=[21.1]) | lab.store("laptop", better, xs=[21.1], trials=10)
     row = judged(lab, stored, claim(delta=1.0, n=10))
     assert (row["evidence"], row["trials"], row["steps_fraction"]) == ("full", 10, 1)
-    assert row["command"] == "lottery run lth fig4 --scale laptop --trials 10"
-
-
-def test_the_command_names_the_lowest_scale_that_has_the_same_runs(monkeypatch):
-    """At a higher scale the figure's other networks would be trained as well."""
-    lab = Invented()
-    lab.SCALES = ("paper", "primary", "laptop")
-    run = lab.run
-    lab.run = lambda name, x, trial, scale, draw: run(name, x, trial, scale.replace("primary", "paper"), draw)
-    row = judged(lab, lab.store("paper", better, xs=[21.1]), claim(delta=1.0))
-    assert (row["evidence"], row["command"]) == ("full", "lottery run lth fig4 --scale primary")
+    assert row["command"] == "lottery run lth lth-fig4-x --scale laptop --trials 10"
 
 
 def test_of_two_reduced_scales_the_one_with_more_cells_is_used(monkeypatch):
@@ -560,8 +550,8 @@ def test_nothing_stored_is_no_evidence_and_names_the_command():
         None,
         "0 of 1 cells",
     )
-    assert row["command"] == "lottery run lth fig4 --scale paper"
-    assert judged(lab, {}, claim(n=10))["command"] == "lottery run lth fig4 --scale paper --trials 10"
+    assert row["command"] == "lottery run lth lth-fig4-x --scale paper"
+    assert judged(lab, {}, claim(n=10))["command"] == "lottery run lth lth-fig4-x --scale paper"
     nowhere = judged(lab, {}, claim(arm_a="vgg19@0.1/imp"))
     assert (nowhere["evidence"], nowhere["command"], nowhere["coverage"]) == ("none", None, None)
     assert judged(None, {}, claim())["evidence"] == "none"
@@ -784,6 +774,54 @@ def test_items_on_the_command_line():
     assert {item: scorecard._short(item) for item in items} == items
 
 
+def test_the_runs_of_a_claim_are_those_that_its_verdict_rests_on():
+    """13.5 % is level 9; the claim asks for ten trials, of which the laptop's scale has five."""
+
+    def runs(scale, trials):
+        at = lth.setting(scale)
+        return {r for seed in range(trials) for level in (0, 9) for r in at.imp(seed, level)}
+
+    name = "lth-fig4-accuracy-13"
+    assert set(scorecard.runs("lth", [name], "paper")) == runs("paper", 10)
+    assert set(scorecard.runs("lth", [name], "laptop")) == runs("laptop", 5)
+    assert set(scorecard.runs("lth", [name], "laptop", trials=7)) == runs("laptop", 7)
+    both = scorecard.runs("lth", [name, "lth-fig4-reinit-accuracy-21"], "paper", trials=1)
+    assert {(r.level, r.init) for r in both} == {(0, "reset"), (7, "reset"), (9, "reset"), (7, "reinit")}
+    assert len(both) == 1 + 1 + 1 + 3
+
+
+def test_the_runs_of_a_claim_have_the_dense_ones_of_the_gate():
+    """GraSP prints dense accuracies, and neither arm of the claim is dense."""
+    snip, ours, dense = scorecard.runs("grasp", ["grasp-table2-vgg19-c10-90-snip-ahead"], "paper", trials=1)
+    assert {snip.criterion, ours.criterion} == {"snip", "grasp"}
+    assert (dense.density, dense.seed) == (None, 0)
+
+
+def test_every_command_of_a_claim_trains_what_it_names():
+    for paper in ("lth", "grasp"):
+        for row in claims.scorecard(paper, None, REPORTED)["rows"]:
+            match (row["command"] or "").split():
+                case ["lottery", "run", named, name, "--scale", scale, *more] if row["claim"]:
+                    assert (named, name) == (paper, row["claim"])
+                    assert scorecard.runs(paper, [name], scale, trials=int(more[1]) if more else None)
+                case ["lottery", "scorecard", *_]:
+                    assert row["evidence"] == "exact"
+
+
+def test_claims_that_cannot_be_run_are_refused_in_one_line():
+    for name, scale, said in [
+        ("lth-fig4-nothing", "paper", "Unknown claim 'lth-fig4-nothing': `lottery scorecard --paper lth --json` "),
+        ("lth-fig2-lenet-weights", "paper", "Nothing to train for lth-fig2-lenet-weights: see `lottery scorecard "),
+        (
+            "lth-fig4-ticket-falls-2.9",
+            "laptop",
+            "Invalid scale 'laptop' for lth-fig4-ticket-falls-2.9: choose one of paper",
+        ),
+    ]:
+        with pytest.raises(ValueError, match="^" + re.escape(said) + r"[^\n]*\.$"):
+            scorecard.runs("lth", [name], scale)
+
+
 def test_lenet_has_no_gate():
     judge = scorecard.Judge("lth", None, {}, claims.reported("lth", REPORTED))
     assert judge.dense(claim())[1] == {}
@@ -870,6 +908,7 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     def row(title, evidence, verdict, primary=False, **values):
         keys = dict.fromkeys(("ours", "paper_value", "interval"))
         row = {"claim": title, "title": title, "item": "Figure 4", "rule": "direction; n = 5", "primary": primary}
+        row["command"] = f"lottery run lth {title} --scale paper"
         return keys | row | {"evidence": evidence, "verdict": verdict} | values
 
     rows = [
@@ -894,6 +933,7 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     assert table["claim"].tolist() == ["★ better", "faster", "weights"]
     assert table["ours"].tolist() == ["1.235 [0.5, 2]", "– ", "266,200 "]
     assert table["paper"].tolist() == ["1", "–", "266,000"]
+    assert table["again by"][1] == "lottery run lth faster --scale paper"
 
 
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):

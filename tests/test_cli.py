@@ -165,8 +165,7 @@ def test_there_is_a_queue_of_each_paper():
 def test_a_line_of_the_queue_is_the_arguments_of_run(file, words):
     given = typer.main.get_command(app).commands["run"].make_context("run", words).params
     assert file == f"{given['paper']}.txt"
-    module, at = cli._setting(given["paper"], given["scale"], given["trials"])
-    assert module.runs(given["items"], at)
+    assert cli._asked(given["paper"], given["items"], given["scale"], given["trials"])
     if given["budget"]:
         assert cli._seconds(given["budget"]) > 0
 
@@ -184,6 +183,7 @@ def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
         (["run", "cs"], "Unknown paper 'cs': choose one of lth, grasp."),
         (["run", "lth", "fig99"], "Unknown item 'fig99' of lth: choose from fig1, "),
         (["run", "lth", "fig3", "table1"], "Unknown item 'table1' of lth: "),
+        (["run", "lth", "fig3", "lth-fig3"], "Unknown claim 'lth-fig3': "),
         (["run", "grasp", "fig1"], "Unknown item 'fig1' of grasp: choose from grid, "),
         (["run", "grasp", "--scale", "primary"], "Unknown scale 'primary': choose one of paper, laptop, smoke."),
         (["run", "grasp", "--trials", "0"], "Invalid trials 0: give a whole number from 1."),

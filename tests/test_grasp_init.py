@@ -306,7 +306,7 @@ def test_measured_claims_read_the_measurements(tmp_path, monkeypatch):
     assert (row["evidence"], row["trials"], row["steps_fraction"]) == ("reduced", 10, None)
     assert row["ours"] == pytest.approx(math.e, rel=0.02)
     assert row["verdict"].startswith("supports")
-    assert row["command"] == "lottery run grasp fig2right --scale laptop"
+    assert row["command"] == "lottery run grasp grasp-fig2-norm-c10-grasp-above-snip --scale laptop"
     assert judged(store, "grasp-fig2-norm-c100-grasp-above-snip")["evidence"] == "none"
 
 

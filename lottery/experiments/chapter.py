@@ -201,7 +201,6 @@ class Chapter:
             return
         with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
             display(scorecard.table(rows))
-        print("Each is computed again by one of:", *sorted({row["command"] for row in rows}), sep="\n  ")
 
     def _cells(self, item, scale):
         """What a measured item has is the module's to say: there a higher scale has it all."""
