@@ -118,7 +118,10 @@ def up_to(levels, delta):
 
 
 def in_all_cells(kind, cells, margin):
-    """`kind` in every cell; cells: differences [cells, trials]. d and interval are those of the worst cell."""
+    """`kind` in every cell; cells: differences [cells, trials]. d and interval are those of the worst cell.
+
+    A negative word without an opposite cell means that most cells are open: its note says so.
+    """
     each = [_cell(kind, d, margin) for d in cells]
     passed, opposite = sum(p for p, _ in each), any(o for _, o in each)
     at = cells[worst(kind, cells)]
@@ -128,7 +131,7 @@ def in_all_cells(kind, cells, margin):
         return _verdict("reproduced", at, note)
     if 2 * passed >= len(each) and not opposite:
         return _verdict("partly", at, note)
-    return _negative(at, note)
+    return _negative(at, note if opposite else note.replace(" cells", " cells, none opposite"))
 
 
 def worst(kind, cells):

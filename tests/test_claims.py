@@ -84,7 +84,7 @@ TABLE = [
         "in all cells: direction",
         [UP, LEVEL, LEVEL],
         {"margin": 1.0},
-        "not reproduced (1 of 3 cells; alone after Holm 1)",
+        "not reproduced (1 of 3 cells, none opposite; alone after Holm 1)",
     ),
     ("in all cells: direction", [UP] * 2 + [LEVEL] * 2, {"margin": 1.0}, "partly (2 of 4 cells; alone after Holm 0)"),
     ("in all cells: direction", [UP[:4], DOWN[:4]], {"margin": 1.0}, "inconclusive (a negative result needs 5 trials)"),
