@@ -192,7 +192,6 @@ def table(rows):
             "ours": f"{number(row['ours'])} {interval(row['interval'])}",
             "verdict": row["verdict"],
             "evidence": row["evidence"],
-            "again by": row["command"],
         }
         for row in rows
     )

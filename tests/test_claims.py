@@ -908,7 +908,6 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     def row(title, evidence, verdict, primary=False, **values):
         keys = dict.fromkeys(("ours", "paper_value", "interval"))
         row = {"claim": title, "title": title, "item": "Figure 4", "rule": "direction; n = 5", "primary": primary}
-        row["command"] = f"lottery run lth {title} --scale paper"
         return keys | row | {"evidence": evidence, "verdict": verdict} | values
 
     rows = [
@@ -933,7 +932,6 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     assert table["claim"].tolist() == ["★ better", "faster", "weights"]
     assert table["ours"].tolist() == ["1.235 [0.5, 2]", "– ", "266,200 "]
     assert table["paper"].tolist() == ["1", "–", "266,000"]
-    assert table["again by"][1] == "lottery run lth faster --scale paper"
 
 
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):

@@ -192,7 +192,7 @@ class Chapter:
         return None if self.exploration else claims.scorecard(self.paper, self.store)
 
     def show_claims(self):
-        """Print and display the claims that were tested, with the commands that test them again."""
+        """Display the claims that were tested."""
         import pandas as pd
         from IPython.display import display
 
@@ -201,6 +201,11 @@ class Chapter:
             return
         with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
             display(scorecard.table(rows))
+
+    def show_commands(self):
+        """Print, in the order of `show_claims`, the commands that test the claims again."""
+        for command in dict.fromkeys(row["command"] for row in scorecard.tested(self.card or {"rows": []})):
+            print(command)
 
     def _cells(self, item, scale):
         """What a measured item has is the module's to say: there a higher scale has it all."""
