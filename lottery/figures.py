@@ -156,6 +156,7 @@ def over_training(ax, frame, quantity, arms, scale=100):
         ax.plot(part["step"].iloc[0], curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
         ax.fill_between(part["step"].iloc[0], curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
     ax.set_xlabel("training iterations")
+    ax.locator_params(axis="x", nbins=3)  # numbers of five digits
     ax.legend(title="density, %", fontsize=7.5, title_fontsize=8)
 
 
