@@ -126,12 +126,12 @@ def in_all_cells(kind, cells, margin):
     passed, opposite = sum(p for p, _ in each), any(o for _, o in each)
     at = cells[worst(kind, cells)]
     alone = sum(holm([p_value(kind, d, margin) for d in cells]))
-    note = f"{passed} of {len(each)} cells; alone after Holm {alone}"
+    count, alone = f"{passed} of {len(each)} cells", f"; alone after Holm {alone}"
     if passed == len(each):
-        return _verdict("reproduced", at, note)
+        return _verdict("reproduced", at, count + alone)
     if 2 * passed >= len(each) and not opposite:
-        return _verdict("partly", at, note)
-    return _negative(at, note if opposite else note.replace(" cells", " cells, none opposite"))
+        return _verdict("partly", at, count + alone)
+    return _negative(at, count + ("" if opposite else ", none opposite") + alone)
 
 
 def worst(kind, cells):
