@@ -1,6 +1,6 @@
 """Figures: ours with error bars, the paper's printed points beside them, and the badge that says what they rest on.
 
-Every function takes the frame of `experiments.chapter.Chapter.frame`; accuracies are drawn in %, densities in % on a
+Every function takes the frame of `chapter.Chapter.frame`; accuracies are drawn in %, densities in % on a
 log axis that falls from left to right, as in the paper.
 """
 

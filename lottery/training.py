@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from lottery import masks as M
 from lottery import perceptron
-from lottery.data import flip_crop, moves
+from lottery.batches import Batches
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -233,71 +232,6 @@ def _capture(function):
     with torch.cuda.graph(graph):
         result = function()
     return graph.replay, result
-
-
-class Batches:
-    """Minibatches of the training set on the model's device: batch(t) is the one that iteration t trains on.
-
-    Every epoch is a fresh permutation, and fresh augmentation, from (seed, epoch), so any iteration can be asked for:
-    rewinding continues where the schedule stands. An incomplete last batch is dropped. Several seeds give as many
-    batches, x [K, B, C, H, W] and y [K, B].
-    """
-
-    def __init__(self, data, recipe, seed, like):
-        self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
-        self.seeds, self.shape = ([seed], ()) if isinstance(seed, int) else (seed, (len(seed),))
-        self.size, self.epoch, self.augment = recipe.batch_size, None, recipe.augment != "none"
-        self.per_epoch = len(self.y) // self.size
-        if not self.per_epoch:
-            raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
-        self.normalise = normaliser(data, recipe, like)
-        images = len(self.seeds) * self.size
-        self.index = torch.zeros(images, dtype=torch.int64, device=like.device)
-        self.move = torch.zeros(images, 3, dtype=torch.int64, device=like.device)
-
-    def __call__(self, t):
-        self.choose(t)
-        return self.gather()
-
-    def choose(self, t):
-        """Write which images iteration t trains on, and how they are moved, where `gather` reads it."""
-        epoch, i = divmod(t, self.per_epoch)
-        if epoch != self.epoch:
-            self._shuffle(epoch)
-            self.epoch = epoch
-        part = slice(i * self.size, (i + 1) * self.size)
-        self.index.copy_(self.order[:, part].flatten())
-        if self.augment:
-            self.move.copy_(self.moves[:, part].flatten(0, 1))
-
-    def gather(self):
-        """The batch that was chosen, made on the device from tensors that stay where they are."""
-        x, y = self.x.index_select(0, self.index), self.y.index_select(0, self.index)
-        x = self.normalise(flip_crop(x, self.move) if self.augment else x)
-        return x.view(*self.shape, self.size, *x.shape[1:]), y.view(*self.shape, self.size)
-
-    def _shuffle(self, epoch):
-        n, orders, all_moves = len(self.y), [], []
-        for seed in self.seeds:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-            orders.append(torch.randperm(n, generator=generator))
-            if self.augment:
-                all_moves.append(moves(n, self.x.shape[-1], generator))
-        self.order = torch.stack(orders).to(self.y.device)
-        self.moves = torch.stack(all_moves).to(self.y.device) if self.augment else None
-
-
-def normaliser(data, recipe, like):
-    """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`.
-
-    They lie in memory with channels last, which is what convolutions are fastest with.
-    """
-    to_float = functools.partial(torch.Tensor.to, dtype=like.dtype, memory_format=torch.channels_last)
-    if recipe.inputs == "unit":
-        return lambda x: to_float(x).mul_(1 / 255)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) * 255 for v in (data.mean, data.std))
-    mean, scale = mean.to(like), (1 / std).to(like)
-    return lambda x: to_float(x).sub_(mean).mul_(scale)
 
 
 def autocast(recipe, like):
@@ -545,12 +479,3 @@ def _assert_sparse(model, masks):
     for name, m in masks.items():
         if layers[name].weight.detach()[~m].any():
             raise AssertionError(f"Pruned weights of layer {name!r} came back during training.")
-
-
-def take(data, fraction):
-    """The data with a random share of its training images, 0 < fraction <= 1 (the split is already shuffled)."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"Invalid train_fraction {fraction}: give a share of the training images, 0 < share <= 1.")
-    k = max(1, round(fraction * len(data.train.y)))
-    train = dataclasses.replace(data.train, x=data.train.x[:k], y=data.train.y[:k])
-    return dataclasses.replace(data, train=train)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from lottery import cs, grasp, macs, masks, models, perceptron, training
 from lottery.baselines import snip_scores
+from lottery.batches import normaliser
 from lottery.cli import app
 from lottery.experiments import Store, lth
 
@@ -124,7 +125,7 @@ def test_the_references_see_every_image_as_ours_do(kind):
         else plain.Tensors(data.test, 5, recipe, data, False, "cpu")
     )
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
-    torch.testing.assert_close(x, training.normaliser(data, recipe, torch.zeros(()))(data.test.x))
+    torch.testing.assert_close(x, normaliser(data, recipe, torch.zeros(()))(data.test.x))
     assert torch.equal(y, data.test.y)
 
 

@@ -1,4 +1,4 @@
-"""experiments.chapter and lottery.figures: what a notebook shows, refuses and never writes."""
+"""lottery.chapter and lottery.figures: what a notebook shows, refuses and never writes."""
 
 import ast
 import concurrent.futures as futures
@@ -16,8 +16,8 @@ import typer
 
 import lottery
 from lottery import cli, experiments, figures, training
+from lottery.chapter import Chapter, Refused
 from lottery.experiments import Store, lth
-from lottery.experiments.chapter import Chapter, Refused
 
 NOTEBOOK = Path(lottery.__file__).parents[1] / "notebooks/lth.ipynb"
 TINY = {"iterations": 20, "rounds": 1, "trials": 1}

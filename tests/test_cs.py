@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lottery import cs, data, models, training
 from lottery import masks as M
+from lottery.batches import Batches
 from lottery.training import Recipe
 
 SGD = Recipe(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-2, iterations=20)
@@ -652,7 +653,7 @@ class Loop(Fit):
 
     def __call__(self, model, start, stop):
         self.opt = self.opt or training.optimizer(model, SEARCH, cs.param_groups(model, SEARCH))
-        batch = training.Batches(self.images, SEARCH, 0, torch.zeros(1, dtype=torch.float64))
+        batch = Batches(self.images, SEARCH, 0, torch.zeros(1, dtype=torch.float64))
         model.train()
         for t in range(start, stop or SEARCH.iterations):
             for group in self.opt.param_groups:

@@ -28,7 +28,7 @@ from lottery import baselines, data, models, tickets, training
 from lottery import grasp as grasp_algorithm
 from lottery import lth as algorithm
 from lottery import masks as M
-from lottery.experiments import Run, Store, engine, load, lth, store
+from lottery.experiments import Run, Store, load, lth, store, work
 from lottery.training import Recipe
 
 # Engine: one small family of runs, trained once -----------------------------------------------------------------------
@@ -70,7 +70,7 @@ def digits():
 def start(trained, digits, name):
     """A run's network before its training, and the row of its training."""
     runs, opened = family(), Store(trained)
-    model, hashes = engine.initialise(runs[name], digits, opened)
+    model, hashes = work.initialise(runs[name], digits, opened)
     row = opened.get(runs[name])
     assert hashes.keys() == {"theta0", "parent_weights"}
     assert hashes.items() <= json.loads(row["certificate"]).items()
@@ -265,7 +265,7 @@ def test_one_shot_has_the_density_of_round_10_within_one_weight(tmp_path, digits
     assert (pruned.level, pruned.init) == (1, "reset")
     assert pruned.rate_output == pruned.rate / 2
     train([dense, replace(pruned, recipe=QUICK)], tmp_path)
-    masks = M.read(engine.initialise(pruned, digits, Store(tmp_path))[0])
+    masks = M.read(work.initialise(pruned, digits, Store(tmp_path))[0])
     n = [19_200, 30_000, 1_000]
     for _ in range(10):
         n = [n[0] - round(n[0] * 0.2), n[1] - round(n[1] * 0.2), n[2] - round(n[2] * 0.1)]
@@ -296,7 +296,7 @@ AT_INIT = replace(DENSE, valid=0, recipe=STANDARD, density=0.1, criterion="grasp
 
 def start_of(run, digits, tmp_path):
     """(the network of a run before its training, the same one without masks)."""
-    model, _ = engine.initialise(run, digits, Store(tmp_path))
+    model, _ = work.initialise(run, digits, Store(tmp_path))
     return model, models.create(run.model, seed=run.seed, in_shape=(1, 8, 8))
 
 
@@ -349,7 +349,7 @@ def test_the_batch_that_is_scored(monkeypatch, score, chunks):
     monkeypatch.setattr(grasp_algorithm, "scores", lambda model, batches, T: seen.append((batches, T)) or {})
     run = replace(AT_INIT, score=tuple(sorted(score.items())))
     images = data.load("digits", valid=0)
-    engine.scores(run, models.create(run.model, seed=0, in_shape=(1, 8, 8)), images, torch.Generator().manual_seed(0))
+    work.scores(run, models.create(run.model, seed=0, in_shape=(1, 8, 8)), images, torch.Generator().manual_seed(0))
     [(batches, T)] = seen
     assert [(len(y), set(y.tolist()), int((y == y[0]).sum())) for _, y in batches] == chunks
     assert T == 200.0
@@ -365,7 +365,7 @@ def test_augmented_trainings_score_augmented_images(monkeypatch):
     for augment in ("none", "flip-crop"):
         run = replace(AT_INIT, criterion="snip", recipe=replace(STANDARD, augment=augment))
         model = models.create(run.model, seed=0, in_shape=(1, 8, 8))
-        engine.scores(run, model, data.load("digits", valid=0), torch.Generator().manual_seed(0))
+        work.scores(run, model, data.load("digits", valid=0), torch.Generator().manual_seed(0))
     one, two = (torch.cat([x for x, _ in batches]) for batches in seen)
     assert one.shape == two.shape
     assert not torch.equal(one, two)
@@ -377,7 +377,7 @@ def test_snip_and_grasp_score_a_fresh_classifier_and_train_their_own(monkeypatch
     model = models.create("resnet8", seed=0, in_shape=(1, 8, 8), width=4)
     for reinit in (True, False):
         run = replace(AT_INIT, criterion="snip", score=(() if reinit else (("reinit_linear", False),)))
-        engine.scores(run, model, data.load("digits", valid=0), torch.Generator().manual_seed(0))
+        work.scores(run, model, data.load("digits", valid=0), torch.Generator().manual_seed(0))
     fresh, own = seen
     assert torch.equal(fresh.conv1.weight, model.conv1.weight)
     assert not torch.equal(fresh.fc.weight, model.fc.weight)
@@ -479,8 +479,8 @@ def test_execute_leaves_threads_and_random_states(tmp_path):
     run = child(DENSE, init="random")
     torch.set_num_threads(threads + 1)
     try:
-        engine.execute([DENSE], tmp_path, keep_weights=[True], threads=1)
-        engine.execute([run], tmp_path, threads=1)
+        work.execute([DENSE], tmp_path, keep_weights=[True], threads=1)
+        work.execute([run], tmp_path, threads=1)
         assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
@@ -492,7 +492,7 @@ def test_execute_leaves_threads_and_random_states(tmp_path):
 def test_threads_are_given_back_after_an_error(tmp_path):
     threads = torch.get_num_threads()
     with pytest.raises(FileNotFoundError):
-        engine.execute([child(DENSE)], tmp_path, threads=threads + 1)
+        work.execute([child(DENSE)], tmp_path, threads=threads + 1)
     assert torch.get_num_threads() == threads
 
 
@@ -539,5 +539,5 @@ def test_a_share_of_the_training_images(tmp_path, digits):
 def test_conv_layers_have_their_own_rate():
     model = models.create("conv2", seed=0, in_shape=(1, 8, 8))
     run = Run(model="conv2", dataset="digits", rate=0.2, rate_conv=0.1, rate_output=0.05)
-    assert engine.rates(model, run) == {"conv1": 0.1, "conv2": 0.1, "fc1": 0.2, "fc2": 0.2, "fc3": 0.05}
-    assert set(engine.rates(model, replace(run, rate_conv=None, rate_output=None)).values()) == {0.2}
+    assert work.rates(model, run) == {"conv1": 0.1, "conv2": 0.1, "fc1": 0.2, "fc2": 0.2, "fc3": 0.05}
+    assert set(work.rates(model, replace(run, rate_conv=None, rate_output=None)).values()) == {0.2}

@@ -10,7 +10,7 @@ from small_runs import QUICK, REPORTED, child, equal, largest, message, theta_0,
 
 from lottery import data, models, scorecard
 from lottery import masks as M
-from lottery.experiments import Run, Store, engine, lth
+from lottery.experiments import Run, Store, engine, lth, work
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_pruned_before_training_is_as_sparse_as_the_ticket_layer_by_layer(digits
     at = lth.setting("smoke")
     [run] = lth.trial("prune-at-init", at, 0, 7)
     assert (run.parent, run.criterion) == (None, "magnitude")
-    model, _ = engine.initialise(run, digits, None)
+    model, _ = work.initialise(run, digits, None)
     assert equal(M.state(model), theta_0())
     for layer, (n, rate) in {"fc1": (19_200, 0.2), "fc2": (30_000, 0.2), "fc3": (1_000, 0.1)}.items():
         for _ in range(7):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from lottery import masks, models
+from lottery.chapter import Chapter
 from lottery.experiments import Run, grasp
-from lottery.experiments.chapter import Chapter
 
 PAPER, LAPTOP = grasp.setting("paper"), grasp.setting("laptop")
 

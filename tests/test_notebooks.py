@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lottery.chapter import Chapter
 from lottery.experiments import Store, grasp, lth
-from lottery.experiments.chapter import Chapter
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("rebuild", ROOT / "book/rebuild.py")

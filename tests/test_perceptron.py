@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lottery import cs, data, models, perceptron, training
 from lottery import masks as M
+from lottery.batches import Batches, normaliser
 from lottery.training import Recipe, fit
 
 SHORT = Recipe(iterations=100, eval_every=50, test_readings="all")
@@ -89,7 +90,7 @@ def test_a_model_without_masks_and_one_with_a_mask_on_one_layer(digits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_forward_is_the_models(digits, dtype):
     model = lenet(0.3, dtype)
-    x = training.normaliser(digits, SHORT, torch.zeros(1, dtype=dtype))(digits.test.x)
+    x = normaliser(digits, SHORT, torch.zeros(1, dtype=dtype))(digits.test.x)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(perceptron.forward(model)(x), model(x).detach(), rtol=0, atol=tolerance)
 
@@ -102,7 +103,7 @@ def test_a_population_is_its_members_one_by_one(digits, recipe):
     behind = M.state(nets[2])
     many = perceptron.Population(nets, recipe, training._build)
     one_by_one = [perceptron.Step(net, recipe, training._build) for net in alone]
-    batches = [training.Batches(digits, recipe, seed, many.theta) for seed in range(3)]
+    batches = [Batches(digits, recipe, seed, many.theta) for seed in range(3)]
     for t in range(100):
         each = [batch(t) for batch in batches]
         losses = many(*(torch.stack(part) for part in zip(*each, strict=True)))

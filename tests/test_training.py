@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lottery import data, lth, models, training
 from lottery import masks as M
+from lottery.batches import Batches, normaliser, take
 from lottery.training import Recipe, fit
 
 SHORT = Recipe(iterations=60, eval_every=10, test_readings="all")
@@ -290,7 +291,7 @@ def test_training_losses_are_kept_at_fixed_iterations(digits):
     history = fit(lenet(), digits, SHORT)
     assert list(history.train_loss) == [1, 2, 5, 10, 50]
     model = lenet()
-    x, y = training.Batches(digits, SHORT, 0, next(model.parameters()))(0)
+    x, y = Batches(digits, SHORT, 0, next(model.parameters()))(0)
     with torch.no_grad():
         assert history.train_loss[1] == pytest.approx(float(nn.functional.cross_entropy(model(x), y)), abs=1e-6)
 
@@ -326,7 +327,7 @@ def test_last_reading_by_brute_force(digits):
 def test_batch_loss_is_the_mean_since_the_test_set_was_last_read(digits):
     recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=1e-30, iterations=50, eval_every=1, test_readings="log")
     history = fit(model := lenet(), digits, recipe, start=3)
-    batch = training.Batches(digits, recipe, 0, next(model.parameters()))
+    batch = Batches(digits, recipe, 0, next(model.parameters()))
     with torch.no_grad():
         each = {t + 1: float(nn.functional.cross_entropy(model(x), y)) for t in range(50) for x, y in [batch(t)]}
     read = sorted(recipe.readings(3)[1])
@@ -376,7 +377,7 @@ def test_reading_does_not_disturb_the_training(digits):
 def test_evaluate_leaves_mode_and_gradients(digits, mode):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).train(mode)
     before = copy.deepcopy(model.state_dict())
-    normalise = training.normaliser(digits, SHORT, next(model.parameters()))
+    normalise = normaliser(digits, SHORT, next(model.parameters()))
     loss, correct = training.evaluate(model, digits.valid, normalise)
     assert all(module.training is mode for module in model.modules())
     assert same(dict(model.state_dict()), dict(before))
@@ -394,7 +395,7 @@ def test_batch_norm_trains_in_training_mode_and_is_read_in_eval_mode(digits):
     history = fit(model, digits, recipe)
     assert model[2].num_batches_tracked == 60
     model.eval()
-    normalise = training.normaliser(digits, recipe, next(model.parameters()))
+    normalise = normaliser(digits, recipe, next(model.parameters()))
     assert training.evaluate(model, digits.valid, normalise)[0] == history.last.val_loss
 
 
@@ -402,7 +403,7 @@ def test_batch_norm_trains_in_training_mode_and_is_read_in_eval_mode(digits):
 
 
 def test_every_epoch_is_another_permutation_and_its_incomplete_batch_is_dropped():
-    batch = training.Batches(numbered(130), Recipe(batch_size=40), seed=5, like=torch.zeros(1))
+    batch = Batches(numbered(130), Recipe(batch_size=40), seed=5, like=torch.zeros(1))
     epochs = [[numbers(batch, 3 * e + i) for i in range(3)] for e in range(4)]
     assert batch.per_epoch == 3
     flat = [[i for one in epoch for i in one] for epoch in epochs]
@@ -420,14 +421,14 @@ def test_augmentation_is_fresh_in_every_epoch_and_leaves_the_order():
     split = data.Split(x, torch.arange(90) % 10)
     images = data.Data("noise", split, split, split, "f", 10, mean=(0.5,), std=(0.25,))
     recipe, like = Recipe(batch_size=30), torch.zeros(1, dtype=torch.float64)
-    plain = training.Batches(images, recipe, 5, like)
+    plain = Batches(images, recipe, 5, like)
     recipe = dataclasses.replace(recipe, augment="flip-crop", inputs="standard")
-    moved = training.Batches(images, recipe, 5, like)
+    moved = Batches(images, recipe, 5, like)
     batches = [moved(t) for t in range(6)]
     assert all(torch.equal(plain(t)[1], y) for t, (_, y) in enumerate(batches))
     for t in (5, 0, 3):
-        assert torch.equal(training.Batches(images, recipe, 5, like)(t)[0], batches[t][0])
-    assert not torch.equal(training.Batches(images, recipe, 6, like)(0)[0], batches[0][0])
+        assert torch.equal(Batches(images, recipe, 5, like)(t)[0], batches[t][0])
+    assert not torch.equal(Batches(images, recipe, 6, like)(0)[0], batches[0][0])
 
     every = data.moves(1, 16, generator).new_tensor([[f, i, j] for f in (0, 1) for i in range(5) for j in range(5)])
     used = []
@@ -443,18 +444,16 @@ def test_augmentation_is_fresh_in_every_epoch_and_leaves_the_order():
 
 def test_order_depends_on_the_seed_alone():
     images, recipe = numbered(130), Recipe(batch_size=40)
-    one = training.Batches(images, recipe, 5, torch.zeros(1))
+    one = Batches(images, recipe, 5, torch.zeros(1))
     forward = [numbers(one, t) for t in range(9)]
     torch.manual_seed(1)
-    other = training.Batches(
-        images, dataclasses.replace(recipe, lr=0.5, iterations=7), 5, torch.zeros(1, dtype=torch.float64)
-    )
+    other = Batches(images, dataclasses.replace(recipe, lr=0.5, iterations=7), 5, torch.zeros(1, dtype=torch.float64))
     assert [numbers(other, t) for t in reversed(range(9))] == forward[::-1]
-    assert [numbers(training.Batches(images, recipe, 6, torch.zeros(1)), t) for t in range(9)] != forward
+    assert [numbers(Batches(images, recipe, 6, torch.zeros(1)), t) for t in range(9)] != forward
 
 
 def test_a_long_seed_is_fine():
-    assert numbers(training.Batches(numbered(50), Recipe(batch_size=40), 2**60 - 1, torch.zeros(1)), 10_000)
+    assert numbers(Batches(numbered(50), Recipe(batch_size=40), 2**60 - 1, torch.zeros(1)), 10_000)
 
 
 def test_start_continues_at_schedule_and_data_position(digits):
@@ -469,11 +468,11 @@ def test_start_continues_at_schedule_and_data_position(digits):
 
 def test_inputs_unit_and_standard(digits):
     like = torch.zeros(1, dtype=torch.float64)
-    unit = training.normaliser(digits, Recipe(), like)(digits.train.x)
+    unit = normaliser(digits, Recipe(), like)(digits.train.x)
     torch.testing.assert_close(unit, digits.train.x.double() / 255)
     assert unit.dtype == torch.float64
     both = torch.cat([digits.train.x, digits.valid.x])
-    standard = training.normaliser(digits, Recipe(inputs="standard"), like)(both)
+    standard = normaliser(digits, Recipe(inputs="standard"), like)(both)
     assert float(standard.mean()) == pytest.approx(0, abs=1e-9)
     assert float(standard.std(correction=0)) == pytest.approx(1, abs=1e-9)
 
@@ -491,7 +490,7 @@ def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(digits):
     recipe = dataclasses.replace(SHORT, optimizer="sgd", lr=0.1, precision="bfloat16")
     model, by_hand, exact = lenet(), lenet(), lenet()
     history = fit(model, digits, recipe)
-    batch, opt = training.Batches(digits, recipe, 0, torch.zeros(1)), torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    batch, opt = Batches(digits, recipe, 0, torch.zeros(1)), torch.optim.SGD(by_hand.parameters(), lr=0.1)
     for t in range(60):
         x, y = batch(t)
         with torch.autocast("cpu", torch.bfloat16):
@@ -694,17 +693,17 @@ def test_the_papers_recipe_is_the_default():
 
 
 def test_take_is_a_prefix_of_the_shuffled_training_set(digits):
-    tenth = training.take(digits, 0.1)
+    tenth = take(digits, 0.1)
     assert torch.equal(tenth.train.x, digits.train.x[:105])
     assert torch.equal(tenth.train.y, digits.train.y[:105])
     assert tenth.valid is digits.valid
     assert tenth.test is digits.test
     assert tenth.fingerprint == digits.fingerprint
-    assert len(training.take(digits, 1.0).train) == 1050
-    assert len(training.take(digits, 1e-9).train) == 1
+    assert len(take(digits, 1.0).train) == 1050
+    assert len(take(digits, 1e-9).train) == 1
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.01, math.nan])
 def test_take_refuses_what_is_no_share(digits, fraction):
     with pytest.raises(ValueError, match=message(f"Invalid train_fraction {fraction}: give a share")):
-        training.take(digits, fraction)
+        take(digits, fraction)

@@ -233,7 +233,7 @@ ITEMS = {
     "fig17": {"imp": None, "reinit": None, "dm-reinit": None}
     | {f"sgd-0.8/{control}": None for control in ("imp", "reinit", "dm-reinit")},
     "fig18": {"imp": None, "reinit": None, "prune-at-init": None},
-    "fig19": {"dm-reinit": None},  # whose rows hold what is drawn, see engine._moves
+    "fig19": {"dm-reinit": None},  # whose rows hold what is drawn, see work._moves
     "fig20": {"dm-reinit": None},
     "fig21": {"imp": None},
     "fig22": {"sgd-0.8/imp": None},

@@ -22,7 +22,7 @@ CRITERIA = {"magnitude": {}, "random": {}, "snip": BATCH, "grasp": {**BATCH, "te
 class Run:
     """One training. Defaults are the lottery ticket paper's LeNet; a published default never changes.
 
-    model, dataset, valid, split_seed, train_fraction: as in `models.create`, `data.load` and `training.take`.
+    model, dataset, valid, split_seed, train_fraction: as in `models.create`, `data.load` and `batches.take`.
     options: further options of `models.create`, as pairs in order of their names, such as (("width", 32),).
     seed: the trial; it draws θ₀. The data order comes from the key, so no two trainings share one.
     parent: the training whose final weights are pruned to make this one's mask; None for a dense network.
