@@ -6,7 +6,10 @@ import functools
 import inspect
 import json
 import os
+import re
 from pathlib import Path
+
+import numpy as np
 
 from lottery import experiments, scorecard
 from lottery.experiments import engine
@@ -226,6 +229,49 @@ class Chapter:
             return "time unknown: none like them was timed"
         seconds = sum(pace[r.like] * r.work for r in left)
         return f"about {max(1, round(seconds / 60))} core minutes"
+
+
+def say(*sentences):
+    """Sentences of a result, in Markdown, to be displayed: what a chapter says in words about numbers."""
+    from IPython.display import Markdown
+
+    return Markdown(" ".join(sentences))
+
+
+def table(rows, caption, digits=2, index=True):
+    """A captioned table in Markdown, to be displayed; the checks of the book compare it as text.
+
+    rows: a DataFrame, or a list of dicts. digits: decimals of floats, or `{column: decimals}`; whole numbers get commas
+    between thousands, what is missing a dash. index: whether the DataFrame's index is shown; a list has none.
+    """
+    import pandas as pd
+    from IPython.display import Markdown
+
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
+    if index and isinstance(rows, pd.DataFrame):
+        frame = frame.rename_axis([name or "" for name in frame.index.names]).reset_index()
+    places = digits if isinstance(digits, dict) else dict.fromkeys(frame.columns, digits)
+    columns = [[cell(v, places.get(name, 2)) for v in frame[name]] for name in frame.columns]
+    numeric = [all(re.fullmatch(r"[-−+–]?[\d,.]*( ?%)?( ±.*)?", v) for v in column) for column in columns]
+    lines = [
+        [str(name) for name in frame.columns],
+        ["--:" if n else "---" for n in numeric],
+        *zip(*columns, strict=True),
+    ]
+    return Markdown(f"**{caption}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def cell(value, digits=2):
+    """A value as the text of a table's cell: 1234 → "1,234", 0.5 → "0.50", None and NaN → "–"."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, int | np.integer):
+        return f"{value:,}".replace("-", "−")
+    if isinstance(value, float | np.floating):
+        return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
+    return str(value).replace("|", "\\|")
 
 
 def listing(function):

@@ -1,32 +1,64 @@
 """Figures: ours with error bars, the paper's printed points beside them, and the badge that says what they rest on.
 
 Every function takes the frame of `chapter.Chapter.frame`; accuracies are drawn in %, densities in % on a
-log axis that falls from left to right, as in the paper.
+log axis that falls from left to right, as in the paper. A notebook stores figures as SVG: text stays text, black is
+the page's own colour, and equal figures are equal bytes.
 """
 
+import io
 import json
+import re
+import textwrap
+from html import escape
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-# Okabe–Ito colours, each with its own marker and line, so that colour never carries the meaning alone.
-ARMS = {
-    "imp": ("winning ticket (IMP)", "#0072B2", "o", "-"),
-    "reinit": ("random reinit", "#D55E00", "s", "--"),
-    "oneshot": ("one-shot ticket", "#009E73", "^", "-."),
-    "oneshot-reinit": ("one-shot, reinit", "#E69F00", "v", ":"),
-    "random": ("random sparse network", "#CC79A7", "D", "--"),
+from lottery import names
+
+
+class Look(NamedTuple):
+    """How a method looks in every figure of the book."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+
+
+def _look(name, colour, marker, line="-"):
+    return Look(names.ARMS[name], colour, marker, line)
+
+
+# One colour and marker for each method through the whole book. Okabe–Ito's colours and two of Tol's, told apart by the
+# colour-blind and on light and dark pages; marker and line tell them apart where colours come close.
+METHODS = {
+    "dense": _look("dense", "black", "x"),
+    "imp": _look("imp", "#0072B2", "o"),
+    "reinit": _look("reinit", "#D55E00", "s", "--"),
+    "oneshot": _look("oneshot", "#56B4E9", "^", "-."),
+    "oneshot-reinit": _look("oneshot-reinit", "#E69F00", "v", ":"),
+    "random": _look("random", "#808080", "D", ":"),
+    "continued": _look("continued", "#009E73", "<", "-."),
+    "lt": _look("lt", "#0072B2", "o"),
+    "lt-rewind": _look("lt-rewind", "#56B4E9", ">", "-."),
+    "rewind": _look("rewind", "#56B4E9", ">", "-."),
+    "grasp": _look("grasp", "#009E73", "p"),
+    "snip": _look("snip", "#E69F00", "X", "--"),
+    "synflow": _look("synflow", "#AA4499", "h", "-."),
+    "magnitude": _look("magnitude", "#A6761D", "d", ":"),
+    "cs": _look("cs", "#CC79A7", "P"),
+    "str": _look("str", "#AA4499", "H"),
+    "gmp": _look("gmp", "#A6761D", "v", "--"),
+    "dnw": _look("dnw", "#E69F00", "d", ":"),
+    "set": _look("set", "#56B4E9", "<", ":"),
+    "rigl": _look("rigl", "#009E73", ">", "--"),
+    "l0": _look("l0", "#D55E00", "*", "-."),
+    "supermask": _look("supermask", "#E69F00", "h", ":"),
 }
-# GraSP's arms, pruned at initialisation or as tickets.
-PRUNED = {
-    "dense": ("dense", "0.45", "x", "-"),
-    "grasp": ("GraSP", "#D55E00", "o", "-"),
-    "snip": ("SNIP", "#0072B2", "s", "--"),
-    "random": ("random", "#CC79A7", "D", ":"),
-    "lt": ("ticket, original values", "#009E73", "^", "-."),
-    "lt-rewind": ("ticket, rewound", "#E69F00", "v", "-."),
-}
+ARMS = PRUNED = METHODS  # by their older names
 OTHERS = [  # of any other arm
     *(("#009E73", "^", "-."), ("#56B4E9", "v", ":"), ("#E69F00", "X", "--")),
     *(("#CC79A7", "D", "-."), ("black", "P", ":")),
@@ -34,19 +66,76 @@ OTHERS = [  # of any other arm
 # Learning curves: a level has its colour in every panel, a control its level's colour and its arm's line.
 LEVELS = {0: "black", 3: "#56B4E9", 7: "#0072B2", 12: "#009E73", 15: "#E69F00", 18: "#D55E00"}
 LABEL = {
-    "step": "early-stop iteration",
+    "step": "early stop, iterations",
     "test_acc": "test accuracy, %",
     "val_acc": "validation accuracy, %",
     "train_acc": "train accuracy, %",
     "val_loss": "validation loss",
 }
 DENSITY = "weights remaining (density), %"
+WIDTH = 6.9  # inches: the column of the book, so that a point in the figure is a point on the page
 
 
 def style():
-    """The book's look; call it once in a notebook."""
-    sns.set_theme(style="ticks", font_scale=0.9, rc={"axes.grid": True, "grid.alpha": 0.35, "legend.frameon": False})
-    plt.rcParams |= {"figure.dpi": 110, "savefig.bbox": "tight", "figure.facecolor": "white"}
+    """The book's look; call it once in a notebook, where it also makes figures SVG."""
+    rc = {"axes.grid": True, "grid.alpha": 0.35, "legend.frameon": False, "text.color": "black", "axes.linewidth": 0.8}
+    rc |= dict.fromkeys(("xtick.major.width", "ytick.major.width", "grid.linewidth"), 0.8)
+    rc |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "black")
+    rc |= {"font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "figure.titlesize": 10}
+    rc |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), 9)
+    sns.set_theme(style="ticks", rc=rc)
+    plt.rcParams |= {"savefig.bbox": "tight", "figure.facecolor": "none", "axes.facecolor": "none"}
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if shell := get_ipython():
+        from matplotlib.figure import Figure
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg")
+        shell.display_formatter.formatters["image/svg+xml"].for_type(Figure, svg)
+
+
+def svg(fig):
+    """A figure as SVG: text as text, black as the page's own colour, no date, two decimals, the badge below.
+
+    The badge stands in a group of its own, below the height that `data-height` gives; the book cuts it off there and
+    sets it as a line of text.
+    """
+    out = io.StringIO()
+    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lottery"}):
+        fig.savefig(out, format="svg", metadata=none, transparent=True, bbox_inches="tight", pad_inches=0.03)
+    text = re.sub(
+        r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>",
+        "",
+        out.getvalue(),
+        flags=re.S,
+    )
+    used = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r"<[^>]+>", _short, text)
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups())
+    lines = textwrap.wrap(getattr(fig, "badge", ""), int(width / 4.9))
+    below = "".join(f'<text x="2" y="{height + 14 + 12 * i:g}">{escape(line)}</text>' for i, line in enumerate(lines))
+    below = f'<g class="badge" style="font-size: 9px; fill: #737373">{below}</g>' if lines else ""
+    whole = height + (12 * len(lines) + 6 if lines else 0)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width:g}pt" '
+        f'height="{whole:g}pt" viewBox="0 0 {width:g} {whole:g}" data-height="{height:g}" fill="currentColor" '
+        'font-family="sans-serif" stroke-linejoin="round">'
+    )
+    body = re.sub(r">\s+<", "><", text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")].strip())
+    return f"{head}{body}{below}</svg>\n"
+
+
+def _short(tag):
+    """A tag with two decimals at most, on one line, and black and white as the page has them."""
+    tag = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{round(float(m[0]), 2) + 0.0:g}", re.sub(r"\s+", " ", tag[0]))
+    tag = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", tag)
+    tag = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--pst-color-background, #fff)", tag)
+    return re.sub(r"font-family: .*?sans-serif; ?| transform=\"rotate\(-0[^\"]*\"", "", tag)
 
 
 def per_trial(frame, quantity, reading="early_stop", x="density"):
@@ -81,10 +170,13 @@ def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None
     """
     table = summary(frame, quantity, reading, x)
     given = set(table["arm"])
-    others = [name for name in dict.fromkeys(table["arm"]) if name not in ARMS]
-    style = ARMS | {name: ((labels or {}).get(name, name), *OTHERS[i % len(OTHERS)]) for i, name in enumerate(others)}
+    others = [name for name in dict.fromkeys(table["arm"]) if name not in METHODS]
+    style = METHODS | {
+        name: Look((labels or {}).get(name, name), *OTHERS[i % len(OTHERS)]) for i, name in enumerate(others)
+    }
     for arm in arms or [name for name in style if name in given]:
         label, colour, marker, line = style[arm]
+        label = (labels or {}).get(arm, label)
         part = table[table["arm"] == arm].sort_values(x)
         bars = np.abs(part[["min", "max"]].to_numpy().T - part["mean"].to_numpy())
         ax.errorbar(
@@ -103,6 +195,8 @@ def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None
         ax.minorticks_off()
         ax.invert_xaxis()
     ax.set_ylabel(LABEL[quantity])
+    if quantity == "step":
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     return table
 
 
@@ -131,7 +225,7 @@ def by_sparsity(ax, table):
     table: columns arm ("net/control" of PRUNED), point (sparsity in %), mean, min, max.
     """
     for arm, part in table.groupby("arm", sort=False):
-        label, colour, marker, line = PRUNED[arm.split("/")[1]]
+        label, colour, marker, line = METHODS[arm.split("/")[1]]
         if arm.endswith("/dense"):
             ax.axhline(part["mean"].iloc[0], color=colour, linewidth=1, zorder=0)
             continue
@@ -146,18 +240,22 @@ def by_sparsity(ax, table):
 def over_training(ax, frame, quantity, arms, scale=100):
     """Readings against iterations, mean over trials, with a band from minimum to maximum.
 
+    Of many readings the first 60 are drawn, and 120 spread over the training.
+
     arms: [(arm, level)]; scale: 100 for accuracies in %, 1 for losses.
     """
     for arm, level in arms:
         part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
-        curves = scale * np.array(part[quantity].to_list(), dtype=float)
-        colour, line = LEVELS.get(level, "#CC79A7"), ARMS[arm][3]
-        label = f"{100 * part['density'].mean():.1f}" + ("" if arm == "imp" else f" {ARMS[arm][0]}")
-        ax.plot(part["step"].iloc[0], curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
-        ax.fill_between(part["step"].iloc[0], curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
+        steps, curves = part["step"].iloc[0], scale * np.array(part[quantity].to_list(), dtype=float)
+        some = np.unique(np.r_[: min(60, len(steps)), np.linspace(0, len(steps) - 1, 120).astype(int)])
+        steps, curves = np.asarray(steps)[some], curves[:, some]
+        colour, line = LEVELS.get(level, "#CC79A7"), METHODS[arm].line
+        label = f"{100 * part['density'].mean():.1f} %" + ("" if arm == "imp" else f", {METHODS[arm].label}")
+        ax.plot(steps, curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
+        ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
     ax.set_xlabel("training iterations")
-    ax.locator_params(axis="x", nbins=3)  # numbers of five digits
-    ax.legend(title="density, %", fontsize=7.5, title_fontsize=8)
+    ax.locator_params(axis="x", nbins=4)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
 
 
 def outline(ax, counts, edges, **style):
@@ -167,28 +265,69 @@ def outline(ax, counts, edges, **style):
 
 def missing(text):
     """In place of a figure: the line that says which runs are missing and how to get them."""
-    import textwrap
-
-    _, ax = plt.subplots(figsize=(7, 0.8))
+    _, ax = plt.subplots(figsize=(WIDTH, 0.8))
     ax.axis("off")
-    ax.text(0, 0.5, "\n".join(textwrap.wrap(text, 105)), fontsize=9, color="0.35", va="center")
+    ax.text(0, 0.5, "\n".join(textwrap.wrap(text, 90)), fontsize=9.5, color="#737373", va="center")
 
 
 def legend(fig, axes):
     """One legend above the panels, each label once."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), fontsize=8)
+    fig.legend(entries.values(), entries, loc="outside upper center", ncols=min(3, len(entries)))
+
+
+def name_ends(ax, gap=11):
+    """Each line's label at the right edge, at the height where the line ends and in its colour, in place of a legend.
+
+    gap: points between two labels at least. Call it when limits and scales are set.
+    """
+    lines = []
+    for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+        line = getattr(handle, "lines", [handle])[0]
+        points = ax.transData.transform(line.get_xydata())
+        _, y = points[np.nanargmax(points[:, 0])] * 72 / ax.figure.dpi
+        lines.append((y, line, label))
+    lines.sort(key=lambda entry: entry[0])
+    for (y, line, label), height in zip(lines, _apart([y for y, *_ in lines], gap), strict=True):
+        at = ax.transData.inverted().transform((0, y * ax.figure.dpi / 72))[1]
+        ax.annotate(
+            label, (1, at), (5, height - y), xycoords=("axes fraction", "data"), textcoords="offset points",
+            color=line.get_color(), va="center", fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _apart(heights, gap):
+    """Sorted heights, moved apart until neighbours are `gap` apart, each cluster about its own middle."""
+    clusters = []
+    for y in heights:
+        clusters.append([y])
+        while len(clusters) > 1 and _low(clusters[-1], gap) < _low(clusters[-2], gap) + gap * len(clusters[-2]):
+            last = clusters.pop()
+            clusters[-1] += last
+    return [_low(cluster, gap) + gap * i for cluster in clusters for i in range(len(cluster))]
+
+
+def _low(cluster, gap):
+    """Height of the lowest of a cluster's labels, when they stand `gap` apart about their mean."""
+    return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
 
 
 def badge(fig, text):
-    """The line below a figure that says what its numbers rest on, wrapped to the figure's width."""
-    import textwrap
-
-    width = int(fig.get_size_inches()[0] * 19)
-    fig.text(0.01, -0.02, "\n".join(textwrap.wrap(text, width)), fontsize=7.5, color="0.35", va="top")
+    """What the figure's numbers rest on: one line, which stands below the caption in the book."""
+    fig.badge = text
 
 
-def panels(n, height=3.4, width=4.3):
-    """A row of n axes."""
-    fig, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
-    return fig, np.atleast_1d(axes)
+def panels(n, height=2.9, width=None):
+    """n axes, two in a row at most, as an array; the figure is as wide as the book's column where there are two.
+
+    height: of a row, in inches; width: of one panel, at most half of the column where there are two.
+    """
+    columns = min(n, 2)
+    width = min(width or 5.4, WIDTH / columns)
+    fig, axes = plt.subplots(
+        -(-n // columns), columns, figsize=(width * columns, height * -(-n // columns)), constrained_layout=True
+    )
+    axes = np.atleast_1d(axes).flatten()
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    return fig, axes[:n]

@@ -8,6 +8,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,8 @@ import pytest
 import typer
 
 import lottery
-from lottery import cli, experiments, figures, training
-from lottery.chapter import Chapter, Refused
+from lottery import cli, experiments, figures, names, training
+from lottery.chapter import Chapter, Refused, table
 from lottery.experiments import Store, lth
 
 NOTEBOOK = Path(lottery.__file__).parents[1] / "notebooks/lth.ipynb"
@@ -434,5 +435,69 @@ def test_learning_curves_are_means_over_trials():
     assert first.get_xdata().tolist() == [10, 20]
     assert first.get_ydata().tolist() == pytest.approx([82, 92])
     assert second.get_ydata().tolist() == pytest.approx([100 * (0.7 + 0.74 + 0.8) / 3, 100 * (0.8 + 0.84 + 0.9) / 3])
-    assert (first.get_label(), second.get_label()) == ("100.0", "50.0 random reinit")
+    assert (first.get_label(), second.get_label()) == ("100.0 %", "50.0 %, same mask, fresh weights")
     plt.close(fig)
+
+
+def drawn():
+    fig, [ax] = figures.panels(1)
+    figures.by_density(ax, small_frame(), "test_acc")
+    figures.name_ends(ax)
+    figures.badge(fig, "trials 2 of 5 · <paper's>")
+    return fig
+
+
+def test_a_figure_as_svg_is_the_same_from_run_to_run_and_takes_the_pages_colour():
+    import matplotlib.pyplot as plt
+
+    first, again = figures.svg(drawn()), figures.svg(drawn())
+    assert first == again
+    root = ElementTree.fromstring(first)
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"same mask, fresh weights", "test accuracy, %"} <= set(texts)
+    assert texts[-1] == "trials 2 of 5 · <paper's>"
+    assert float(root.get("data-height")) < float(root.get("viewBox").split()[3])  # the badge is below the picture
+    assert "#000000" not in first
+    assert "currentColor" in first
+    assert max(len(n.split(".")[1]) for n in re.findall(r'[ "]-?\d+\.\d+', first)) <= 2
+    plt.close("all")
+
+
+def test_labels_at_the_ends_of_lines_keep_their_distance_and_their_order():
+    assert figures._apart([0, 1, 2, 50], 10) == [-9, 1, 11, 50]
+    assert figures._apart([0, 20], 10) == [0, 20]
+    assert figures._apart([], 10) == []
+    assert np.diff(figures._apart([5, 5, 14, 14.5, 33], 11)).min() >= 11 - 1e-9
+
+
+def test_every_arm_has_one_look_and_no_two_share_it():
+    looks = {(look.colour, look.marker) for name, look in figures.METHODS.items() if not name.startswith("lt")}
+    assert len(looks) == len(figures.METHODS) - 3  # rewind has the look of lt-rewind, and is counted once
+    assert figures.METHODS["imp"][1:] == figures.METHODS["lt"][1:]
+    assert {look.label for look in figures.METHODS.values()} <= set(names.ARMS.values())
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_markdown_with_its_caption():
+    frame = pd.DataFrame(
+        {"n": [1, 2000], "x": [1.005, None], "what": ["a|b", "−"]}, index=pd.Index(["p", "q"], name="arm")
+    )
+    assert table(frame, "What it is.", digits=1).data.splitlines() == [
+        "**What it is.**",
+        "",
+        "| arm | n | x | what |",
+        "| --- | --: | --: | --- |",
+        "| p | 1 | 1.0 | a\\|b |",
+        "| q | 2,000 | – | − |",
+    ]
+    assert table([{"x": -0.001, "y": -2.5}], "C", {"y": 2}).data.splitlines()[-1] == "| 0.00 | −2.50 |"
+
+
+def test_names_are_words():
+    assert names.arm("resnet32-c10/grasp") == "GraSP"
+    assert names.arm("sgd-0.4/imp") == "winning ticket"
+    assert names.net("vgg19-c10") == "VGG-19, CIFAR-10"
+    assert names.net("resnet8", "cifar10_16") == "ResNet-8, CIFAR-10 at 16×16 pixels"
+    assert names.net("new") == names.arm("new") == "new"

@@ -78,7 +78,7 @@ class Executed:
 
 
 def is_picture(output):
-    return "image/png" in output.get("data", {})
+    return any(kind.startswith("image/") for kind in output.get("data", {}))
 
 
 def is_error(output):

@@ -1,0 +1,87 @@
+"""One table of names: what the code calls a paper, an arm, a network or a data set, and what a reader is told.
+
+Chapters, tables and the scorecard take their words from here, so that one thing has one name through the book.
+"""
+
+PAPERS = {  # in the order of the book
+    "lth": "Lottery tickets",
+    "cs": "Continuous sparsification",
+    "str": "Soft threshold reparameterization",
+    "grasp": "GraSP",
+}
+ARMS = {
+    "dense": "dense network",
+    "imp": "winning ticket",
+    "reinit": "same mask, fresh weights",
+    "random": "random mask",
+    "oneshot": "ticket pruned in one shot",
+    "oneshot-reinit": "one-shot mask, fresh weights",
+    "continued": "ticket found by training on",
+    "dm-reinit": "same mask, survivors' values shuffled",
+    "prune-at-init": "smallest initial weights removed",
+    "lt": "winning ticket",
+    "lt-rewind": "ticket, rewound",
+    "rewind": "ticket, rewound",
+    "grasp": "GraSP",
+    "snip": "SNIP",
+    "synflow": "SynFlow",
+    "magnitude": "magnitude at initialisation",
+    "cs": "continuous sparsification",
+    "str": "STR",
+    "gmp": "gradual magnitude pruning",
+    "dnw": "DNW",
+    "set": "SET",
+    "rigl": "RigL",
+    "l0": "L0 regularisation",
+    "supermask": "stochastic supermask",
+}
+NETS = {
+    "lenet": "LeNet-300-100",
+    "lenet_300_100": "LeNet-300-100",
+    "conv2": "Conv-2",
+    "conv4": "Conv-4",
+    "conv6": "Conv-6",
+    "resnet8": "ResNet-8",
+    "resnet18": "ResNet-18",
+    "resnet20": "ResNet-20",
+    "resnet32": "ResNet-32",
+    "resnet50": "ResNet-50",
+    "vgg16": "VGG-16",
+    "vgg19": "VGG-19",
+    "mobilenetv1": "MobileNetV1",
+    "fastgrnn": "FastGRNN",
+}
+SETS = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "cifar10_16": "CIFAR-10 at 16×16 pixels",
+    "digits": "the 8×8 digits",
+    "c10": "CIFAR-10",
+    "c100": "CIFAR-100",
+    "tiny": "Tiny-ImageNet",
+    "imagenet": "ImageNet",
+}
+LAYERS = {"fc1": "first layer", "fc2": "second layer", "fc3": "output layer"}  # of LeNet-300-100
+SCALES = {
+    "paper": "the paper's own setting",
+    "primary": "the paper's own trainings for its main claims",
+    "laptop": "shorter trainings or a smaller network",
+    "smoke": "seconds on the 8×8 digits",
+}
+
+
+def arm(name):
+    """The words for an arm: "resnet32-c10/grasp" → "GraSP"; an unknown one stays as it is."""
+    return ARMS.get(name.split("/")[-1], name)
+
+
+def net(model, dataset=None):
+    """The words for a network, and the data it is trained on: "vgg19", "cifar10" → "VGG-19, CIFAR-10".
+
+    model: of `models.create`, or a paper's net with its data, "vgg19-c10".
+    """
+    name, _, data = model.partition("-")
+    data = dataset or data
+    return NETS.get(name, name) + (f", {SETS.get(data, data)}" if data else "")
