@@ -8,42 +8,104 @@ is not of this form takes the general way.
 """
 
 import copy
+import math
 import platform
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize as P
 
 from lottery import masks as M
 
 X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 SMALL = 2**18  # multiplications below which calling oneDNN takes longer than the product
+CLASSES = (nn.Sequential, nn.Flatten, nn.Linear, nn.ReLU, M.Mask, P.ParametrizationList, nn.ModuleDict)
+FORWARDS = {cls: cls.forward for cls in CLASSES}
 FEW = 1 / 3  # below this density it is faster to gather the survivors for the optimiser than to mask all gradients
 
 
 def layers(model):
-    """The Linear layers of `Flatten, Linear, ReLU, Linear, …, Linear`, with masks or without; else None."""
-    modules = list(model) if type(model) is nn.Sequential else []
-    if modules and type(modules[0]) is nn.Flatten and (modules[0].start_dim, modules[0].end_dim) == (1, -1):
-        modules = modules[1:]
-    linear, between = modules[::2], modules[1::2]
-    plain = (
-        len(linear) == len(between) + 1 == len(set(linear)) > 1
+    """The Linear layers of `Flatten, Linear, ReLU, Linear, …, Linear`, with masks or without; else None.
+
+    Else is whatever could make a call of the model, or autograd behind it, do anything but the plain arithmetic:
+    another class, a forward of an instance's own, a hook of any kind on a module, on all modules or on a tensor,
+    another parametrization, a tensor that is shared, frozen, not of its layer's size, or of another dtype or device.
+    """
+    modules = list(model) if type(model) is nn.Sequential else [None]
+    linear, between = modules[1::2], modules[2::2]
+    chain = (
+        type(modules[0]) is nn.Flatten
+        and (modules[0].start_dim, modules[0].end_dim) == (1, -1)
+        and len(linear) == len(between) + 1 > 1
         and all(type(module) is nn.ReLU for module in between)
-        and all(isinstance(layer, nn.Linear) and layer.bias is not None and _only_masked(layer) for layer in linear)
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        and all(p.requires_grad for p in model.parameters())
-        and not ({p.dtype for p in model.parameters()} - {torch.float32, torch.float64})
+        and all(P.type_before_parametrizations(layer) is nn.Linear and _only_masked(layer) for layer in linear)
+        and all(_plain_call(module) for module in model.modules())
+        and not (_has_any_global_hook() or torch.is_anomaly_enabled())
     )
-    return linear if plain else None
+    return linear if chain and _plain_tensors(model, linear) else None
 
 
 def _only_masked(layer):
-    if not parametrize.is_parametrized(layer):
-        return type(layer) is nn.Linear
+    """Whether the weight is a parameter, or one under a Mask and nothing else, and the bias a parameter."""
+    if not P.is_parametrized(layer):
+        return True
     chains = layer.parametrizations
-    return list(chains) == ["weight"] and len(chains.weight) == 1 and M.mask_of(layer) is not None
+    if list(chains) != ["weight"] or [type(p) for p in chains.weight] != [M.Mask]:
+        return False
+    return chains.weight[0].mask.shape == chains.weight.original.shape
+
+
+def _plain_call(module):
+    """Whether `module(x)` runs the forward that its class came with, and nothing before or after."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    plain = getattr(module.forward, "__func__", None) is FORWARDS.get(P.type_before_parametrizations(module), ())
+    return plain and not any(hooks) and module._compiled_call_impl is None
+
+
+def _plain_tensors(model, linear):
+    """Whether the parameters are one weight and one bias a layer, of sizes that fit, each a leaf of its own."""
+    own, weights, biases = list(model.parameters()), [M.original(layer) for layer in linear], [n.bias for n in linear]
+    if {id(p) for p in own} != {id(p) for p in (*weights, *biases)} or len(own) != 2 * len(linear):
+        return False
+    sizes = [(layer.out_features, layer.in_features) for layer in linear]
+    return (
+        [tuple(w.shape) for w in weights] == sizes
+        and [tuple(b.shape) for b in biases] == [(m,) for m, _ in sizes]
+        and [n for _, n in sizes[1:]] == [m for m, _ in sizes[:-1]]
+        and len({p.untyped_storage().data_ptr() for p in own}) == len(own)
+        and len({(p.dtype, p.device) for p in own}) == 1
+        and own[0].dtype in (torch.float32, torch.float64)
+        and all(type(p) is nn.Parameter and p.requires_grad and p.is_contiguous() for p in own)
+        and not any(p._backward_hooks or p._post_accumulate_grad_hooks or _is_watched(p) for p in own)
+    )
+
+
+def _is_watched(p):
+    """Whether somebody holds the node in which p's gradients are summed, as `register_multi_grad_hook` does.
+
+    Its hooks cannot be listed; but a node that nobody holds is made anew each time it is asked for.
+    """
+    get_gradient_edge(p).node.metadata["seen"] = True
+    node = get_gradient_edge(p).node
+    return node.metadata.pop("seen", False)
+
+
+def trainable(models, shape=None):
+    """Whether `Step`, or `Population` for several, trains these models on images of this shape (C, H, W).
+
+    They have `layers` of the same sizes and dtypes, on one device, no tensor of one is another's, and every mask is of
+    ones and zeros.
+    """
+    nets = [layers(model) or [] for model in models]
+    kinds = {tuple((n.in_features, n.out_features, n.bias.dtype, n.bias.device) for n in net) for net in nets}
+    if len(kinds) != 1 or () in kinds or (shape is not None and math.prod(shape) != nets[0][0].in_features):
+        return False
+    own = [p.untyped_storage().data_ptr() for model in models for p in model.parameters()]
+    masks = [m.mask for net in nets for layer in net if (m := M.mask_of(layer))]
+    return len(set(own)) == len(own) and all(torch.equal(mask, mask * mask) for mask in masks)
 
 
 @torch.no_grad()
@@ -52,7 +114,14 @@ def forward(model):
     if not (linear := layers(model)) or linear[0].bias.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     parameters = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
-    return lambda x: _activations(parameters, x)[-1]
+    dtype, size = parameters[0][0].dtype, linear[0].in_features
+
+    def logits(x):
+        if x.dim() < 2 or x.dtype != dtype or math.prod(x.shape[1:]) != size:
+            return model(x)  # it says what does not fit
+        return _activations(parameters, x)[-1]
+
+    return logits
 
 
 def _activations(parameters, x):

@@ -176,35 +176,168 @@ def test_pixels_that_are_black_everywhere_are_left_out_and_their_weights_stay(di
     assert sizes == [64, 64], "decay moves every weight, and standardised black is not 0"
 
 
-def unusual():
-    def net(*modules):
-        return nn.Sequential(nn.Flatten(), *modules)
+def small(*modules):
+    return nn.Sequential(nn.Flatten(), *(modules or (nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
 
+
+def changed(change, masked=True):
+    """A small network of the plain form after a change to it."""
+    model = M.attach(small()) if masked else small()
+    assert perceptron.trainable([model], (1, 2, 2))
+    change(model)
+    return model
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Half(M.Mask):
+    def forward(self, weight):
+        return weight * self.mask / 2
+
+
+def other_networks():
     a, b = nn.Linear(4, 4), nn.Linear(4, 2)
-    hooked, frozen, gated = net(a, nn.ReLU(), b), net(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), lenet(masked=False)
-    hooked = copy.deepcopy(hooked)
-    hooked[1].register_forward_hook(lambda *_: None)
-    frozen[1].bias.requires_grad_(False)
-    chained = M.attach(net(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-    parametrize.register_parametrization(chained[1], "weight", nn.Tanh())
+    tied, overlapping = small(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), small()
+    tied[3].weight = tied[1].weight
+    overlapping[3].bias = nn.Parameter(overlapping[1].bias.detach()[:2])
     return {
         "convolutions": models.create("conv2"),
-        "another activation": net(a, nn.Tanh(), b),
-        "no bias": net(nn.Linear(4, 4, bias=False), nn.ReLU(), b),
-        "dropout": net(a, nn.ReLU(), nn.Dropout(), b),
-        "one layer": net(b),
-        "ends with ReLU": net(a, nn.ReLU(), b, nn.ReLU()),
-        "a layer used twice": net(a, nn.ReLU(), a),
-        "a hook": hooked,
-        "a frozen bias": frozen,
-        "gates of Continuous Sparsification": cs.attach(gated, 0.0),
-        "something after the mask": chained,
+        "another activation": small(a, nn.Tanh(), b),
+        "no bias": small(nn.Linear(4, 4, bias=False), nn.ReLU(), b),
+        "dropout": small(a, nn.ReLU(), nn.Dropout(), b),
+        "one layer": small(b),
+        "ends with ReLU": small(a, nn.ReLU(), b, nn.ReLU()),
+        "a layer used twice": small(a, nn.ReLU(), a),
+        "a tensor used twice": tied,
+        "tensors that overlap": overlapping,
+        "sizes that do not follow on each other": small(nn.Linear(4, 3), nn.ReLU(), b),
+        "gates of Continuous Sparsification": cs.attach(lenet(masked=False), 0.0),
         "half precision": lenet(dtype=torch.bfloat16),
+        "two dtypes": small(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2).double()),
+        "two devices": small(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2, device="meta")),
         "not a Sequential": nn.Linear(4, 4),
+        "a subclass of Sequential": type("Net", (nn.Sequential,), {})(nn.Flatten(), a, nn.ReLU(), b),
+        "a subclass of Linear": small(Doubled(4, 4), nn.ReLU(), b),
+        "a masked subclass of Linear": M.attach(small(Doubled(4, 4), nn.ReLU(), nn.Linear(4, 2))),
+        "a subclass of ReLU": small(a, type("Other", (nn.ReLU,), {})(), b),
+        "nothing that flattens": nn.Sequential(a, nn.ReLU(), b),
+        "flattened otherwise": nn.Sequential(nn.Flatten(2), a, nn.ReLU(), b),
     }
 
 
-def test_other_networks_take_the_general_way():
-    for what, model in unusual().items():
-        assert perceptron.layers(model) is None, what
-        assert perceptron.forward(model) is None, what
+def halve(layer):
+    layer.parametrizations.weight[0] = Half(torch.ones(4, 4), layer.bias)
+
+
+def no(*_):
+    return None
+
+
+CHANGES = {
+    "a forward of its own": lambda net: setattr(net, "forward", lambda x: 0 * nn.Sequential.forward(net, x)),
+    "a layer's own forward": lambda net: setattr(net[1], "forward", lambda x: x),
+    "a forward hook": lambda net: net[1].register_forward_hook(no),
+    "a forward hook on the activation": lambda net: net[2].register_forward_hook(no),
+    "a forward pre-hook": lambda net: net.register_forward_pre_hook(no),
+    "a backward hook": lambda net: net[3].register_full_backward_hook(no),
+    "a backward pre-hook": lambda net: net[2].register_full_backward_pre_hook(no),
+    "a hook on a mask": lambda net: net[1].parametrizations.weight[0].register_forward_hook(no),
+    "a tensor's hook": lambda net: M.original(net[1]).register_hook(no),
+    "a bias' hook": lambda net: net[3].bias.register_hook(no),
+    "a hook after accumulation": lambda net: net[3].bias.register_post_accumulate_grad_hook(no),
+    "a frozen bias": lambda net: net[1].bias.requires_grad_(False),
+    "something after the mask": lambda net: parametrize.register_parametrization(net[1], "weight", nn.Tanh()),
+    "something on a bias": lambda net: parametrize.register_parametrization(net[3], "bias", nn.Tanh()),
+    "a mask of another kind": lambda net: halve(net[1]),
+    "one mask for all columns": lambda net: setattr(net[1].parametrizations.weight[0], "mask", torch.ones(4, 1)),
+    "a parameter beside": lambda net: net.register_parameter("scale", nn.Parameter(torch.ones(1))),
+    "compiled in place": lambda net: net.compile(backend="eager"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", other_networks())
+def test_other_networks_take_the_general_way(what):
+    model = other_networks()[what]
+    assert perceptron.layers(model) is None
+    assert perceptron.forward(model) is None
+    assert not perceptron.trainable([model])
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_network_that_was_changed_takes_the_general_way(what):
+    model = changed(CHANGES[what])
+    assert perceptron.layers(model) is None
+    assert perceptron.forward(model) is None
+    assert not perceptron.trainable([model])
+
+
+def test_layers_cut_by_hand_take_the_general_way():
+    model = changed(lambda net: setattr(net[1], "weight", nn.Parameter(net[1].weight.detach()[:, :3])), masked=False)
+    assert perceptron.layers(model) is None
+    x = torch.randn(5, 3)
+    assert model(x).shape == (5, 2), "PyTorch does not read in_features"
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_full_backward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+    ],
+)
+def test_hooks_on_all_modules_are_seen_while_they_are_there(register):
+    model, handle = small(), register(no)
+    assert perceptron.layers(model) is None
+    handle.remove()
+    assert perceptron.layers(model)
+
+
+def test_hooks_on_several_gradients_and_removed_ones():
+    model = small()
+    several = torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), no)
+    assert perceptron.layers(model) is None
+    several.remove()
+    del several
+    for handle in (model[1].register_forward_hook(no), model[1].weight.register_hook(no)):
+        assert perceptron.layers(model) is None
+        handle.remove()
+    assert perceptron.layers(model), "a hook that was removed is none"
+    with torch.autograd.set_detect_anomaly(True):
+        assert perceptron.layers(model) is None
+
+
+def test_a_patched_class_takes_the_general_way(monkeypatch):
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x @ self.weight.T)
+    assert perceptron.layers(small()) is None
+
+
+def test_soft_masks_are_evaluated_but_not_trained_by_hand():
+    model = M.attach(small())
+    model[1].parametrizations.weight[0].mask.fill_(0.5)
+    x = torch.randn(3, 1, 2, 2)
+    torch.testing.assert_close(perceptron.forward(model)(x), model(x).detach())
+    assert not perceptron.trainable([model])
+
+
+def test_only_networks_alike_train_side_by_side():
+    model = small()
+    assert perceptron.trainable([model, small()], (1, 2, 2))
+    assert not perceptron.trainable([model, small()], (1, 2, 3))
+    assert not perceptron.trainable([model, model])
+    assert not perceptron.trainable([model, small().double()])
+    assert not perceptron.trainable([model, small(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))])
+    assert not perceptron.trainable([])
+
+
+def test_what_does_not_fit_is_the_models_to_refuse():
+    forward = perceptron.forward(small())
+    for x in (torch.randn(2, 1, 3, 3), torch.randn(4), torch.randn(2, 4, dtype=torch.float64)):
+        with pytest.raises((RuntimeError, IndexError)):
+            small()(x)
+        with pytest.raises((RuntimeError, IndexError)):
+            forward(x)
