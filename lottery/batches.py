@@ -12,19 +12,19 @@ class Batches:
     """Minibatches of the training set on the model's device: batch(t) is the one that iteration t trains on.
 
     Every epoch is a fresh permutation, and fresh augmentation, from (seed, epoch), so any iteration can be asked for:
-    rewinding continues where the schedule stands. An incomplete last batch is dropped. Several seeds give as many
-    batches, x [K, B, C, H, W] and y [K, B].
+    rewinding continues where the schedule stands. An incomplete last batch is dropped, or kept smaller, as the recipe
+    says. Several seeds give as many batches, x [K, B, C, H, W] and y [K, B].
     """
 
     def __init__(self, data, recipe, seed, like):
         self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
         self.seeds, self.shape = ([seed], ()) if isinstance(seed, int) else (seed, (len(seed),))
         self.size, self.epoch, self.augment = recipe.batch_size, None, recipe.augment != "none"
-        self.per_epoch = len(self.y) // self.size
-        if not self.per_epoch:
+        self.per_epoch = recipe.per_epoch(len(self.y))
+        if len(self.y) < self.size:
             raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
         self.normalise = normaliser(data, recipe, like)
-        images = len(self.seeds) * self.size
+        self.length, images = self.size, len(self.seeds) * self.size
         self.index = torch.zeros(images, dtype=torch.int64, device=like.device)
         self.move = torch.zeros(images, 3, dtype=torch.int64, device=like.device)
 
@@ -39,15 +39,19 @@ class Batches:
             self._shuffle(epoch)
             self.epoch = epoch
         part = slice(i * self.size, (i + 1) * self.size)
-        self.index.copy_(self.order[:, part].flatten())
+        chosen = self.order[:, part].flatten()
+        self.length = len(chosen) // len(self.seeds)
+        self.index[: len(chosen)].copy_(chosen)
         if self.augment:
-            self.move.copy_(self.moves[:, part].flatten(0, 1))
+            self.move[: len(chosen)].copy_(self.moves[:, part].flatten(0, 1))
 
     def gather(self):
         """The batch that was chosen, made on the device from tensors that stay where they are."""
-        x, y = self.x.index_select(0, self.index), self.y.index_select(0, self.index)
-        x = self.normalise(flip_crop(x, self.move) if self.augment else x)
-        return x.view(*self.shape, self.size, *x.shape[1:]), y.view(*self.shape, self.size)
+        images = len(self.seeds) * self.length
+        index, move = self.index[:images], self.move[:images]
+        x, y = self.x.index_select(0, index), self.y.index_select(0, index)
+        x = self.normalise(flip_crop(x, move) if self.augment else x)
+        return x.view(*self.shape, self.length, *x.shape[1:]), y.view(*self.shape, self.length)
 
     def _shuffle(self, epoch):
         n, orders, all_moves = len(self.y), [], []

@@ -30,6 +30,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lottery import masks as M
+from lottery import training
+from lottery.methods import Method, densities
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -57,9 +60,8 @@ class Gate(nn.Module):
     @torch.no_grad()
     def reset(self, s0, scale=True):
         """s ← s0 and β ← 1, in place."""
-        if not abs(s0) <= 80:
-            raise ValueError(f"Invalid s0 {s0}: give a number near 0, at most 80 in size; lower keeps fewer weights.")
-        self.s0, self.scale, self.c = s0, scale, 1 + math.exp(-s0) if scale else 1.0
+        _check_s0(s0)
+        self.s0, self.scale, self.c = s0, scale, _factor(s0) if scale else 1.0
         self.s.fill_(s0)
         self.beta.fill_(1.0)
 
@@ -120,14 +122,10 @@ def attach(model, s0=0.0, layers=None, scale=True):
         if parametrize.is_parametrized(found[name], "weight") and not _gate(found[name]):
             raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
     for name in names:
-        weight = M.original(found[name])
         if gate := _gate(found[name]):
             gate.reset(s0, scale)
             continue
-        gate = Gate(weight, s0, scale)
-        for module in list(model.modules()):  # tied layers share one tensor, hence one gate
-            if M.original(module) is weight:
-                parametrize.register_parametrization(module, "weight", gate)
+        M.put(model, found[name], Gate(M.original(found[name]), s0, scale))
     return model
 
 
@@ -165,6 +163,85 @@ def temperature(t, iterations, epoch=None, final=200.0):
         )
     last = math.ceil(iterations / epoch) - 1
     return final ** (min(t // epoch, last) / last)
+
+
+@dataclass(frozen=True)
+class CS(Method):
+    """One round of the search as a `Method`: the soft network is trained while β rises, its masks are H(s).
+
+    s0, scale, layers: as of `attach`. lam: λ, of the plain sum of all mask entries. final: β_T; 1 keeps β fixed.
+    schedule: β rises per "epoch" (the authors' code) or per "iteration", see `temperature`.
+    rule: of the `restart` from the round before. carry: the optimiser's momentum goes on from that round, as in the
+        authors' code, or starts anew.
+    """
+
+    s0: float = 0.0
+    lam: float = 1e-8
+    final: float = 200.0
+    schedule: str = "epoch"
+    rule: str = "as-described"
+    scale: bool = True
+    layers: tuple[str, ...] | None = None
+    carry: bool = True
+
+    def __post_init__(self):
+        if not (isinstance(self.lam, int | float) and 0 <= self.lam < math.inf):
+            raise ValueError(f"Invalid lam {self.lam!r}: give the weight of the penalty, a number from 0.")
+        if self.schedule not in ("epoch", "iteration"):
+            raise ValueError(f"Invalid schedule {self.schedule!r}: give 'epoch' or 'iteration'.")
+        temperature(0, 1, None, self.final)
+        _check_rule(self.rule)
+        _check_s0(self.s0)
+
+    @property
+    def carries(self):
+        return self.carry
+
+    def attach(self, model):
+        return attach(model, self.s0, self.layers, self.scale)
+
+    def resume(self, model):
+        restart(model, self.rule)
+
+    def param_groups(self, model, recipe):
+        return param_groups(model, recipe)
+
+    def penalty(self, model):
+        return self.lam * penalty(model) if self.lam else None
+
+    def before_step(self, t, step):
+        epoch = step.per_epoch if self.schedule == "epoch" and self.final > 1 else None
+        set_beta(step.model, temperature(t, step.recipe.iterations, epoch, self.final))
+
+    def masks(self, model):
+        return read(model)
+
+    def reading(self, model):
+        return densities(self.masks(model))
+
+    def check(self, model, before, finished):
+        """Masks are there to move."""
+
+
+@dataclass(frozen=True)
+class Ticket(Method):
+    """The training of a ticket that a search from `s0` found: masks that stay, and the search's factor c = 1/σ(s0)."""
+
+    s0: float = 0.0
+    scale: bool = True
+
+    def __post_init__(self):
+        _check_s0(self.s0)
+
+    def attach(self, model):
+        """c on every layer that carries a mask; masks first."""
+        layers = {name: layer for name, layer in M.prunable(model).items() if M.mask_of(layer)}
+        if not layers:
+            raise ValueError("No mask on the model: a ticket is a mask, call lottery.masks.attach(model, masks) first.")
+        for layer in layers.values() if self.scale else ():
+            if not M.on(layer, Scale):
+                M.put(model, layer, Scale(_factor(self.s0)))
+        return model
 
 
 def param_groups(model, recipe):
@@ -228,9 +305,9 @@ def search(
     Args:
         model: initialised; gated and trained in place.
         train: `train(model, start, stop)` trains w and s in place from iteration `start` of a round to `stop` (None:
-            to its end), with `penalty` in the loss and `set_beta` along the way, up to β_T at the end. Momentum carries
-            over between the calls, as in the authors' code, if `train` keeps its optimiser. `training.fit` takes all
-            three: `regulariser`, `before_step` and `opt`.
+            to its end), with `penalty` in the loss and `set_beta` along the way, up to β_T at the end: a `Rounds`, or
+            a loop of one's own. Momentum carries over between the calls, as in the authors' code, if it keeps its
+            optimiser.
         s0, layers, scale: as in `attach`.
         rule: as in `restart`.
         rewind_to: k, in iterations of the first round: tickets start from w_k. None: pruning, they start from the
@@ -253,6 +330,28 @@ def search(
         yield Level(s0, r, m, M.density(m), _weights(model) if rewind_to is None else theta_k, scale)
         if r < rounds:
             restart(model, rule)
+
+
+class Rounds:
+    """What `search` trains with: `training.fit` under a `CS`, one optimiser throughout, every round in another order.
+
+    seeds: of the data order, one for each round.
+    """
+
+    def __init__(self, data, recipe, method: CS, seeds):
+        self.data, self.recipe, self.method, self.seeds = data, recipe, method, list(seeds)
+        self.optimizer, self.round, self.histories = None, -1, []
+
+    def __call__(self, model, start, stop):
+        self.round += start == 0
+        if self.round >= len(self.seeds):
+            raise ValueError(f"Invalid seeds: give one for each round, {len(self.seeds)} are too few.")
+        if self.optimizer is None or (not self.method.carry and start == 0):
+            self.optimizer = training.optimizer(model, self.recipe, param_groups(model, self.recipe))
+        where = {"seed": self.seeds[self.round], "start": start, "stop": stop}
+        self.histories.append(
+            training.fit(model, self.data, self.recipe, **where, method=self.method, opt=self.optimizer)
+        )
 
 
 def sweep(model, train, s0s, executor=None, **options):
@@ -302,6 +401,16 @@ def _weights(model):
     return {name: t.detach().clone() for name, t in M.tensors(model).items() if id(t) not in gates}
 
 
+def _factor(s0):
+    """c = 1/σ(s0)."""
+    return 1 + math.exp(-s0)
+
+
+def _check_s0(s0):
+    if not (isinstance(s0, int | float) and abs(s0) <= 80):
+        raise ValueError(f"Invalid s0 {s0!r}: give a number near 0, at most 80 in size; lower keeps fewer weights.")
+
+
 def _check_rule(rule):
     if rule not in ("as-described", "code"):
         raise ValueError(f"Invalid rule {rule!r}: give 'as-described' or 'code'.")
@@ -322,6 +431,4 @@ def _gated(model):
 
 def _gate(module):
     """The Gate on a layer's weight, or None."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    return next((p for p in module.parametrizations.weight if isinstance(p, Gate)), None)
+    return M.on(module, Gate)

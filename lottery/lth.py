@@ -51,6 +51,10 @@ def prune(model, rate, scope="layer", masks=None):
     on = M.read(model) if masks is None else masks
     m = {name: on.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
     rate = M.per_layer(rate, weights, scope, "rate")
+    if scope == "global" and isinstance(rate, dict):
+        if len(set(rate.values())) > 1:
+            raise ValueError(f"Invalid rate {rate} with scope 'global': one ranking removes one share of all layers.")
+        rate = next(iter(rate.values()))
 
     survivors = {name: int(m[name].sum()) for name in m}
     if isinstance(rate, dict):

@@ -144,14 +144,29 @@ def attach(model, masks=None):
                 f"needs torch.bool of shape {tuple(shape)}."
             )
     for name, mask in masks.items():
-        if on := mask_of(layers[name]):
-            on.mask.copy_(mask)
+        if carried := on(layers[name], Mask):
+            carried.mask.copy_(mask)
         else:
-            new, weight = Mask(mask, like=layers[name].weight), original(layers[name])
-            for module in list(model.modules()):  # tied layers share one tensor, hence one mask
-                if original(module) is weight:
-                    parametrize.register_parametrization(module, "weight", new)
+            put(model, layers[name], Mask(mask, like=layers[name].weight))
     return model
+
+
+def put(model: nn.Module, layer: nn.Module, parametrization: nn.Module) -> None:
+    """Put a parametrization on a layer's weight, in place: on every module that shares it, so that they stay tied.
+
+    It acts after those that are there already; an optimiser holds what it trains only if it is built afterwards.
+    """
+    weight = original(layer)
+    for module in list(model.modules()):
+        if original(module) is weight:
+            parametrize.register_parametrization(module, "weight", parametrization)
+
+
+def on(layer: nn.Module, kind: type) -> nn.Module | None:
+    """The parametrization of a class on a layer's weight, the first if there are several; None where there is none."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    return next((p for p in layer.parametrizations.weight if isinstance(p, kind)), None)
 
 
 def read(model):
@@ -239,9 +254,7 @@ def original(module):
 
 def mask_of(module):
     """The Mask on a layer's weight, or None."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    return next((p for p in module.parametrizations.weight if isinstance(p, Mask)), None)
+    return on(module, Mask)
 
 
 def check_names(given, known, what, whole, complete=True):

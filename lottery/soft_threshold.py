@@ -34,9 +34,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lottery import masks as M
+from lottery.methods import Method, densities
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -111,14 +111,11 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
         sharing = p is shared if granularity == "global" else uses[id(p)] == 1
         if p.g != g or p.s.shape != new[name].s.shape or not sharing:
             raise ValueError(f"Layer {name!r} carries a soft threshold of another kind: lottery.masks.bake it first.")
-    for name, weight in like.items():
+    for name in layers:
         if name in on:
             nn.init.constant_(on[name].s, s_init)
         else:
-            p = shared if granularity == "global" else new[name]
-            for module in list(model.modules()):  # tied layers share one tensor, hence one threshold
-                if M.original(module) is weight:
-                    parametrize.register_parametrization(module, "weight", p)
+            M.put(model, every[name], shared if granularity == "global" else new[name])
     return model
 
 
@@ -130,9 +127,48 @@ def _shape(weight, granularity):
 
 def _threshold(module):
     """The SoftThreshold on a layer's weight, or None."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    return next((p for p in module.parametrizations.weight if isinstance(p, SoftThreshold)), None)
+    return M.on(module, SoftThreshold)
+
+
+@dataclass(frozen=True)
+class STR(Method):
+    """STR as a `Method`: thresholds are trained with the weights; the masks are where the effective weight is not 0.
+
+    s_init, g, granularity, layers: as of `attach`. The density that comes out depends on these, the recipe's weight
+    decay and learning rates: see `reach`.
+    """
+
+    s_init: float = -3200.0
+    g: str = "sigmoid"
+    granularity: str = "layer"
+    layers: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        for name, known in (("g", G), ("granularity", GRANULARITIES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"Invalid {name} {value!r}: give {' or '.join(map(repr, known))}.")
+        if not (isinstance(self.s_init, int | float) and math.isfinite(self.s_init)):
+            raise ValueError(f"Invalid s_init {self.s_init!r}: give a finite number, far below 0 for a dense start.")
+
+    def attach(self, model):
+        return attach(model, self.s_init, self.g, self.granularity, self.layers)
+
+    def param_groups(self, model, recipe):
+        return param_groups(model, recipe)
+
+    def masks(self, model):
+        """Of the layers that carry a threshold."""
+        layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
+        return {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+
+    def reading(self, model):
+        """The densities, and of each layer the mean s and the mean threshold (figures 1 to 3)."""
+        on = {name: p for name, layer in M.prunable(model).items() if (p := _threshold(layer))}
+        s = {f"s/{name}": p.s.mean().item() for name, p in on.items()}
+        return densities(self.masks(model)) | s | {f"threshold/{n}": p.threshold().mean().item() for n, p in on.items()}
+
+    def check(self, model, before, finished):
+        """Masks are there to move."""
 
 
 def thresholds(model):

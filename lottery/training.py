@@ -1,6 +1,7 @@
 """One training loop for every method: data resident as uint8, read at fixed iterations, early stop found afterwards."""
 
 import bisect
+import collections
 import dataclasses
 import math
 import time
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from lottery import masks as M
 from lottery import perceptron
 from lottery.batches import Batches
+from lottery.methods import NOTHING, Method
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -29,7 +31,8 @@ class Recipe:
     inputs: "unit" feeds pixels in [0, 1], "standard" subtracts the mean and divides by the deviation per channel.
     nesterov: Nesterov's momentum (SGD; CS). augment: "none" | "flip-crop", see `data.flip_crop` (CS, GraSP, STR).
     precision: "float32" computes in the model's own dtype, "bfloat16" under autocast, readings included.
-    label_smoothing: of the training loss only (STR: 0.1).
+    label_smoothing: of the training loss (STR: 0.1); smooth_readings: of the losses at readings as well.
+    last_batch: "drop" | "keep" the smaller last minibatch of an epoch (CS: 352 iterations, STR's ImageNet: 5,005).
     schedule: "step" is lr · γ^(milestones ≤ t) · min(1, t / warmup). "cosine" (STR) has no milestones: lr is constant
         in blocks of `lr_every` iterations (there an epoch); it is lr · (e + 1) / W in block e of W of warm-up, then
         lr · ½ (1 + cos(π (e − W) / (E − W))), E blocks in all.
@@ -53,6 +56,8 @@ class Recipe:
     label_smoothing: float = 0.0
     schedule: str = "step"
     lr_every: int = 1
+    last_batch: str = "drop"
+    smooth_readings: bool = False
 
     def __post_init__(self):
         def need(ok, name, rule):
@@ -68,6 +73,8 @@ class Recipe:
         need(self.augment in ("none", "flip-crop"), "augment", "give 'none' or 'flip-crop'")
         need(self.precision in ("float32", "bfloat16"), "precision", "give 'float32' or 'bfloat16'")
         need(self.schedule in ("step", "cosine"), "schedule", "give 'step' or 'cosine'")
+        need(self.last_batch in ("drop", "keep"), "last_batch", "give 'drop' or 'keep'")
+        need(isinstance(self.smooth_readings, bool), "smooth_readings", "give True or False")
         need(number(self.lr) and self.lr > 0, "lr", "give a learning rate above 0")
         need(number(self.momentum) and 0 <= self.momentum < 1, "momentum", "give 0 <= momentum < 1")
         need(number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "give a number from 0")
@@ -86,6 +93,15 @@ class Recipe:
             need(not self.milestones, "milestones", "the cosine schedule has none")
             whole = self.warmup % self.lr_every == 0 and self.warmup < self.iterations
             need(whole, "warmup", f"give a multiple of lr_every = {self.lr_every} below iterations")
+
+    @property
+    def smoothing_at_readings(self) -> float:
+        """Label smoothing of the losses that are read."""
+        return self.label_smoothing if self.smooth_readings else 0.0
+
+    def per_epoch(self, images: int) -> int:
+        """Iterations in an epoch of so many training images."""
+        return -(-images // self.batch_size) if self.last_batch == "keep" else images // self.batch_size
 
     def lr_at(self, t):
         """Learning rate of the step that follows `t` finished ones, by the schedule."""
@@ -125,6 +141,7 @@ class History:
     """What `fit` measured. The lists run over the readings, NaN where the test set was not read.
 
     batch_loss: the learning curve of the training set, the mean minibatch loss since the last reading of the test set.
+    numbers: what the method keeps at each reading, by name.
     """
 
     step: list[int] = field(default_factory=list)
@@ -133,6 +150,7 @@ class History:
     test_loss: list[float] = field(default_factory=list)
     test_acc: list[float] = field(default_factory=list)
     batch_loss: list[float] = field(default_factory=list)
+    numbers: dict[str, list[float]] = field(default_factory=dict)
     train_loss: dict[int, float] = field(default_factory=dict)  # minibatch loss at iterations LOSS_STEPS
     status: str = "finished"  # or "diverged": a loss was not finite
     early_stop: Reading | None = None  # None without a validation set
@@ -145,14 +163,12 @@ class History:
         return self.early_stop is not None and self.early_stop.step == self.last.step
 
 
-def param_groups(model, recipe):
-    """One group of all trainable parameters, all with the recipe's weight decay."""
-    return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": recipe.weight_decay}]
-
-
 def optimizer(model, recipe, groups=None):
-    """The recipe's optimiser, fused. Raises ValueError when a trainable parameter is in no group: it cannot move."""
-    groups = param_groups(model, recipe) if groups is None else groups
+    """The recipe's optimiser, fused, of a method's parameter groups; default: one of all trainable parameters.
+
+    Raises ValueError when a trainable parameter is in no group: it cannot move.
+    """
+    groups = NOTHING.param_groups(model, recipe) if groups is None else groups
     _check_covered(model, groups)
     return _build(groups, recipe)
 
@@ -177,17 +193,38 @@ def _check_covered(model, groups):
 
 
 class Step:
-    """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update."""
+    """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update.
 
-    def __init__(self, model, recipe, opt, regulariser=None):
-        self.model, self.recipe, self.optimizer, self.regulariser = model, recipe, opt, regulariser
+    It is also what a method sees before each step: model, recipe, optimizer, per_epoch, batch, generator.
+    """
+
+    def __init__(self, model, recipe, opt, method=NOTHING, batches=None, compiled=False):
+        self.model, self.recipe, self.optimizer, self.method = model, recipe, opt, method
+        self.batches, self.t = batches, 0
+        self.forward = torch.compile(model, dynamic=False) if compiled else model
+
+    @property
+    def per_epoch(self):
+        """Iterations in an epoch."""
+        return self.batches.per_epoch
+
+    @property
+    def batch(self):
+        """The minibatch (x, y) that the step is about to train on."""
+        return self.batches.gather()
+
+    @property
+    def generator(self):
+        """A fresh generator, on the CPU, of the data order's seed and the iteration, apart from that of the order."""
+        [seed] = self.batches.seeds
+        return torch.Generator().manual_seed((seed * 1_000_003 + self.t) * 2 + 1 & 0x7FFF_FFFF_FFFF_FFFF)
 
     def __call__(self, x, y):
         with autocast(self.recipe, x):
-            logits = self.model(x)
+            logits = self.forward(x)
         loss = F.cross_entropy(logits.to(x.dtype), y, label_smoothing=self.recipe.label_smoothing)
-        if self.regulariser:
-            loss = loss + self.regulariser(self.model)
+        if (penalty := self.method.penalty(self.model)) is not None:
+            loss = loss + penalty
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -240,9 +277,10 @@ def autocast(recipe, like):
 
 
 @torch.no_grad()
-def evaluate(model, split, normalise, batch_size=None):
+def evaluate(model, split, normalise, batch_size=None, smoothing=0.0):
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was.
 
+    smoothing: label smoothing of that loss.
     batch_size: default 2,500; on a CPU 250, for fully connected networks 1,000: activations should fit in the cache.
     """
     was_training, like = model.training, next(model.parameters())
@@ -251,12 +289,12 @@ def evaluate(model, split, normalise, batch_size=None):
     forward = (plain and perceptron.forward(model)) or model
     in_cache = 250 if forward is model else 1000
     batch_size = batch_size or (in_cache if like.device.type == "cpu" else 2500)
-    [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size)
+    [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size, smoothing)
     model.train(was_training)
     return loss, correct
 
 
-def _evaluate(forward, like, split, normalise, batch_size=2500):
+def _evaluate(forward, like, split, normalise, batch_size=2500, smoothing=0.0):
     """`evaluate` of a function images → logits [B, classes] or [K, B, classes]: K losses, K tensors of correctness."""
     if not len(split.y):
         return [math.nan], [torch.zeros(0, dtype=torch.bool)]
@@ -265,7 +303,7 @@ def _evaluate(forward, like, split, normalise, batch_size=2500):
         logits = forward(normalise(x.to(like.device))).to(like.dtype)
         logits = logits.view(-1, *logits.shape[-2:])
         y = y.to(like.device).expand(logits.shape[:2])
-        losses += F.cross_entropy(logits.mT, y, reduction="none").sum(1)
+        losses += F.cross_entropy(logits.mT, y, reduction="none", label_smoothing=smoothing).sum(1)
         correct.append(logits.argmax(2) == y)
     return (losses / len(split.y)).tolist(), torch.cat(correct, 1).cpu().unbind()
 
@@ -277,11 +315,10 @@ def fit(
     seed=0,
     start=0,
     stop=None,
-    groups=None,
+    method=NOTHING,
     opt=None,
-    regulariser=None,
-    before_step=None,
     graph=True,
+    compiled=False,
 ):
     """Train the model in place and read it as the recipe says.
 
@@ -292,13 +329,12 @@ def fit(
         seed: of the data order (the initialisation is the model's own); with several models a list of as many.
         start, stop: iterations; training goes on at schedule and data position `start` with a fresh optimiser and
             ends after iteration `stop` (default: the recipe's).
-        groups: the method's parameter groups; default `param_groups(model, recipe)`.
-        opt: an `optimizer` that an earlier call has used, to go on with its momentum; then `groups` is not read.
-        regulariser: a method's term in the loss, `regulariser(model)`, a scalar with gradient. (CS: λ · penalty.)
-        before_step: `before_step(t)` is called before the step that follows t finished ones, to write what a method
-            anneals, in place. (CS: `set_beta`.)
+        method: what the training does beside gradient steps, a `Method`; it has been attached to the model.
+        opt: an `optimizer` that an earlier call has used, to go on with its momentum.
         graph: on a GPU the whole step is captured as a CUDA graph, if `opt` has its learning rate as a tensor; False
             for a model that cannot be captured, since it waits for the device or changes its ways from step to step.
+        compiled: train `torch.compile` of the model, which needs a C++ compiler on a CPU; networks that are trained by
+            hand have no use for it.
 
     Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration, in the
     mode it came in; a loss that is not finite at a reading stops its training with status "diverged".
@@ -311,7 +347,7 @@ def fit(
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     models = [model] if (alone := isinstance(model, torch.nn.Module)) else list(model)
     began, like = time.perf_counter(), next(models[0].parameters())
-    by_hand = groups is opt is regulariser is before_step is None and populations(models, recipe)
+    by_hand = opt is None and type(method) is Method and populations(models, recipe)
     if not alone and not (by_hand and len(models) == len(seed)):
         raise ValueError(f"These {len(models)} models cannot be trained together: see lottery.training.populations.")
     if by_hand and alone and like.device.type == "cpu" and (inputs := _lit(data, recipe)) is not None:
@@ -327,24 +363,26 @@ def fit(
     elif by_hand and like.device.type == "cpu":
         step = perceptron.Step(model, recipe, _build)
     else:
-        opt = opt or optimizer(model, recipe, groups)
+        opt = opt or optimizer(model, recipe, method.param_groups(model, recipe))
         _check_covered(model, opt.param_groups)
-        step = Step(model, recipe, opt, regulariser)
+        step = Step(model, recipe, opt, method, batch, compiled)
     steps, test_steps = recipe.readings(start, stop)
     steps, lr, first_losses, batch_loss, since = set(steps), None, {}, 0.0, start
-    members = [_Member(each, data, recipe, batch.normalise) for each in models]
+    smoothing = recipe.smoothing_at_readings
+    members = [_Member(each, data, recipe, batch.normalise, method) for each in models]
     under_way = dict(enumerate(members))
 
     def iteration():
         return step(*batch.gather())
 
     tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
-    launch = Graph(iteration) if graph and tensors and _captures(like.device) else iteration
+    captures = graph and tensors and _captures(like.device)
+    launch = collections.defaultdict(lambda: Graph(iteration) if captures else iteration)  # by the batch's length
 
     def read(split):
         if alone:
-            return [evaluate(model, split, batch.normalise)]
-        return list(zip(*_evaluate(step.forward, like, split, batch.normalise), strict=True))
+            return [evaluate(model, split, batch.normalise, smoothing=smoothing)]
+        return list(zip(*_evaluate(step.forward, like, split, batch.normalise, smoothing=smoothing), strict=True))
 
     for t in range(start, stop):
         if recipe.lr_at(t) != lr:
@@ -354,10 +392,11 @@ def fit(
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-        if before_step:
-            before_step(t)
         batch.choose(t)
-        loss = launch()
+        if not by_hand:
+            step.t = t
+            method.before_step(t, step)
+        loss = launch[batch.length]()
         batch_loss += loss
         done = t + 1
         if done - start in LOSS_STEPS:
@@ -389,10 +428,11 @@ def fit(
 class _Member:
     """One network of a training, what was read of it, and its state at the smallest validation loss so far."""
 
-    def __init__(self, model, data, recipe, normalise):
-        self.model, self.data, self.recipe, self.normalise = model, data, recipe, normalise
-        self.masks, self.was_training = M.read(model), model.training
+    def __init__(self, model, data, recipe, normalise, method):
+        self.model, self.data, self.recipe, self.normalise, self.method = model, data, recipe, normalise, method
+        self.masks, self.was_training = method.masks(model), model.training
         self.history, self.best, self.best_step, self.best_loss = History(), None, None, math.inf
+        self.smoothing = recipe.smoothing_at_readings
         model.train()
 
     def read(self, done, loss, valid, test, curve):
@@ -406,25 +446,37 @@ class _Member:
         h.test_loss.append(test_loss)
         h.test_acc.append(_accuracy(correct))
         h.batch_loss.append(curve if test else math.nan)
+        for name, number in self.method.reading(self.model).items():
+            h.numbers.setdefault(name, []).append(number)
         return val_loss < self.best_loss, math.isfinite(val_loss) or not len(self.data.valid.y)
 
     def remember(self, done):
-        self.best, self.best_step, self.best_loss = M.state(self.model), done, self.history.val_loss[-1]
+        self.best, self.best_step, self.best_loss = self._state(), done, self.history.val_loss[-1]
+
+    def _state(self):
+        """What early stop goes back to: masks move under some methods."""
+        return M.state(self.model), M.read(self.model)
+
+    def _restore(self, state):
+        theta, masks = state
+        M.restore(self.model, theta)
+        if masks:
+            M.attach(self.model, masks)
 
     def end(self, done, finite):
         """Everything at the early stop and at the last iteration."""
-        self.done, h, final = done, self.history, M.state(self.model)
+        self.done, h, final = done, self.history, self._state()
         with autocast(self.recipe, next(self.model.parameters())):
             if self.best is not None:
-                M.restore(self.model, self.best)
-                h.early_stop = reading(self.model, self.data, self.normalise, self.best_step)
-                M.restore(self.model, final)
-            h.last = reading(self.model, self.data, self.normalise, done)
+                self._restore(self.best)
+                h.early_stop = reading(self.model, self.data, self.normalise, self.best_step, self.smoothing)
+                self._restore(final)
+            h.last = reading(self.model, self.data, self.normalise, done, self.smoothing)
         if not finite or not math.isfinite(h.last.train_loss):  # the last step may have been one too many
             h.status = "diverged"
         self.model.train(self.was_training)
         if h.status == "finished":  # a weight that is not finite is not zero under any mask
-            _assert_sparse(self.model, self.masks)
+            self.method.check(self.model, self.masks, done == self.recipe.iterations)
 
 
 def _lit(data, recipe):
@@ -460,22 +512,14 @@ def populations(models, recipe):
     return len(sizes) == 1 and () not in sizes and (recipe.precision, recipe.label_smoothing) == ("float32", 0)
 
 
-def reading(model, data, normalise, step):
+def reading(model, data, normalise, step, smoothing=0.0):
     """Everything at one reading point, of the model as it is now."""
-    val_loss, val_correct = evaluate(model, data.valid, normalise)
+    val_loss, val_correct = evaluate(model, data.valid, normalise, smoothing=smoothing)
     correct = evaluate(model, data.test, normalise)[1]
-    train_loss, train_correct = evaluate(model, data.train, normalise)
+    train_loss, train_correct = evaluate(model, data.train, normalise, smoothing=smoothing)
     accuracies = [_accuracy(part) for part in (val_correct, correct, train_correct)]
     return Reading(step, val_loss, *accuracies[:2], train_loss, accuracies[2], correct.numpy())
 
 
 def _accuracy(correct):
     return correct.sum().item() / len(correct) if len(correct) else math.nan
-
-
-def _assert_sparse(model, masks):
-    """What was pruned stayed pruned: the effective weights at the END of the training, against the masks before it."""
-    layers = M.prunable(model)
-    for name, m in masks.items():
-        if layers[name].weight.detach()[~m].any():
-            raise AssertionError(f"Pruned weights of layer {name!r} came back during training.")

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lottery import cs, data, models, training
 from lottery import masks as M
 from lottery.batches import Batches
+from lottery.methods import NOTHING
 from lottery.training import Recipe
 
 SGD = Recipe(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-2, iterations=20)
@@ -573,7 +574,7 @@ def test_s_has_no_weight_decay_and_the_weights_have():
 
 def test_groups_from_before_attaching_are_refused():
     model = small()
-    groups = training.param_groups(model, SGD)
+    groups = NOTHING.param_groups(model, SGD)
     cs.attach(model, 0.1)
     with pytest.raises(ValueError, match=r"^No parameter group holds .*weight\.0\.s.*after attaching the method\.$"):
         training.optimizer(model, SGD, groups)
@@ -628,28 +629,11 @@ def test_the_search_is_the_loop_of_the_paper(rule):
     assert all(torch.equal(t, M.state(by_hand)[name]) for name, t in M.state(model).items())
 
 
-class Fit:
-    """The same as `Loop`, with `training.fit`."""
+class Loop:
+    """A caller's own loop over the minibatches of `cs.Rounds`, three an epoch, the same in every round."""
 
     def __init__(self, images):
         self.images, self.opt = images, None
-
-    def __call__(self, model, start, stop):
-        self.opt = self.opt or training.optimizer(model, SEARCH, cs.param_groups(model, SEARCH))
-        training.fit(
-            model,
-            self.images,
-            SEARCH,
-            start=start,
-            stop=stop,
-            opt=self.opt,
-            regulariser=lambda model: 1e-3 * cs.penalty(model),
-            before_step=lambda t: cs.set_beta(model, cs.temperature(t, SEARCH.iterations, EPOCH)),
-        )
-
-
-class Loop(Fit):
-    """A caller's own loop over the same minibatches."""
 
     def __call__(self, model, start, stop):
         self.opt = self.opt or training.optimizer(model, SEARCH, cs.param_groups(model, SEARCH))
@@ -670,6 +654,7 @@ SEARCH = Recipe(
     momentum=0.9,
     nesterov=True,
     weight_decay=1e-2,
+    batch_size=400,
     iterations=12,
     eval_every=5,
     milestones=(8,),
@@ -679,7 +664,7 @@ SEARCH = Recipe(
 def test_fit_searches_as_ones_own_loop_does():
     """λ and β enter through the hooks; momentum goes on from round to round while lr starts again."""
     images, found = data.load("digits", valid=100), []
-    for train in (Fit(images), Loop(images)):
+    for train in (cs.Rounds(images, SEARCH, cs.CS(0.02, lam=1e-3), [0, 0, 0]), Loop(images)):
         torch.manual_seed(0)
         net = nn.Sequential(
             nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(108, 10)

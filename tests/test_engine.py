@@ -70,7 +70,7 @@ def digits():
 def start(trained, digits, name):
     """A run's network before its training, and the row of its training."""
     runs, opened = family(), Store(trained)
-    model, hashes = work.initialise(runs[name], digits, opened)
+    model, _, hashes = work.initialise(runs[name], digits, opened)
     row = opened.get(runs[name])
     assert hashes.keys() == {"theta0", "parent_weights"}
     assert hashes.items() <= json.loads(row["certificate"]).items()
@@ -265,7 +265,7 @@ def test_one_shot_has_the_density_of_round_10_within_one_weight(tmp_path, digits
     assert (pruned.level, pruned.init) == (1, "reset")
     assert pruned.rate_output == pruned.rate / 2
     train([dense, replace(pruned, recipe=QUICK)], tmp_path)
-    masks = M.read(work.initialise(pruned, digits, Store(tmp_path))[0])
+    masks = M.read(work.initialise(pruned, digits, Store(tmp_path)).model)
     n = [19_200, 30_000, 1_000]
     for _ in range(10):
         n = [n[0] - round(n[0] * 0.2), n[1] - round(n[1] * 0.2), n[2] - round(n[2] * 0.1)]
@@ -296,7 +296,7 @@ AT_INIT = replace(DENSE, valid=0, recipe=STANDARD, density=0.1, criterion="grasp
 
 def start_of(run, digits, tmp_path):
     """(the network of a run before its training, the same one without masks)."""
-    model, _ = work.initialise(run, digits, Store(tmp_path))
+    model = work.initialise(run, digits, Store(tmp_path)).model
     return model, models.create(run.model, seed=run.seed, in_shape=(1, 8, 8))
 
 

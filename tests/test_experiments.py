@@ -302,7 +302,7 @@ def test_pruned_before_training_is_as_sparse_as_the_ticket_layer_by_layer(digits
     at = lth.setting("smoke")
     [run] = lth.trial("prune-at-init", at, 0, 7)
     assert (run.parent, run.criterion) == (None, "magnitude")
-    model, _ = work.initialise(run, digits, None)
+    model = work.initialise(run, digits, None).model
     assert equal(M.state(model), theta_0())
     for layer, (n, rate) in {"fc1": (19_200, 0.2), "fc2": (30_000, 0.2), "fc3": (1_000, 0.1)}.items():
         for _ in range(7):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lottery import baselines, cs, grasp, lth, masks, soft_threshold, training
+from lottery.methods import NOTHING
 
 PAGE = (Path(__file__).parents[1] / "book" / "messages.md").read_text()
 LISTED = re.findall(r"^\| `(.+?)` \|", PAGE, flags=re.MULTILINE)
@@ -40,7 +41,7 @@ def zeros():
 
 def late():
     model = net()
-    groups = training.param_groups(model, training.Recipe())
+    groups = NOTHING.param_groups(model, training.Recipe())
     training.optimizer(cs.attach(model, 0.0), training.Recipe(), groups)
 
 

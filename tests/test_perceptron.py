@@ -38,10 +38,10 @@ def lenet(density=1.0, dtype=torch.float64, masked=True):
 def both(model, digits, recipe, **options):
     """(history, model) of the fast way and of the general way."""
     results = []
-    for groups in (lambda m: None, lambda m: training.param_groups(m, recipe)):
+    for opt in (lambda m: None, lambda m: training.optimizer(m, recipe)):
         mine = copy.deepcopy(model)
         assert perceptron.layers(mine)
-        results.append((fit(mine, digits, recipe, seed=3, groups=groups(mine), **options), mine))
+        results.append((fit(mine, digits, recipe, seed=3, opt=opt(mine), **options), mine))
     return results
 
 

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from lottery import data, models, training
 from lottery import masks as M
 from lottery import soft_threshold as S
+from lottery.methods import NOTHING
 from lottery.training import Recipe
 
 KINDS = ["layer", "global", "filter", "weight"]
@@ -427,7 +428,7 @@ def test_nothing_prunable_and_half_precision():
 
 def test_s_outside_the_optimiser_is_named():
     model = small()
-    groups = training.param_groups(model, sgd())
+    groups = NOTHING.param_groups(model, sgd())
     S.attach(model, -5.0)
     with pytest.raises(ValueError, match=r"^No parameter group holds 0\.parametrizations\.weight\.0\.s, 4\.param"):
         training.optimizer(model, sgd(), groups)
@@ -508,7 +509,7 @@ def test_the_training_loop_moves_s():
     digits = data.load("digits")
     recipe = Recipe("sgd", lr=0.1, momentum=0.9, iterations=60, eval_every=30, weight_decay=2e-2)
     model = S.attach(models.create("lenet_300_100", seed=0, in_shape=(1, 8, 8)), -12.0)
-    history = training.fit(model, digits, recipe, groups=S.param_groups(model, recipe))
+    history = training.fit(model, digits, recipe, method=S.STR(-12.0))
     assert history.status == "finished"
     assert all(p.item() > -12 for p in S.param_groups(model, recipe)[1]["params"])
     assert 0 < M.density(model) < 1

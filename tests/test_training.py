@@ -515,7 +515,7 @@ def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(digits):
 def test_pruned_weights_are_exactly_zero_at_the_end(digits, options, by_hand):
     model, recipe = lenet(density=0.2), dataclasses.replace(SHORT, weight_decay=0.05, **options)
     masks, behind = M.read(model), M.state(model)
-    fit(model, digits, recipe, groups=None if by_hand else training.param_groups(model, recipe))
+    fit(model, digits, recipe, opt=None if by_hand else training.optimizer(model, recipe))
     for name, layer in M.prunable(model).items():
         assert not layer.weight[~masks[name]].any()
         assert layer.weight[masks[name]].all()
@@ -602,7 +602,7 @@ def test_a_parameter_in_no_group_raises(digits):
     weights = [p for name, p in model.named_parameters() if "bias" not in name]
     text = "No parameter group holds fc1.bias, fc2.bias, fc3.bias: build the groups after attaching the method."
     with pytest.raises(ValueError, match=message(text)):
-        fit(model, digits, SHORT, groups=[{"params": weights}])
+        training.optimizer(model, SHORT, [{"params": weights}])
 
 
 def test_frozen_parameters_need_no_group_and_stay(digits):
@@ -623,11 +623,11 @@ def test_groups_may_differ_in_weight_decay(digits):
         model = lenet()
         p = list(model.parameters())
         groups = [{"params": p[:2], "weight_decay": decay}, {"params": p[2:], "weight_decay": 0.1}]
-        fit(model, digits, recipe, groups=groups)
+        fit(model, digits, recipe, opt=training.optimizer(model, recipe, groups))
         return M.state(model)
 
     one = lenet()
-    fit(one, digits, recipe, groups=training.param_groups(one, recipe))
+    fit(one, digits, recipe, opt=training.optimizer(one, recipe))
     assert same(trained(0.1), M.state(one))
     assert not same(trained(0.0), M.state(one))
 

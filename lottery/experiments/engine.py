@@ -13,11 +13,12 @@ from lottery import data, models, training
 from lottery.experiments.runs import Measurement
 from lottery.experiments.store import Store
 from lottery.experiments.work import execute, start
+from lottery.methods import NOTHING
 
 TOGETHER = 64  # runs side by side on a GPU
 
 
-def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, progress=True):
+def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, progress=True, compiled=False):
     """Train what is missing of `runs` and of the parents they need; returns the runs left undone.
 
     Args:
@@ -25,7 +26,7 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
         executor: any `concurrent.futures.Executor` whose workers see the store's folder; default: one process per
             `threads` cores on the CPU, this process on a GPU or for a single run.
         budget: seconds; no run starts that is expected to end after it.
-        device, threads: of one training.
+        device, threads, compiled: of one training, see `training.fit`.
 
     On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
     A run is kept the moment it ends. An interrupt waits for the trainings of other processes that are under way and is
@@ -57,7 +58,7 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
                     todo, ready = _without(group, todo), _without(group, ready)
                     if clock.allows(group):
                         keep = [r in parents for r in group]
-                        job = executor.submit(execute, group, store.dir, store.also, keep, device, threads)
+                        job = executor.submit(execute, group, store.dir, store.also, keep, device, threads, compiled)
                         under_way[job] = group
                     else:
                         given_up.update(group)
@@ -126,9 +127,12 @@ def missing(runs, store):
 
 def _alike(r, device):
     """What runs have in common that may train side by side; on a CPU processes are faster, so nothing."""
-    if device == "cpu" or isinstance(r, Measurement) or not _fully_connected(r.model, r.dataset, r.options, r.recipe):
+    if device == "cpu" or isinstance(r, Measurement) or r.method != NOTHING:
         return r.key
-    return r.model, r.dataset, r.options, r.valid, r.split_seed, r.train_fraction, r.recipe, start(r)
+    if not _fully_connected(r.model, r.dataset, r.options, r.recipe):
+        return r.key
+    split = (r.valid, r.balanced, r.split_seed, r.train_fraction)
+    return r.model, r.dataset, r.options, split, r.recipe, start(r)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lottery import data, masks, models
+from lottery.methods import NOTHING, Method
 from lottery.training import Recipe
 
 SCHEMA = 1
@@ -40,6 +41,10 @@ class Run:
     score: what differs from the criterion's options CRITERIA, as pairs in order of their names. For "snip" and "grasp":
         per_class images of each class in `chunks` chunks, which come in pairs of half the classes each
         (class_sorted=True) or have all classes each; reinit_linear as in `grasp.prune`; temperature ("grasp").
+    balanced: as in `data.load`: the validation images are as many of each class.
+    layers: names of the layers that can be pruned, the denominator of densities and rates; None: all.
+    method: what is trained beside weights, a `lottery.methods.Method`; by default nothing. With init "continue" a run
+        goes on from a parent of the same method as that method says, its learned masks and all (CS: the next round).
     """
 
     model: str = "lenet_300_100"
@@ -63,6 +68,9 @@ class Run:
     density: float | tuple[tuple[str, float], ...] | None = None
     score: tuple[tuple[str, object], ...] = ()
     noise: float = 0.0
+    balanced: bool = False
+    layers: tuple[str, ...] | None = None
+    method: Method = NOTHING
 
     def __post_init__(self):
         if self.init not in INITS:
@@ -79,6 +87,12 @@ class Run:
             if not (isinstance(pairs, tuple) and list(pairs) == sorted(dict(pairs).items())):
                 raise ValueError(f"Invalid {name} {pairs!r}: give a tuple of (name, value), sorted by name.")
         self._check_criterion()
+        if not isinstance(self.method, Method):
+            raise ValueError(f"Invalid method {self.method!r}: give one, such as lottery.cs.CS(s0=0.0).")
+        if not isinstance(self.balanced, bool):
+            raise ValueError(f"Invalid balanced {self.balanced!r}: give True or False.")
+        if not (self.layers is None or (isinstance(self.layers, tuple) and self.layers)):
+            raise ValueError(f"Invalid layers {self.layers!r}: give a tuple of layer names, or None for all.")
         if self.rewind_schedule not in ("continue", "restart"):
             raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
         if not 0 <= self.rewind_to < self.recipe.iterations:
@@ -95,7 +109,8 @@ class Run:
             raise ValueError(
                 f"Invalid noise {c!r} with init {self.init!r}: give one above 0 with init 'noise', else 0."
             )
-        for name in ("model", "dataset", "seed", "split_seed", "valid", "options") if self.parent else ():
+        shared = ("model", "dataset", "seed", "split_seed", "valid", "balanced", "options", "layers")
+        for name in shared if self.parent else ():
             mine, its = getattr(self, name), getattr(self.parent, name)
             if mine != its:
                 raise ValueError(f"Invalid parent: its {name} is {its!r}, not {mine!r}.")
@@ -131,6 +146,11 @@ class Run:
         """Class-balanced parts of the batch that is scored."""
         options = self.score_options
         return max(1, options["chunks"] // (2 if options["class_sorted"] else 1))
+
+    @property
+    def goes_on(self):
+        """Whether it takes over what its parent's method has learned: the next round of one search."""
+        return self.init == "continue" and self.method != NOTHING and type(self.method) is type(self.parent.method)
 
     @property
     def like(self):
@@ -171,6 +191,7 @@ class Run:
         drawn = self.init not in ("reset", "rewind", "continue")
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if drawn else "")
         what += f" {self.criterion} to {self.density}" if self.density else ""
+        what += f" {self.method}" if self.method != NOTHING else ""
         return f"<Run {self.model}/{self.dataset} seed {self.seed} {what}, {self.recipe.iterations} iterations>"
 
 
@@ -232,7 +253,9 @@ def _fields(spec, all):
         if f.name == "parent":
             continue
         if dataclasses.is_dataclass(value):
-            value = _fields(value, all)
+            is_method = isinstance(value, Method) and value != NOTHING  # two of them at their defaults differ
+            named = {"is": type(value).__name__} if is_method else {}
+            value = named | _fields(value, all)
             if value or all:
                 fields[f.name] = value
         elif all or value != f.default:

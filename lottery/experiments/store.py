@@ -48,6 +48,7 @@ def schema():
     columns |= dict.fromkeys(("test_loss", "batch_loss"), pa.list_(pa.float32()))  # None in the first runs
     columns["moves"] = pa.string()  # of runs from "survivors", none in the first runs
     columns |= {"values": pa.string(), "sketch": pa.binary()}  # of measurements
+    columns["numbers"] = pa.string()  # what a method keeps at each reading, JSON {name: values}
     return pa.schema(list(columns.items()))
 
 
@@ -254,9 +255,10 @@ def stale(row):
 
 def versions():
     """The algorithms' versions; a certificate has those that its run used."""
-    from lottery import baselines, grasp, lth, training
+    from lottery import baselines, cs, grasp, lth, soft_threshold, training
 
-    return {module.__name__.split(".")[-1]: module.VERSION for module in (training, lth, grasp, baselines)}
+    modules = (training, lth, grasp, baselines, cs, soft_threshold)
+    return {module.__name__.split(".")[-1]: module.VERSION for module in modules}
 
 
 def read(path, keys=None):

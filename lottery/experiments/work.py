@@ -1,5 +1,6 @@
 """What a worker does: the network of a run before its training, the training, the row that is kept of it."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -8,6 +9,7 @@ import platform
 import subprocess
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,37 +19,53 @@ from lottery import masks as M
 from lottery.batches import take
 from lottery.experiments.runs import Measurement, rates
 from lottery.experiments.store import Store, now, pack_masks, versions
+from lottery.methods import NOTHING
 
 
-def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1):
+def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1, compiled=False):
     """Train some runs, side by side when there are several, or take a measurement; keep them in the store.
 
     Returns the wall time in seconds. `keep_weights` says for each whether its final weights are kept; none are by
-    default. The process's own numbers of threads and warning filters are left as they were.
+    default. compiled: as of `training.fit`. The process's own settings, numbers of threads and what it does with
+    denormal numbers, and its warning filters are left as they were.
     """
-    store, started, before = Store(results_dir, also), now(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        r = runs[0]
+    store, started, r = Store(results_dir, also), now(), runs[0]
+    with _settings(threads):
         if isinstance(r, Measurement):
             return _measure(r, store, started, device, threads)
-        images = take(_images(r.dataset, r.valid, r.split_seed), r.train_fraction)
+        images = take(_images(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
         nets = [initialise(r, images, store, device) for r in runs]
         orders = [int(r.key[:15], 16) for r in runs]
+        how = {"start": start(r), "method": r.method, "compiled": compiled}
         if len(runs) == 1:
-            histories = [training.fit(nets[0][0], images, r.recipe, seed=orders[0], start=start(r))]
+            [net], [order] = nets, orders
+            histories = [training.fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, **how)]
         else:
-            histories = training.fit([net for net, _ in nets], images, r.recipe, seed=orders, start=start(r))
+            histories = training.fit([net.model for net in nets], images, r.recipe, seed=orders, **how)
+    keep_weights = keep_weights or [False] * len(runs)
+    for r, net, history, keep in zip(runs, nets, histories, keep_weights, strict=True):
+        weights = store.save_artifact(r.key, _artifact(r, net)) if keep else None
+        certificate = _certificate(_algorithms(r), started, history.wall_s, device, threads)
+        certificate |= {"compile": compiled, "group": [r.key for r in runs], "weights": weights, **net.hashes}
+        moves = _moves(r, images, net.model, store) if r.init == "survivors" else None
+        store.put({**_row(r, images, net.model, history, certificate), "moves": moves})
+    return sum(history.wall_s for history in histories)
+
+
+@contextlib.contextmanager
+def _settings(threads):
+    """So many threads, and denormal numbers flushed to 0; the caller's settings afterwards.
+
+    Adam's moments of weights on rarely lit pixels decay into denormal numbers, on which some CPUs are slow.
+    """
+    before, flushes = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1 == 0)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
-    keep_weights = keep_weights or [False] * len(runs)
-    for r, (model, hashes), history, keep in zip(runs, nets, histories, keep_weights, strict=True):
-        weights = store.save_artifact(r.key, {**M.state(model), **_prefixed(M.read(model))}) if keep else None
-        certificate = _certificate(_algorithms(r), started, history.wall_s, device, threads)
-        certificate |= {"group": [r.key for r in runs], "weights": weights, **hashes}
-        moves = _moves(r, images, model, store) if r.init == "survivors" else None
-        store.put({**_row(r, images, model, history, certificate), "moves": moves})
-    return sum(history.wall_s for history in histories)
+        torch.set_flush_denormal(flushes)
 
 
 def start(r):
@@ -73,6 +91,7 @@ def _certificate(algorithms, started, wall_s, device, threads):
         "device": _device_name(device),
         "threads": threads,
         "compile": False,
+        "flush_denormal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started": started,
         "wall_s": round(wall_s, 3),
@@ -80,35 +99,110 @@ def _certificate(algorithms, started, wall_s, device, threads):
     }
 
 
+class Net(NamedTuple):
+    """A run's network before its training, its optimiser where that goes on too, and the hashes of the certificate."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    hashes: dict[str, str | None]
+
+
 def initialise(r, images, store, device="cpu"):
-    """The network of a run before its training: m ⊙ θ on the model; sha256 of θ and of its parent's weights."""
-    create = functools.partial(_create, r, images)
-    model, parent_sha, fresh = M.attach(create(seed=r.seed)), None, int(r.key[15:], 16) % 2**31
-    theta_0, generator = M.state(model), torch.Generator().manual_seed(fresh)
-    if r.parent:
-        trained, parent_sha = _load_artifact(store, r.parent)
-        m = {name.removeprefix("mask/"): t.bool() for name, t in trained.items() if name.startswith("mask/")}
-        trained = {name: t for name, t in trained.items() if not name.startswith("mask/")}
-        M.attach(M.restore(model, trained), m)
-    if r.parent or r.density:
-        m = pruned(r, model, images, torch.Generator().manual_seed(fresh), device)  # a generator of its own
+    """The `Net` of a run: m ⊙ θ, or the parent's network where its method goes on."""
+    create, fresh = functools.partial(_create, r, images), int(r.key[15:], 16) % 2**31
+    source, m, memory, parent_sha = _source(r, create, store)
+    if r.goes_on:
+        r.method.resume(source)
+        model = source
+    else:
+        if r.parent or r.density:
+            m = pruned(r, source, m, images, torch.Generator().manual_seed(fresh), device)
         if r.init == "random":
-            m = lth.random_masks(m, generator)
-        M.attach(model, m)
-        if r.init in ("reinit", "random"):
-            M.restore(model, M.state(create(seed=fresh)))
-        elif r.init == "survivors":
-            M.restore(model, lth.from_survivors(theta_0, m, generator))
-        elif r.init == "noise":
-            M.restore(model, lth.add_noise(theta_0, m, r.noise, generator))
-        elif r.init in ("reset", "rewind"):
-            M.restore(model, theta_0)
-    if r.init == "rewind" and r.rewind_to:
-        dense = M.attach(create(seed=r.seed)).to(device)
-        training.fit(dense, images, r.root.recipe, seed=int(r.root.key[:15], 16), stop=r.rewind_to)
-        M.restore(model, M.state(dense))
-    theta = tickets.digest(M.state(model))
-    return model.to(device), {"theta0": theta, "parent_weights": parent_sha}
+            m = lth.random_masks(m, torch.Generator().manual_seed(fresh))
+        model = create(seed=r.seed)
+        if r.parent or r.density or r.layers:
+            M.attach(model, m)
+        r.method.attach(model)
+        _restore(model, _values(r, m, create, source, images, device, torch.Generator().manual_seed(fresh)))
+    hashes = {"theta0": tickets.digest(M.state(model)), "parent_weights": parent_sha}
+    opt = (
+        training.optimizer(model.to(device), r.recipe, r.method.param_groups(model, r.recipe))
+        if r.method.carries
+        else None
+    )
+    if r.goes_on and opt:
+        _remember(opt, model, memory)
+    return Net(model.to(device), opt, hashes)
+
+
+def _source(r, create, store):
+    """The network whose weights are ranked, the parent's as trained or θ₀; its masks, optimiser's state, file's sha."""
+    net = create(seed=r.seed)
+    if not r.parent:
+        names = M.prunable(net) if r.layers is None else r.layers
+        M.check_names(names, M.prunable(net), "layers", "model", complete=False)
+        ones = {name: torch.ones_like(net.get_submodule(name).weight, dtype=torch.bool) for name in names}
+        return M.attach(net, ones), ones, {}, None
+    trained, sha = _load_artifact(store, r.parent)
+    masks = _part(trained, "mask/")
+    if masks:
+        M.attach(net, masks)
+    theta = {name: t for name, t in trained.items() if name.partition("/")[0] not in APART}
+    M.restore(r.parent.method.attach(net), theta)
+    return net, masks or _part(trained, "learned/"), _part(trained, "optimizer/"), sha
+
+
+def _values(r, m, create, source, images, device, generator):
+    """The run's θ: the values that its weights, those under the mask included, start from."""
+    theta_0 = M.state(create(seed=r.seed))
+    if r.init in ("reinit", "random"):
+        return M.state(create(seed=int(r.key[15:], 16) % 2**31))
+    if r.init == "continue":
+        return M.state(source)
+    if r.init == "survivors":
+        return lth.from_survivors(theta_0, m, generator)
+    if r.init == "noise":
+        return lth.add_noise(theta_0, m, r.noise, generator)
+    if r.init == "rewind" and r.rewind_to:  # θ_k of the training at the root, with what that one learns beside weights
+        root = r.root.method.attach(create(seed=r.seed)).to(device)
+        order = int(r.root.key[:15], 16)
+        training.fit(root, images, r.root.recipe, seed=order, stop=r.rewind_to, method=r.root.method)
+        return M.state(root)
+    return theta_0
+
+
+def _restore(model, theta):
+    """Copy what the model has of a state of the same network under other parametrizations."""
+    own = M.state(model)
+    M.restore(model, {name: theta.get(name, t) for name, t in own.items()})
+
+
+APART = ("mask", "learned", "optimizer")  # what an artifact holds beside `masks.state`, by prefix
+
+
+def _artifact(r, net):
+    """All that a child may need: θ, the masks that are on the model or else those it has learned, the momentum."""
+    masks = M.read(net.model)
+    learned = {} if masks else r.method.masks(net.model)
+    memory = _memory(net.optimizer, net.model) if net.optimizer else {}
+    apart = {"mask/": masks, "learned/": learned, "optimizer/": memory}
+    return M.state(net.model) | {prefix + name: t for prefix, part in apart.items() for name, t in part.items()}
+
+
+def _memory(opt, model):
+    """What an optimiser remembers of each parameter: `{"<kind>/<parameter>": tensor}`."""
+    names = {id(t): name for name, t in M.tensors(model).items()}
+    return {f"{kind}/{names[id(p)]}": t.contiguous() for p, kept in opt.state.items() for kind, t in kept.items()}
+
+
+def _remember(opt, model, memory):
+    """Give a new optimiser what one of the same method remembered."""
+    if not memory:
+        raise ValueError("No momentum is stored with the parent: its method carries none on. Set carry=False here too.")
+    tensors = M.tensors(model)
+    for name, t in memory.items():
+        kind, parameter = name.split("/", 1)
+        opt.state[tensors[parameter]][kind] = t.to(tensors[parameter].device)
 
 
 def _create(r, images, seed):
@@ -125,12 +219,14 @@ def _moves(r, images, model, store):
     return json.dumps(tickets.moves(M.state(_create(r, images, r.seed)), theta_J, M.read(model)))
 
 
-def pruned(r, model, images, generator, device="cpu"):
-    """The masks of a run, of the network as it is before them; `generator` draws what the criterion draws."""
+def pruned(r, model, within, images, generator, device="cpu"):
+    """The masks of a run from those before, `within`, whose layers alone are ranked; `generator` is the criterion's."""
     if r.density is None:
-        return lth.prune(model, r.rate if r.scope == "global" else rates(model, r), r.scope)
+        each = dict.fromkeys(within, r.rate) if r.scope == "global" else rates(model, r)
+        return lth.prune(model, {name: each[name] for name in within}, r.scope, within)
     density = dict(r.density) if isinstance(r.density, tuple) else r.density
-    return M.top_k(scores(r, model, images, generator, device), density, within=M.read(model))
+    ranked = scores(r, model, images, generator, device)
+    return M.top_k({name: ranked[name] for name in within}, density, within=within)
 
 
 def scores(r, model, images, generator, device="cpu"):
@@ -151,7 +247,7 @@ def scores(r, model, images, generator, device="cpu"):
 
 
 def _row(r, images, model, history, certificate):
-    m = M.read(model)
+    m = r.method.masks(model)
     row = {
         "key": r.key,
         "parent": r.parent and r.parent.key,
@@ -181,12 +277,19 @@ def _row(r, images, model, history, certificate):
         "layers": json.dumps({name: [int(t.sum()), t.numel()] for name, t in m.items()}),
         "train_loss": json.dumps(history.train_loss),
         "certificate": json.dumps(certificate, sort_keys=True),
+        "numbers": _numbers(history.numbers),
     }
     for name, at in (("early_stop", history.early_stop), ("last", history.last)):
         if at:
             row |= {f"{name}_{f}": getattr(at, f) for f in ("step", "val_loss", "val_acc", "test_acc", "train_acc")}
             row[f"{name}_correct"] = np.packbits(at.correct).tobytes()
     return row
+
+
+def _numbers(numbers):
+    """`{name: one value a reading}` as JSON, six digits each, or None for a method that keeps none."""
+    rounded = {name: [float(f"{x:.6g}") for x in values] for name, values in numbers.items()}
+    return json.dumps(rounded) if rounded else None
 
 
 def _nulls(values):
@@ -196,12 +299,14 @@ def _nulls(values):
 def _algorithms(r):
     """The modules with a VERSION that a result depends on."""
     ranked = {"snip": ("grasp", "baselines"), "grasp": ("grasp",)}.get(r.criterion, ("baselines",))
-    return ("training", *(ranked if r.density else ("lth",)))
+    ranked = ranked if r.density else ("lth",)
+    method = () if r.method == NOTHING else (type(r.method).__module__.split(".")[-1],)
+    return ("training", *ranked, *method)
 
 
 @functools.lru_cache(maxsize=2)
-def _images(name, valid, split_seed):
-    return data.load(name, valid=valid, split_seed=split_seed)
+def _images(name, valid, balanced, split_seed):
+    return data.load(name, valid=valid, balanced=balanced, split_seed=split_seed)
 
 
 def _load_artifact(store, parent):
@@ -218,8 +323,9 @@ def _load_artifact(store, parent):
         raise ValueError(f"Damaged weights {path}: set aside; run again, and they are trained again.") from None
 
 
-def _prefixed(masks):
-    return {f"mask/{name}": m for name, m in masks.items()}
+def _part(tensors, prefix):
+    """A part of an artifact, see `_artifact`."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _device_name(device):

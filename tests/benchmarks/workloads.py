@@ -143,11 +143,7 @@ def _fit(w, net, data, recipe, device, threads, n):
     )  # a graph is captured at 4
     if w.method == "gate":
         net = cs.attach(net, layers=convolutions(net))
-        more = {
-            "groups": cs.param_groups(net, recipe),
-            "regulariser": lambda net: 1e-8 * cs.penalty(net),
-            "before_step": lambda t: cs.set_beta(net, 1.0),
-        }
+        more = {"method": cs.CS(final=1.0)}
     elif isinstance(net, list):
         net, more = [masks.attach(one) for one in net], {"seed": list(range(len(net)))}
     else:

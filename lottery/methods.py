@@ -1,0 +1,69 @@
+"""What a training does beside gradient steps: one hook for every pruning method.
+
+`training.fit` calls a `Method` at fixed places and knows nothing else of it. A method is a frozen dataclass of
+hyper-parameters, so that a Run can name it; what it learns or moves lives on the model, as parameters and buffers of
+parametrizations, so that `masks.state` copies it, early stop remembers it and a file keeps it. The base class is the
+method of masks that were chosen before the training and stay: LTH, GraSP, SNIP, random pruning, or none at all.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from lottery import masks as M
+
+
+@dataclass(frozen=True)
+class Method:
+    """Masks that stay. A further method overrides what it does differently, in the file of its paper."""
+
+    carries = False  # whether a training that goes on from a parent of this method takes over its optimiser's state
+
+    def attach(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Parametrise the model, in place, before the optimiser is built. Here: masks of ones, if it has no masks."""
+        return model if M.read(model) else M.attach(model)
+
+    def resume(self, model: torch.nn.Module) -> None:
+        """Called once where a training goes on from a parent of the same method, whose final state is on the model."""
+
+    def param_groups(self, model: torch.nn.Module, recipe) -> list[dict]:
+        """The optimiser's groups. Here: all trainable parameters, all with the recipe's weight decay."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": recipe.weight_decay}]
+
+    def penalty(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """A term of the loss, a scalar with gradient, or None."""
+
+    def before_step(self, t: int, step) -> None:
+        """Called before the step that follows `t` finished ones, to write in place what changes.
+
+        step: the `training.Step`: its model, recipe, optimizer, batch (x, y), per_epoch, and generator, from which
+        everything random is drawn, so that trials differ and a resumed training draws alike.
+        """
+
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The hard masks as they stand, `{layer: BoolTensor}`; the layers named are the denominator of densities."""
+        return M.read(model)
+
+    def reading(self, model: torch.nn.Module) -> dict[str, float]:
+        """Numbers kept at each reading, by name."""
+        return {}
+
+    def check(self, model: torch.nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
+        """Raise AssertionError when the training broke the method's promise. Here: what was pruned stayed pruned.
+
+        before: `masks` when the training began. finished: the recipe's last iteration was reached.
+        """
+        layers = M.prunable(model)
+        for name, m in before.items():
+            if layers[name].weight.detach()[~m].any():
+                raise AssertionError(f"Pruned weights of layer {name!r} came back during training.")
+
+
+NOTHING = Method()
+
+
+def densities(masks: dict[str, torch.Tensor]) -> dict[str, float]:
+    """A `reading` of masks: `density` of all of them, and `density/<layer>` of each."""
+    kept = {name: int(m.count_nonzero()) for name, m in masks.items()}
+    each = {f"density/{name}": kept[name] / m.numel() for name, m in masks.items()}
+    return {"density": sum(kept.values()) / sum(m.numel() for m in masks.values()), **each}
