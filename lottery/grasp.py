@@ -23,15 +23,12 @@ Differs from the authors' code in:
     the batch: they halve it sorted by class and draw it from augmented images, `class_balanced(halves, augment)`.
 """
 
-import copy
 import math
 import warnings
-from collections import OrderedDict
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from lottery import masks as M
 from lottery.data import flip_crop, moves
@@ -91,7 +88,7 @@ def with_xavier_linear(model, generator=None):
 
     Masks are baked into it. `generator`: a torch.Generator, or None to draw from torch's random state.
     """
-    net, on = M.bake(_unwrapped(model)), M.read(model)
+    net, on = M.bake(M.unwrapped(model)), M.read(model)
     for name, layer in M.prunable(net).items():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_normal_(layer.weight, generator=generator)
@@ -200,7 +197,7 @@ def summed_gradient(model, batches, temperature=1.0):
 
 def scored_copy(model):
     """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients."""
-    net = M.bake(_unwrapped(model)).train().requires_grad_(False)
+    net = M.bake(M.unwrapped(model)).train().requires_grad_(False)
     layers = M.prunable(net)
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
@@ -211,15 +208,6 @@ def warn_of_collapse(masks):
     """Warn (UserWarning) of layer collapse: layers of which no weight is kept, by name."""
     if dead := [name for name, m in masks.items() if not m.any()]:
         warnings.warn(f"Layer collapse: no weight is kept in {', '.join(dead)}; raise the density.", stacklevel=3)
-
-
-def _unwrapped(model):
-    """A copy that is neither compiled nor distributed, under the same names: those cannot go backward twice."""
-    if isinstance(model, DistributedDataParallel):
-        return nn.Sequential(OrderedDict(module=_unwrapped(model.module)))
-    if hasattr(model, "_orig_mod"):
-        return nn.Sequential(OrderedDict(_orig_mod=_unwrapped(model._orig_mod)))
-    return copy.deepcopy(model)
 
 
 def _gradient(net, w, x, y, T, create_graph=False):

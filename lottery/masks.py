@@ -6,10 +6,12 @@ A mask is a boolean tensor of the weight's shape, True where the weight is kept;
 keeps its value where the mask is zero and receives no gradient there.
 """
 
+import copy
 import re
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -250,6 +252,31 @@ def original(module):
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
     return getattr(module, "weight", None)
+
+
+def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
+    """A deep copy under the same names in which nothing is compiled or distributed: those cannot go backward twice.
+
+    memo: of `copy.deepcopy`.
+    """
+    memo = {} if memo is None else memo
+    for module in reversed(list(model.modules())):  # the inner ones first
+        name = "module" if isinstance(module, DataParallel | DistributedDataParallel) else "_orig_mod"  # compile's
+        if name in module._modules:
+            memo[id(module)] = _Inside(name, copy.deepcopy(module._modules[name], memo))
+    return copy.deepcopy(model, memo)
+
+
+class _Inside(nn.Module):
+    """What a wrapper wraps, under the wrapper's name for it."""
+
+    def __init__(self, name, module):
+        super().__init__()
+        self.add_module(name, module)
+
+    def forward(self, *args, **kwargs):
+        [module] = self.children()
+        return module(*args, **kwargs)
 
 
 def mask_of(module):

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from lottery import macs, masks, models
+from lottery import cs, macs, masks, models
 
 BUDGETS = Path(__file__).parents[1] / "results/reported/str_budgets.csv"
 # Millions of multiply-adds that the paper's Table 1 and the authors' README print beside each budget.
@@ -215,3 +217,110 @@ def test_errors(function):
             ValueError, match=r"^Invalid input_shape .*: give the shape of one example, without the bat"
         ):
             function(two_layers(), shape)
+
+
+class Attention(nn.Module):
+    """Two projections that are used and never called, one of them in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.qk, self.out = nn.Linear(4, 6, bias=False), nn.Linear(3, 5)
+
+    def forward(self, x):
+        q, k = self.qk.weight.chunk(2)
+        x = F.linear(x, q) + torch.einsum("bti,oi->bto", x, k)
+        return torch.addmm(self.out.bias, x.flatten(0, 1), self.out.weight.t())
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, w / w.std(), None)
+
+
+@pytest.mark.parametrize("prepare", [lambda net: net, masks.attach, cs.attach, nn.Module.double])
+@pytest.mark.parametrize("meta", [True, False])
+def test_weights_that_are_used_without_calling_their_layer(prepare, meta):
+    net = prepare(Attention())
+    if not meta:
+        net.constant = torch.zeros(1, dtype=net.out.bias.dtype)  # no buffer, so values are needed
+        net.register_forward_pre_hook(lambda module, args: (args[0] + module.constant,))
+    assert macs.count(net, (7, 4)) == {"qk": 7 * 4 * 6, "out": 7 * 3 * 5}
+
+
+def test_transformers_and_standardised_weights():
+    encoder = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    tokens = 5
+    expected = {"self_attn.out_proj": 8 * 8, "linear1": 8 * 12, "linear2": 12 * 8}
+    assert macs.count(encoder, (tokens, 8)) == {name: tokens * n for name, n in expected.items()}
+    assert macs.count(nn.Sequential(Standardised(2, 3, 3)), (2, 5, 5)) == {"0": 3 * 9 * 2 * 9}
+    with torch.inference_mode():
+        assert macs.count(nn.Sequential(nn.Linear(4, 3)), (4,)) == {"0": 12}
+
+
+def test_swin_agrees_with_torchs_counter():
+    with torch.device("meta"):
+        net = torchvision.models.swin_transformer.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=3).eval()
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, 3, 32, 32))
+    windows, side, heads, width = 4, 16, 2, 16  # attention itself: q kᵀ and its product with v
+    attention = 2 * 2 * windows * heads * side * side * (width // heads)
+    counted = macs.count(net, (3, 32, 32))
+    assert sum(counted.values()) == counter.get_total_flops() // 2 - attention
+    assert 0 not in counted.values()
+
+
+def test_a_weight_times_vectors_and_parametrizations_that_multiply():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+
+        def forward(self, x):
+            return self.fc.weight @ x[0] + torch.addmv(self.fc.bias, self.fc.weight, x[0])
+
+    assert macs.count(Vector(), (4,)) == {"fc": 24}  # not those of the power iteration
+
+
+def test_models_that_need_token_numbers_or_values():
+    class Branch(nn.Linear):
+        def forward(self, x):
+            return super().forward(x if x.sum().item() < 1e9 else -x)
+
+    class Attribute(nn.Sequential):
+        scale = torch.ones(4)
+
+        def forward(self, x):
+            return super().forward(x * self.scale)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x, y):
+            return self.fc(x) + self.fc(y)
+
+    words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2))
+    assert macs.count(words, (3,)) == macs.count(words, torch.tensor([[8, 0, 1]])) == {"2": 24}
+    assert macs.count(nn.Sequential(Branch(4, 3)), (4,)) == {"0": 12}
+    assert macs.count(Attribute(nn.Linear(4, 3)), (4,)) == {"0": 12}
+    assert macs.effective(Two(), (torch.zeros(1, 4), torch.zeros(1, 4))) == {"fc": 24.0}
+    with pytest.raises(ValueError, match="with a batch of one"):
+        macs.count(words, torch.tensor([[8, 0, 1], [1, 1, 1]]))
+    with pytest.raises(ValueError, match="tensor with a batch of one"):
+        macs.count(Two(), (4,))
+
+
+def test_wrappers_are_looked_through(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+        assert macs.count(net, (8,)) == {"module.0": 48, "module.2": 18}
+        assert macs.effective(net, (8,)) == {"module.0": 48.0, "module.2": 18.0}
+    finally:
+        torch.distributed.destroy_process_group()
+    inner = nn.Sequential(nn.Linear(4, 3), nn.DataParallel(nn.Linear(3, 2)))
+    compiled = torch.compile(inner, backend="eager")
+    assert macs.count(compiled, (4,)) == {"_orig_mod.0": 12, "_orig_mod.1.module": 6}
+    assert compiled(torch.zeros(1, 4)).shape == (1, 2)
