@@ -12,6 +12,9 @@ Networks with batch norm, whose convolutions have no bias:
   the classifier is a 1x1 convolution without bias, and ResNet-50 strides in its 3x3 convolutions. Layers have the names
   in STR's published budgets. For images below 64 pixels the first convolution does not stride (in the ResNets it is 3x3
   then) and there is no max-pool.
+
+FastGRNN (Kusupati et al., NeurIPS 2018, arXiv 1901.02358), a recurrent network whose rank STR learns (section 4.3): the
+rows of an image are the time steps of a sequence.
 """
 
 from collections import OrderedDict
@@ -91,6 +94,61 @@ def mobilenetv1(in_shape=(3, 224, 224), classes=1000):
     return nn.Sequential(OrderedDict(model=nn.Sequential(*stages), **head))
 
 
+def fastgrnn(in_shape=(1, 28, 28), classes=10, hidden=100, factorised=False):
+    """FastGRNN over H steps of C·W features: 13,800 weights on MNIST row by row, 24,712 when factorised."""
+    if not _whole(hidden, n=1):
+        raise ValueError(f"Invalid hidden {hidden!r}: give the size of the hidden state, at least 1.")
+    return FastGRNN(in_shape[0] * in_shape[2], hidden, classes, factorised)
+
+
+class LowRank(nn.Module):
+    """The matrix W = W₁ diag(m) W₂, whose inner dimension is full, min(n_in, n_out), and m = 1 at first.
+
+    Its rank is the number of m that are not zero: what is pruned of `m`, a layer of one weight for each, is rank.
+    """
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        rank = min(n_in, n_out)
+        self.second = nn.Linear(n_in, rank, bias=False)
+        self.m = nn.Conv1d(rank, rank, 1, groups=rank, bias=False)  # a diagonal matrix that `masks.prunable` lists
+        nn.init.ones_(self.m.weight)
+        self.first = nn.Linear(rank, n_out, bias=False)
+
+    @property
+    def weight(self):
+        """W, [n_out, n_in]."""
+        return self.first.weight @ (self.m.weight.view(-1, 1) * self.second.weight)
+
+
+class FastGRNN(nn.Module):
+    """The gated cell of FastGRNN and a linear classifier of its last state. [B, C, H, W] -> [B, classes].
+
+    For the row x_t of C·W features, t = 1 … H, with one W and one U for gate and candidate, and h_0 = 0:
+    z = σ(W x_t + U h + b_z), c = tanh(W x_t + U h + b_h), h ← z ⊙ h + (σ(ζ)(1 − z) + σ(ν)) ⊙ c.
+
+    factorised: W and U as `LowRank`. What `lottery.macs` counts is the classifier: W and U are read, not run.
+    """
+
+    def __init__(self, features, hidden, classes, factorised=False):
+        super().__init__()
+        matrix = LowRank if factorised else partial(nn.Linear, bias=False)
+        self.w, self.u = matrix(features, hidden), matrix(hidden, hidden)
+        self.b_z, self.b_h = nn.Parameter(torch.ones(hidden)), nn.Parameter(torch.ones(hidden))
+        self.zeta, self.nu = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-4.0))
+        self.fc = nn.Linear(hidden, classes)
+
+    def forward(self, x):
+        rows = x.permute(2, 0, 1, 3).flatten(2)  # [H, B, C·W]
+        wx, u = rows @ self.w.weight.T, self.u.weight.T
+        zeta, nu, h = self.zeta.sigmoid(), self.nu.sigmoid(), wx.new_zeros(wx.shape[1:])
+        for row in wx:
+            both = row + h @ u
+            z, c = torch.sigmoid(both + self.b_z), torch.tanh(both + self.b_h)
+            h = z * h + (zeta * (1 - z) + nu) * c
+        return self.fc(h)
+
+
 class Classifier(nn.Conv2d):
     """STR's output layer: fully connected, written as a 1x1 convolution without bias. [B, C] -> [B, classes]."""
 
@@ -104,18 +162,22 @@ class Classifier(nn.Conv2d):
 MODELS = {
     f.__name__: f
     for f in (
-        lenet_300_100, conv2, conv4, conv6, resnet8, resnet20, resnet32, vgg16, vgg19, resnet18, resnet50, mobilenetv1
+        lenet_300_100, conv2, conv4, conv6, resnet8, resnet20, resnet32, vgg16, vgg19, resnet18, resnet50, mobilenetv1,
+        fastgrnn,
     )
 }  # fmt: skip
-STR_INITS = {"resnet18": "kaiming fan_in", "resnet50": "kaiming fan_in", "mobilenetv1": "pytorch"}
+OWN_INITS = {
+    **dict.fromkeys(("resnet18", "resnet50"), "kaiming fan_in"),
+    **{"mobilenetv1": "pytorch", "fastgrnn": "normal"},
+}
 
 
 def create(name, seed=None, init=None, sigma=None, **options):
     """Build a network: float [B, C, H, W] -> logits [B, classes].
 
     Args:
-        name: lenet_300_100, conv2, conv4, conv6, resnet8, resnet20, resnet32, vgg16, vgg19, resnet18, resnet50 or
-            mobilenetv1.
+        name: lenet_300_100, conv2, conv4, conv6, resnet8, resnet20, resnet32, vgg16, vgg19, resnet18, resnet50,
+            mobilenetv1 or fastgrnn.
         seed: weights are drawn from a generator of their own, so the same seed gives the same weights bit for bit and
             torch's random state stays as it was; None draws from torch's random state.
         init: the distribution of the weights; biases start at 0, batch norm at scale 1 and shift 0.
@@ -123,13 +185,14 @@ def create(name, seed=None, init=None, sigma=None, **options):
             "kaiming fan_in": N(0, 2 / fan_in); STR's ResNets, and their default.
             "kaiming fan_out": N(0, 2 / fan_out) for convolutions, N(0, 0.01²) for Linear layers; GraSP.
             "normal": N(0, sigma²); LTH's figure 30; at 0.1 one of the initialisations of GraSP's robustness study, as
-            it is remembered.
+            it is remembered, and the default of FastGRNN, as its authors' code draws W and U.
             "pytorch": uniform in ±1 / √fan_in, what a new PyTorch layer has, and N(0, 2 / fan_in) for STR's classifier;
             STR's MobileNetV1, and its default.
         sigma: of init="normal"; default 0.1.
-        in_shape: (C, H, W); default (1, 28, 28) for LeNet, (3, 224, 224) for STR's networks, else (3, 32, 32).
+        in_shape: (C, H, W); default (1, 28, 28) for LeNet and FastGRNN, (3, 224, 224) for STR's, else (3, 32, 32).
         classes: default 1000 for STR's networks, else 10.
-        hidden: the two hidden layers of lenet_300_100; default (300, 100).
+        hidden: the two hidden layers of lenet_300_100, default (300, 100); the state of fastgrnn, default 100.
+        factorised: of fastgrnn, see `LowRank`; default False.
         width: filters of the first stage of resnet8, resnet20 and resnet32; default 16.
         shortcut: where widths change in resnet8, resnet20 and resnet32 there is a 1x1 convolution, followed by batch
             norm ("batch norm", the default: LTH, GraSP) or alone ("plain": the code of CS).
@@ -146,7 +209,7 @@ def create(name, seed=None, init=None, sigma=None, **options):
     for option in {"classes", "width"} & options.keys():
         if not _whole(options[option], n=1):
             raise ValueError(f"Invalid {option} {options[option]}: give a whole number, at least 1.")
-    init = init or STR_INITS.get(name, "glorot")
+    init = init or OWN_INITS.get(name, "glorot")
     if init not in INITS:  # before a large network is built
         raise ValueError(f"Invalid init {init!r}: choose one of {', '.join(INITS)}.")
     if sigma is not None and init != "normal":

@@ -937,7 +937,7 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
 
 
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of grasp, lth \([^\n]*\)\.$"):
+    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of grasp, lth, str \([^\n]*\)\.$"):
         claims.claims("lht", REPORTED)
     with pytest.raises(FileNotFoundError, match=r"^No claims in [^\n]*$"):
         claims.claims("lth", tmp_path)

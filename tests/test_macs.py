@@ -98,7 +98,8 @@ def budgets():
     found = defaultdict(dict)
     with BUDGETS.open() as file:
         for row in csv.DictReader(file):
-            found[row["budget"]][row["layer"]] = 1 - Fraction(row["sparsity"]) / 100
+            if row["budget"] in PRINTED:
+                found[row["budget"]][row["layer"]] = 1 - Fraction(row["sparsity"]) / 100
     return dict(found)
 
 

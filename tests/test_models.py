@@ -307,7 +307,7 @@ def test_lenet_of_other_sizes_and_with_one_deviation_for_all_layers():
     ("name", "options", "message"),
     [
         ("lenet", {}, "Unknown model 'lenet': choose one of lenet_300_100, conv2, conv4, conv6, resnet8, "
-         "resnet20, resnet32, vgg16, vgg19, resnet18, resnet50, mobilenetv1."),
+         "resnet20, resnet32, vgg16, vgg19, resnet18, resnet50, mobilenetv1, fastgrnn."),
         ("conv6", {"in_shape": (1, 7, 8)}, "Invalid in_shape (1, 7, 8): 3 poolings need at least 8x8 pixels."),
         ("conv2", {"in_shape": (32, 32)}, "Invalid in_shape (32, 32): give (channels, height, width), all at least 1."),
         ("lenet_300_100", {"in_shape": (1, 0, 8)},
@@ -326,3 +326,50 @@ def test_lenet_of_other_sizes_and_with_one_deviation_for_all_layers():
 def test_bad_arguments(name, options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         models.create(name, **options)
+
+
+# FastGRNN -------------------------------------------------------------------------------------------------------------
+
+
+def test_fastgrnn_is_its_cell_and_a_classifier_of_the_last_state():
+    """z = σ(Wx + Uh + b_z), c = tanh(Wx + Uh + b_h), h ← z h + (σ(ζ)(1 − z) + σ(ν)) c, one row after the other."""
+    model = models.create("fastgrnn", seed=0, in_shape=(2, 3, 4), classes=5, hidden=6).double()
+    with torch.no_grad():
+        model.b_h.normal_()
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    assert model.w.weight.shape == (6, 8)
+    assert (model.b_z == 1).all()
+    h = torch.zeros(2, 6, dtype=torch.float64)
+    for t in range(3):
+        both = x[:, :, t].flatten(1) @ model.w.weight.T + h @ model.u.weight.T
+        z, c = torch.sigmoid(both + model.b_z), torch.tanh(both + model.b_h)
+        h = z * h + (torch.sigmoid(model.zeta) * (1 - z) + torch.sigmoid(model.nu)) * c
+    torch.testing.assert_close(model(x), h @ model.fc.weight.T + model.fc.bias)
+
+
+def test_a_factorised_fastgrnn_is_the_plain_one_of_its_product():
+    model = models.create("fastgrnn", seed=0, factorised=True, hidden=20).double()
+    m = {name: layer.weight for name, layer in masks.prunable(model).items() if name.endswith(".m")}
+    assert {name: tuple(w.shape) for name, w in m.items()} == {"w.m": (20, 1, 1), "u.m": (20, 1, 1)}
+    assert all((w == 1).all() for w in m.values())
+    masks.attach(model, {"u.m": torch.arange(20).view(20, 1, 1) < 3})
+    assert torch.linalg.matrix_rank(model.u.weight) == 3
+    plain = models.create("fastgrnn", hidden=20).double()
+    with torch.no_grad():
+        plain.w.weight.copy_(model.w.weight)
+        plain.u.weight.copy_(model.u.weight)
+        for name in ("weight", "bias"):
+            getattr(plain.fc, name).copy_(getattr(model.fc, name))
+    x = torch.randn(4, 1, 28, 28, dtype=torch.float64)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_fastgrnn_is_drawn_with_a_deviation_of_a_tenth():
+    """13,800 weights on MNIST row by row: 28·100 + 100·100 + 1,000."""
+    weights = torch.cat(
+        [layer.weight.detach().flatten() for layer in masks.prunable(models.create("fastgrnn", seed=0)).values()]
+    )
+    assert len(weights) == 13_800
+    assert weights.std().item() == pytest.approx(0.1, rel=0.05)
+    with pytest.raises(ValueError, match=r"^Invalid hidden \(3, 4\): give the size of the hidden state, at least 1\.$"):
+        models.create("fastgrnn", hidden=(3, 4))
