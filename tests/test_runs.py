@@ -11,6 +11,7 @@ import pytest
 from small_runs import STANDARD, child, message
 
 from lottery.experiments import Run, lth
+from lottery.soft_threshold import STR
 from lottery.training import Recipe
 
 # Runs: keys -----------------------------------------------------------------------------------------------------------
@@ -72,6 +73,9 @@ CHANGES = {
     "density": 0.3,
     "score": (("per_class", 5),),
     "noise": 0.5,
+    "balanced": True,
+    "layers": ("fc1", "fc2"),
+    "method": STR(),
 }
 RECIPE_CHANGES = {
     "optimizer": "sgd",
@@ -92,6 +96,8 @@ RECIPE_CHANGES = {
     "label_smoothing": 0.1,
     "schedule": "cosine",
     "lr_every": 10,
+    "last_batch": "keep",
+    "smooth_readings": True,
 }
 
 

@@ -125,14 +125,12 @@ def initialise(r, images, store, device="cpu"):
         r.method.attach(model)
         _restore(model, _values(r, m, create, source, images, device, torch.Generator().manual_seed(fresh)))
     hashes = {"theta0": tickets.digest(M.state(model)), "parent_weights": parent_sha}
-    opt = (
-        training.optimizer(model.to(device), r.recipe, r.method.param_groups(model, r.recipe))
-        if r.method.carries
-        else None
-    )
-    if r.goes_on and opt:
-        _remember(opt, model, memory)
-    return Net(model.to(device), opt, hashes)
+    model, opt = model.to(device), None
+    if r.method.carries:
+        opt = training.optimizer(model, r.recipe, r.method.param_groups(model, r.recipe))
+        if r.goes_on:
+            _remember(opt, model, memory)
+    return Net(model, opt, hashes)
 
 
 def _source(r, create, store):
