@@ -37,7 +37,7 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
     runs, store = list(runs), store or Store()
     store.dir.mkdir(parents=True, exist_ok=True)
     todo = missing(runs, store)
-    parents = {p for r in (*todo, *runs) for p in needs(r)}
+    parents = {p for r in (*todo, *runs) if not getattr(r, "budget", None) for p in needs(r)}
     slots = getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
     slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
     clock, under_way, given_up, errors = _Clock(budget, store), {}, set(), []
@@ -106,14 +106,16 @@ def needs(r):
 
 
 def missing(runs, store):
-    """Runs to train so that all of `runs` are stored, longest chain first: a missing run needs its parent's weights."""
+    """Runs to train so that all of `runs` are stored, longest chain first.
+
+    A missing run needs its parent's weights, or only what is stored of it where it takes the budget."""
     todo = {}
 
     def need(r, weights=False):
         if r in todo or (store.get(r) and not (weights and not store.artifact(r.key).exists())):
             return
         for p in needs(r):
-            need(p, weights=True)
+            need(p, weights=not getattr(r, "budget", None))
         todo[r] = None
 
     for r in runs:

@@ -14,6 +14,7 @@ from lottery.methods import NOTHING, Method
 from lottery.training import Recipe
 
 SCHEMA = 1
+BUDGETS = ("", "layers", "total", "erk")
 INITS = ("reset", "rewind", "reinit", "random", "continue", "survivors", "noise")
 BATCH = {"chunks": 2, "class_sorted": True, "per_class": 10, "reinit_linear": True}  # as GraSP's authors draw it
 CRITERIA = {"magnitude": {}, "random": {}, "snip": BATCH, "grasp": {**BATCH, "temperature": 200.0}}
@@ -45,6 +46,10 @@ class Run:
     layers: names of the layers that can be pruned, the denominator of densities and rates; None: all.
     method: what is trained beside weights, a `lottery.methods.Method`; by default nothing. With init "continue" a run
         goes on from a parent of the same method as that method says, its learned masks and all (CS: the next round).
+    budget: what a parent gives in place of weights and masks: the densities that it ended with, of each layer
+        ("layers"), of all of them ("total"), or that one shared out again by ERK ("erk"). They take the place of the
+        method's own density where it has one (GMP, DNW), else of the run's (SET, RigL); a layer keeps a weight at
+        least. With it the training starts from θ₀. (STR's budgets given to others, and others at STR's density.)
     """
 
     model: str = "lenet_300_100"
@@ -71,11 +76,13 @@ class Run:
     balanced: bool = False
     layers: tuple[str, ...] | None = None
     method: Method = NOTHING
+    budget: str = ""
 
     def __post_init__(self):
         if self.init not in INITS:
             raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
         known_names = (("model", models.MODELS), ("dataset", data.SETS), ("scope", ("layer", "global")))
+        known_names += (("budget", BUDGETS),)
         for name, known in (*known_names, ("criterion", CRITERIA)):
             if (value := getattr(self, name)) not in list(known):
                 raise ValueError(f"Invalid {name} {value!r}: give one of {', '.join(known)}.")
@@ -93,6 +100,8 @@ class Run:
             raise ValueError(f"Invalid balanced {self.balanced!r}: give True or False.")
         if not (self.layers is None or (isinstance(self.layers, tuple) and self.layers)):
             raise ValueError(f"Invalid layers {self.layers!r}: give a tuple of layer names, or None for all.")
+        if self.budget and (self.parent is None or self.init != "reset"):
+            raise ValueError(f"Invalid budget {self.budget!r}: it is taken from a parent, with init 'reset'.")
         if self.rewind_schedule not in ("continue", "restart"):
             raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
         if not 0 <= self.rewind_to < self.recipe.iterations:
@@ -116,7 +125,7 @@ class Run:
                 raise ValueError(f"Invalid parent: its {name} is {its!r}, not {mine!r}.")
 
     def _check_criterion(self):
-        if self.density is None and self.criterion != "magnitude":
+        if self.density is None and self.criterion != "magnitude" and not self.budget:
             raise ValueError(f"Invalid criterion {self.criterion!r} without density: give the fraction to keep.")
         each = dict(self.density).values() if isinstance(self.density, tuple) else [self.density]
         if self.density is not None and not all(isinstance(d, int | float) and 0 < d <= 1 for d in each):
@@ -192,6 +201,7 @@ class Run:
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if drawn else "")
         what += f" {self.criterion} to {self.density}" if self.density else ""
         what += f" {self.method}" if self.method != NOTHING else ""
+        what += f" budget {self.budget} of {self.parent.key}" if self.budget else ""
         return f"<Run {self.model}/{self.dataset} seed {self.seed} {what}, {self.recipe.iterations} iterations>"
 
 

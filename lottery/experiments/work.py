@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -34,9 +35,10 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         if isinstance(r, Measurement):
             return _measure(r, store, started, device, threads)
         images = take(_images(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
-        nets = [initialise(r, images, store, device) for r in runs]
+        given = [spending(r, images, store) for r in runs]
+        nets = [initialise(r, images, store, device) for r in given]
         orders = [int(r.key[:15], 16) for r in runs]
-        how = {"start": start(r), "method": r.method, "compiled": compiled}
+        how = {"start": start(r), "method": given[0].method, "compiled": compiled}
         if len(runs) == 1:
             [net], [order] = nets, orders
             histories = [training.fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, **how)]
@@ -66,6 +68,24 @@ def _settings(threads):
     finally:
         torch.set_num_threads(before)
         torch.set_flush_denormal(flushes)
+
+
+def spending(r, images, store):
+    """The run with the densities of its `budget` filled in, as one without a parent."""
+    if not r.budget:
+        return r
+    kept = json.loads(store.get(r.parent)["layers"])
+    density = {name: max(k, 1) / n for name, (k, n) in kept.items()}
+    if r.budget != "layers":
+        total = sum(k for k, _ in kept.values()) / sum(n for _, n in kept.values())
+        net = _create(r, images, r.seed)
+        density = total if r.budget == "total" else baselines.erk(net, total)
+    density = tuple(density.items()) if isinstance(density, dict) else density
+    if hasattr(r.method, "density"):
+        r = dataclasses.replace(r, method=dataclasses.replace(r.method, density=density))
+    else:
+        r = dataclasses.replace(r, density=density)
+    return dataclasses.replace(r, parent=None, budget="")
 
 
 def start(r):
