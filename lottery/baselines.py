@@ -58,22 +58,23 @@ def snip_scores(model, batches):
     return {name: v / total for name, v in s.items()}
 
 
-def uniform(model, density):
-    """`{layer: density}` with the same density in every layer, for `top_k`."""
-    w = _weights(model)
+def uniform(model, density, layers=None):
+    """`{layer: density}` with the same density in every layer, for `top_k`; `layers`: names, default all."""
+    w = _weights(model, layers)
     M.kept(sum(v.numel() for v in w.values()), density)
     return dict.fromkeys(w, density)
 
 
-def erk(model, density):
+def erk(model, density, layers=None):
     """ERK densities `{layer: density}` for `top_k`: large layers are sparser, `density` is that of all weights.
 
     A layer [n_out, n_in, *kernel] gets a density proportional to (n_out + n_in + Σ kernel) / (n_out · n_in · Π kernel);
-    one that would exceed 1 is kept whole and the others share the rest.
+    one that would exceed 1 is kept whole and the others share the rest. `layers`: names of those that take part,
+    default all.
 
-    Raises ValueError: a density out of range, nothing prunable.
+    Raises ValueError: a density out of range, nothing prunable, an unknown layer.
     """
-    w = _weights(model)
+    w = _weights(model, layers)
     n = {name: v.numel() for name, v in w.items()}
     M.kept(sum(n.values()), density)
     raw = {name: sum(v.shape) / v.numel() for name, v in w.items()}
@@ -144,7 +145,8 @@ def _flow(model, input_shape, biases):
     return R, w
 
 
-def _weights(model):
-    if not (layers := M.prunable(model)):
+def _weights(model, layers=None):
+    if not (found := M.prunable(model)):
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
-    return {name: layer.weight.detach() for name, layer in layers.items()}
+    M.check_names(layers or (), found, "layers", "model", complete=False)
+    return {name: found[name].weight.detach() for name in (found if layers is None else layers)}

@@ -36,8 +36,9 @@ class Method:
     def before_step(self, t: int, step) -> None:
         """Called before the step that follows `t` finished ones, to write in place what changes.
 
-        step: the `training.Step`: its model, recipe, optimizer, batch (x, y), per_epoch, and generator, from which
-        everything random is drawn, so that trials differ and a resumed training draws alike.
+        step: the `training.Step`: its model, recipe, optimizer, batch (x, y), per_epoch, start (the iteration that this
+        training began at), and generator, from which everything random is drawn, so that trials differ and a resumed
+        training draws alike.
         """
 
     def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -195,12 +195,13 @@ def _check_covered(model, groups):
 class Step:
     """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update.
 
-    It is also what a method sees before each step: model, recipe, optimizer, per_epoch, batch, generator.
+    It is also what a method sees before each step: model, recipe, optimizer, per_epoch, batch, generator, and
+    `start`, the iteration that this training began at.
     """
 
-    def __init__(self, model, recipe, opt, method=NOTHING, batches=None, compiled=False):
+    def __init__(self, model, recipe, opt, method=NOTHING, batches=None, compiled=False, start=0):
         self.model, self.recipe, self.optimizer, self.method = model, recipe, opt, method
-        self.batches, self.t = batches, 0
+        self.batches, self.start, self.t = batches, start, start
         self.forward = torch.compile(model, dynamic=False) if compiled else model
 
     @property
@@ -365,7 +366,7 @@ def fit(
     else:
         opt = opt or optimizer(model, recipe, method.param_groups(model, recipe))
         _check_covered(model, opt.param_groups)
-        step = Step(model, recipe, opt, method, batch, compiled)
+        step = Step(model, recipe, opt, method, batch, compiled, start)
     steps, test_steps = recipe.readings(start, stop)
     steps, lr, first_losses, batch_loss, since = set(steps), None, {}, 0.0, start
     smoothing = recipe.smoothing_at_readings

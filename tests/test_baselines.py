@@ -303,3 +303,12 @@ def test_synflow_named_errors():
     nn.init.zeros_(dead[2].weight)
     with pytest.raises(ValueError, match=message("No finite flow from input to output in round 1: a layer is cut")):
         baselines.synflow(dead, (5,), 0.5)
+
+
+def test_layer_densities_of_some_layers():
+    """Layers of 30 and 24 weights with raw densities 11/30 and 10/24 share (11 + 10)·eps = 27 weights."""
+    net = mlp()
+    assert baselines.uniform(net, 0.5, ["0", "2"]) == {"0": 0.5, "2": 0.5}
+    assert baselines.erk(net, 0.5, ["0", "2"]) == pytest.approx({"0": 11 / 30 * 27 / 21, "2": 10 / 24 * 27 / 21})
+    with pytest.raises(ValueError, match=message("Unknown names in layers: 9; the model has 0, 2, 4.")):
+        baselines.erk(net, 0.5, ["9"])

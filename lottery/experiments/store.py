@@ -255,9 +255,9 @@ def stale(row):
 
 def versions():
     """The algorithms' versions; a certificate has those that its run used."""
-    from lottery import baselines, cs, grasp, lth, soft_threshold, training
+    from lottery import baselines, cs, dynamic, grasp, lth, soft_threshold, stochastic, training
 
-    modules = (training, lth, grasp, baselines, cs, soft_threshold)
+    modules = (training, lth, grasp, baselines, cs, soft_threshold, dynamic, stochastic)
     return {module.__name__.split(".")[-1]: module.VERSION for module in modules}
 
 
