@@ -189,10 +189,8 @@ class Chapter:
 
     @functools.cached_property
     def card(self):
-        """The paper's claims as `claims.scorecard` gives them, or None in an exploration."""
-        from lottery import claims
-
-        return None if self.exploration else claims.scorecard(self.paper, self.store)
+        """The paper's claims as `scorecard.scorecard` gives them, or None in an exploration."""
+        return None if self.exploration else scorecard.scorecard(self.paper, self.store)
 
     def show_claims(self):
         """Display the claims that were tested."""

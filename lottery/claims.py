@@ -10,11 +10,14 @@ t-interval over trials, Δ the paper's effect (2m when it states none), m the ma
     at least matches  90 % lower bound > −m          –                       U < −m
     down to           matches at the density         at the next denser one  fails at both
     up to             level chosen on the other trials, scored on the one held out; then as direction
-    in all cells      every cell passes at 5 %       half, none opposite     else
+    in all cells      every cell passes              half, none negative     a cell is negative by its own rule, with
+                                                                             1 − 0.05/k in place of 95 %, k cells
 
-What fits none of them is inconclusive. `scorecard` applies the rules to what the store holds.
+What fits none of them is inconclusive. What passes while its interval excludes the size that the paper gives is
+"reproduced, size differs". `scorecard` applies the rules to what the store holds.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -26,20 +29,33 @@ ALL = "in all cells: "  # a prefix of direction, value, same, at least matches
 LOG = ("iterations", "epochs", "MACs", "gradient norm", "gradient norm of the copy")  # compared as ratios
 MARGINS = {"mnist": 0.2, "fashion_mnist": 0.5, "cifar10": 0.5, "cifar100": 1.0}  # points
 FACTOR = 1.15  # the margin of iterations and epochs
+TRAIN = 0.05  # points, of train accuracy on any data
+LATE = 0.9  # of the training: a minimum after it is censored
 MOST_CENSORED = 0.2
+SIZE = ", size differs"
+DEPENDS = "depends on the setting"
 ENOUGH = 5  # trials, for a negative result
 SOFTER = {"reproduced": "supports", "partly": "mixed", "not reproduced": "contradicts"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word, what it rests on (mean difference d, 95 % interval, number of trials n), and a remark."""
+    """A word, what it rests on (mean difference d, 95 % interval, number of trials n, p-value), and a remark.
+
+    p is that of the test behind a positive word, nan where there is none: see `p_value`. Of a claim in several cells,
+    "up to" and "down to": of the cell with the largest p, of the held-out scores, at the paper's density.
+    """
 
     word: str
     d: float = math.nan
     interval: tuple[float, float] = (-math.inf, math.inf)
     n: int = 0
     note: str = ""
+    p: float = math.nan
+
+    @property
+    def passes(self):
+        return self.word.startswith(("reproduced", "partly"))
 
     def __str__(self):
         return f"{self.word} ({self.note})" if self.note else self.word
@@ -53,8 +69,13 @@ def t_interval(d, level=0.95):
     d = np.asarray(d, dtype=float)
     if len(d) < 2:
         return -math.inf, math.inf
-    half = stats.t.ppf((1 + level) / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
+    half = _t((1 + level) / 2, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d))
     return float(d.mean() - half), float(d.mean() + half)
+
+
+@functools.cache
+def _t(p, freedom):
+    return stats.t.ppf(p, freedom)
 
 
 def direction(d, delta):
@@ -117,21 +138,24 @@ def up_to(levels, delta):
     return direction(leave_one_out(levels)[0], delta)
 
 
-def in_all_cells(kind, cells, margin):
-    """`kind` in every cell; cells: differences [cells, trials]. d and interval are those of the worst cell.
+def in_all_cells(kind, cells, margin, named=None):
+    """`kind` in every cell that a claim names; cells: differences [cells, trials] of those that could be tested.
 
-    A negative word without an opposite cell means that most cells are open: its note says so.
+    named: how many there are, default len(cells). Cells that were not tested, and cells that are neither passed nor
+    negative, leave the claim open. d and interval are those of the worst cell.
     """
-    each = [_cell(kind, d, margin) for d in cells]
-    passed, opposite = sum(p for p, _ in each), any(o for _, o in each)
+    k = named or len(cells)
+    passed = sum(_cell_passes(kind, d, margin) for d in cells)
+    negative = sum(_cell_negative(kind, d, margin, 1 - 0.05 / k) for d in cells)
+    counts = {"open": len(cells) - passed - negative, "negative": negative, "not tested": k - len(cells)}
+    note = ", ".join([f"{passed} of {k} pass", *(f"{n} {name}" for name, n in counts.items() if n)])
     at = cells[worst(kind, cells)]
-    alone = sum(holm([p_value(kind, d, margin) for d in cells]))
-    count, alone = f"{passed} of {len(each)} cells", f"; alone after Holm {alone}"
-    if passed == len(each):
-        return _verdict("reproduced", at, count + alone)
-    if 2 * passed >= len(each) and not opposite:
-        return _verdict("partly", at, count + alone)
-    return _negative(at, count + ("" if opposite else ", none opposite") + alone)
+    p = max(p_value(kind, d, margin) for d in cells)
+    if negative:
+        verdict = _negative(at)
+        return replace(verdict, note="; ".join(filter(None, [note, verdict.note])), p=p)
+    word = "reproduced" if passed == k else "partly" if 2 * passed >= k else "inconclusive"
+    return replace(_verdict(word, at, note), p=p)
 
 
 def worst(kind, cells):
@@ -140,29 +164,52 @@ def worst(kind, cells):
     return int(np.argmin(means) if kind in ("direction", "at least matches") else np.argmax(np.abs(means)))
 
 
-def judge(kind, cells, delta=None, margin=None):
-    """The verdict of a claim. cells: differences [cells, trials]; delta and margin in the unit of the differences."""
+def judge(kind, cells, delta=None, margin=None, named=None):
+    """The verdict of a claim. cells: differences [cells, trials]; delta and margin in the unit of the differences.
+
+    named: of `in_all_cells`. Raises ValueError for an unknown kind.
+    """
     delta = 2 * margin if delta is None else delta
     if kind.startswith(ALL):
-        return in_all_cells(kind.removeprefix(ALL), cells, margin)
+        return in_all_cells(kind.removeprefix(ALL), cells, margin, named)
     if kind == "up to":
-        return up_to(cells, delta)
+        return replace(up_to(cells, delta), p=p_value("direction", leave_one_out(cells)[0], margin))
     if kind == "down to":
-        return down_to(*cells, margin)
+        return replace(down_to(*cells, margin), p=p_value("at least matches", cells[0], margin))
     rules = {"direction": direction, "value": value, "same": same, "at least matches": at_least_matches}
     if kind not in rules:
         raise ValueError(f"Unknown kind of claim {kind!r}: give one of {', '.join(KINDS)}, or {ALL}and one of them.")
-    return rules[kind](cells[0], delta if kind == "direction" else margin)
+    verdict = rules[kind](cells[0], delta if kind == "direction" else margin)
+    return replace(verdict, p=p_value(kind, cells[0], margin))
 
 
-def _cell(kind, d, margin):
-    """(passes at 5 %, opposite) of one cell."""
+def sized(verdict, kind, paper, error=0.0):
+    """The verdict, with the remark that the size differs where the interval excludes the paper's.
+
+    paper, error: the effect that the paper gives and how exactly it is known (of numbers read off a picture the root of
+    their squared errors' sum), in the unit of the differences; 0 is the paper's number itself for "a value".
+    """
+    low, high = verdict.interval
+    outside = low > paper + error or high < paper - error
+    if verdict.word == "reproduced" and kind.removeprefix(ALL) in ("direction", "value") and outside:
+        return replace(verdict, word=verdict.word + SIZE)
+    return verdict
+
+
+def _cell_passes(kind, d, margin):
+    """At 5 %."""
     if kind == "direction":
-        low, high = t_interval(d)
-        return low > 0, high < 0
-    word = (at_least_matches if kind == "at least matches" else same)(d, margin).word
-    low, high = t_interval(d)
-    return word == "reproduced", high < -margin or (kind != "at least matches" and low > margin)
+        return t_interval(d)[0] > 0
+    low, high = t_interval(d, 0.9)
+    return low > -margin and (kind == "at least matches" or high < margin)
+
+
+def _cell_negative(kind, d, margin, level):
+    """By the cell's own rule, at a level for which all cells of a claim together have 95 %."""
+    low, high = t_interval(d, level)
+    if kind == "direction":
+        return high < margin and not _cell_passes(kind, d, margin)
+    return high < -margin or (kind != "at least matches" and low > margin)
 
 
 def p_value(kind, d, margin):
@@ -201,7 +248,7 @@ def _negative(d, note=""):
 
 def _undecided(d, kind, effect):
     n = trials_for_power(kind, np.std(d, ddof=1), effect) if len(d) > 1 else None
-    return _verdict("inconclusive", d, f"80 % power needs {n} trials" if n else "")
+    return _verdict("inconclusive", d, f"80 % power needs {n} trials" if n and n > len(d) else "")
 
 
 def trials_for_power(kind, sd, effect, power=0.8):
@@ -225,22 +272,38 @@ def wording(verdict, kind, evidence, unknown=""):
     """The verdict in the words that the evidence allows. unknown: a decisive setting that nothing printed states."""
     if evidence == "none" or (evidence in ("reduced", "stand-in") and kind.endswith("value")):
         return replace(verdict, word="not tested", note="")
-    if unknown and verdict.word == "not reproduced":
-        return replace(verdict, word="inconclusive", note="setting unknown")
-    return verdict if evidence in ("exact", "full") else replace(verdict, word=SOFTER.get(verdict.word, verdict.word))
+    if unknown and (verdict.passes or verdict.word == "not reproduced"):
+        word = verdict.word if verdict.passes else "inconclusive"
+        verdict = replace(verdict, word=word, note="; ".join(filter(None, [verdict.note, "setting unknown"])))
+    if evidence in ("exact", "full"):
+        return verdict
+    plain, *size = verdict.word.partition(SIZE)
+    return replace(verdict, word=SOFTER.get(plain, plain) + "".join(size))
+
+
+def disagree(verdict, other):
+    """Whether two readings of an unknown setting decide a claim in opposite ways: then it depends on the setting."""
+    return {verdict.passes, other.passes} == {True, False} and "not reproduced" in (verdict.word, other.word)
 
 
 def default_margin(quantity, dataset):
     """m in the unit of the claims' files: a factor for iterations and epochs, points for accuracies."""
     if quantity in ("iterations", "epochs"):
         return FACTOR
+    if quantity == "train accuracy":
+        return TRAIN
     if not quantity.endswith("accuracy") or dataset not in MARGINS:
         raise ValueError(f"No default margin of {quantity} on {dataset}: give one in the claim's row.")
     return MARGINS[dataset]
 
 
+def censored(step, iterations):
+    """The minimum at `step` lies in the last tenth of the training, where a longer one might have found a later one."""
+    return step > LATE * iterations
+
+
 def too_censored(arms):
-    """arms: for each arm, which of its readings are a minimum on the last evaluation. One arm beyond 20 % suffices."""
+    """arms: for each arm of a cell, which of its minima are `censored`. One arm beyond 20 % suffices."""
     return any(np.mean(arm) > MOST_CENSORED for arm in arms if len(arm))
 
 
@@ -253,8 +316,9 @@ def baseline_off(ours, paper, margin):
 def two_way_interval(d):
     """95 % interval of the mean of d [trials, test images], both a random sample.
 
-    Crossed random effects without replication: Var(mean) = (MS_trials + MS_images − MS_rest) / (trials · images), with
-    Satterthwaite's degrees of freedom; never narrower than the interval over trials. Analytic, so no seed is needed.
+    Crossed random effects without replication: Var(mean) = (MS_trials + MS_images − MS_rest) / (trials · images). The
+    larger of its root and the standard error over trials, times t with trials − 1 degrees of freedom: at least as wide
+    as the interval over trials. Analytic, so no seed is needed.
     """
     d = np.asarray(d, dtype=float)
     n, k = d.shape
@@ -264,59 +328,14 @@ def two_way_interval(d):
     ms_rows = k * rows.var(ddof=1)
     ms_columns = n * columns.var(ddof=1)
     ms_rest = ((d - rows[:, None] - columns + mean) ** 2).sum() / ((n - 1) * (k - 1))
-    low, high = t_interval(rows)
-    variance = (ms_rows + ms_columns - ms_rest) / (n * k)
-    if variance <= 0:
-        return low, high
-    parts = np.array([ms_rows, ms_columns, ms_rest]) / (n * k)
-    freedom = variance**2 / (parts**2 / [n - 1, k - 1, (n - 1) * (k - 1)]).sum()
-    half = max(stats.t.ppf(0.975, freedom) * math.sqrt(variance), (high - low) / 2)
+    variance = max((ms_rows + ms_columns - ms_rest) / (n * k), rows.var(ddof=1) / n)
+    half = _t(0.975, n - 1) * math.sqrt(variance)
     return float(mean - half), float(mean + half)
 
 
 def chance(kinds):
-    """How many claims of these kinds would pass, at most, if none of them were true."""
+    """How many claims of these kinds are expected to pass by chance, were each on the edge of being false.
+
+    Claims in several cells count as one cell, which is more than they are.
+    """
     return sum(0.025 if kind.removeprefix(ALL) in ("direction", "up to") else 0.05 for kind in kinds)
-
-
-# The reported numbers and the scorecard ------------------------------------------------------------------------------
-
-
-def claims(paper, reported_dir=None):
-    """The rules of a paper's claims, `<paper>_claims.csv`, as a pandas.DataFrame.
-
-    A row without `kind` only names an item that claims nothing testable. arm_a is the larger one: A > B.
-    arm: "net/control", variants of a net as "net@variant/control". x: densities in % as the paper prints them (GraSP:
-    sparsities), cells separated by ";", "a|b" where A and B differ; for "down to" the paper's density, then the next
-    denser level.
-    delta, margin, paper_value: points, a factor for iterations. n: trials that a verdict needs; trials_paper: the
-    paper's. unknown: a decisive setting that is stated nowhere. added, since: dates of the claim, of its last change.
-    """
-    from lottery import scorecard as card
-
-    return card.read(paper, "_claims", reported_dir)
-
-
-def reported(paper, reported_dir=None):
-    """The numbers that a paper printed, `<paper>.csv`, as a pandas.DataFrame.
-
-    provenance: "paper" (drawn as the paper's), "secondary", "computed" or "memory" (never drawn as the paper's), each
-    with its `source`. series: an arm, "A vs B" for a difference or ratio, or what a threshold says.
-    """
-    from lottery import scorecard as card
-
-    return card.read(paper, "", reported_dir)
-
-
-def scorecard(paper=None, store=None, reported_dir=None):
-    """{"schema": 1, "rows": [...], "totals": {...}}, ready for strict JSON. store: a `Store`, or its folder."""
-    from lottery import scorecard as card
-
-    return card.scorecard(paper, store, reported_dir)
-
-
-def text(card):
-    """The scorecard as lines for a terminal."""
-    from lottery import scorecard
-
-    return scorecard.text(card)

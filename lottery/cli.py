@@ -117,10 +117,11 @@ def scorecard(
     results_dir: ResultsDir = None,
 ):
     """Every claim: the paper's value, ours, interval, verdict."""
-    from lottery import claims, experiments
+    from lottery import experiments
+    from lottery import scorecard as cards
 
-    card = claims.scorecard(paper, experiments.Store(results_dir))
-    typer.echo(json.dumps(card, allow_nan=False) if as_json else claims.text(card))
+    card = cards.scorecard(paper, experiments.Store(results_dir))
+    typer.echo(json.dumps(card, allow_nan=False) if as_json else cards.text(card))
 
 
 @app.command()

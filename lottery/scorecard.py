@@ -3,12 +3,14 @@
 Nothing here is typed: evidence is what the runs' specs and data fingerprints say beside the same arm at scale "paper".
 """
 
+import datetime
 import functools
 import importlib.util
 import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from lottery import claims as C
 FIELDS = (
     *("paper", "item", "panel", "claim", "primary", "item_source", "title", "evidence", "net", "data"),
     *("steps_fraction", "trials", "trials_paper", "coverage", "device", "quantity", "paper_value", "value_source"),
-    *("ours", "interval", "interval_images", "rule", "verdict", "stale", "command"),
+    *("ours", "interval", "interval_images", "p", "all_trials", "rule", "verdict", "was", "stale", "command"),
 )
 EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
 MODULES = {"str": "soft_threshold"}  # experiments module of a paper, where the paper's name is not it
@@ -38,6 +40,31 @@ ALIKE = {"parent", "seed", "draw", "test_readings"}
 FEWER = {"images", "train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every"}
 
 
+def claims(paper, reported_dir=None):
+    """The rules of a paper's claims, `<paper>_claims.csv`, as a pandas.DataFrame.
+
+    A row without `kind` only names an item that claims nothing testable. arm_a is the larger one: A > B.
+    arm: "net/control", variants of a net as "net@variant/control". x: densities in % as the paper prints them (GraSP:
+    sparsities), cells separated by ";", "a|b" where A and B differ; for "down to" the paper's density, then the next
+    denser level.
+    delta, margin, paper_value: points, a factor for iterations. error: of a paper_value that was read off a picture.
+    n: trials that a verdict needs; trials_paper: the paper's. unknown: a decisive setting that is stated nowhere.
+    added, since: ISO times of the claim, of its rule's last change. The last three columns may be missing:
+    alternative: the id of the same claim under another reading of its unknown setting; was: the verdict that the rule
+    before `since` gave.
+    """
+    return read(paper, "_claims", reported_dir)
+
+
+def reported(paper, reported_dir=None):
+    """The numbers that a paper printed, `<paper>.csv`, as a pandas.DataFrame.
+
+    provenance: "paper" (drawn as the paper's), "secondary", "computed" or "memory" (never drawn as the paper's), each
+    with its `source`. series: an arm, "A vs B" for a difference or ratio, or what a threshold says.
+    """
+    return read(paper, "", reported_dir)
+
+
 def read(paper, kind="", reported_dir=None):
     """`<paper>.csv`, or with kind "_claims" the rules, as a pandas.DataFrame; what is empty is "" in text, else NaN."""
     import pandas as pd
@@ -49,8 +76,10 @@ def read(paper, kind="", reported_dir=None):
         raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(known)} ({folder}).")
     if not (path := folder / f"{paper}{kind}.csv").exists():
         raise FileNotFoundError(f"Missing {path}: restore it with git checkout.")
-    numbers = "delta margin n trials_paper paper_value primary value error" + ("" if kind else " x")
+    numbers = "delta margin n trials_paper paper_value primary value error" + ("" if kind == "_claims" else " x")
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if kind == "_claims":
+        frame = frame.assign(**{name: "" for name in ("error", "alternative", "was") if name not in frame})
     found = [name for name in numbers.split() if name in frame]
     return frame.assign(**{name: pd.to_numeric(frame[name]) for name in found})
 
@@ -61,18 +90,18 @@ def papers(folder):
 
 
 def scorecard(paper=None, store=None, reported_dir=None):
-    """See `claims.scorecard`."""
+    """{"schema": 1, "rows": [...], "totals": {...}}, ready for strict JSON. store: a `Store`, or its folder."""
     from lottery import experiments
     from lottery.experiments.store import Rows
 
     folder = Path(reported_dir or _reported())
     chosen = [paper] if paper else papers(folder)
-    rules = {name: read(name, "_claims", folder) for name in chosen}
+    rules = {name: claims(name, folder) for name in chosen}
     store = store if isinstance(store, experiments.Store) else experiments.Store(store)
     stored = Rows(store)
     rows = []
     for name, frame in rules.items():
-        judge = Judge(name, _module(name), stored, read(name, reported_dir=folder))
+        judge = Judge(name, _module(name), stored, reported(name, folder), frame)
         rows += [judge.row(claim) for claim in frame.to_dict("records")]
     return {"schema": 1, "rows": rows, "totals": totals(rows)}
 
@@ -84,8 +113,8 @@ def runs(paper, ids, scale, trials=None, reported_dir=None):
     paper does not have, or that is no experiment at the scale.
     """
     module, found = _module(paper), {}
-    judge = Judge(paper, module, {}, read(paper, reported_dir=reported_dir))
-    rules = read(paper, "_claims", reported_dir).set_index("id", drop=False)
+    judge = Judge(paper, module, {}, reported(paper, reported_dir))
+    rules = claims(paper, reported_dir).set_index("id", drop=False)
     for name in ids:
         if name not in rules.index:
             raise ValueError(f"Unknown claim {name!r}: `lottery scorecard --paper {paper} --json` lists them.")
@@ -113,17 +142,35 @@ def totals(rows):
         return {e: {"claims": len(some), "verdicts": dict(Counter(map(word, some)))} for e, some in by.items()}
 
     primary = [row for row in rows if row["primary"]]
+    papers = {row["paper"]: None for row in primary}
     return {
         "claims": len(rows),
         "by_evidence": count(rows),
-        "primary": {"claims": len(primary), "by_evidence": count(primary)},
-        "chance": {"tested": len(tested), "would_pass": round(C.chance(tested), 3)},
+        "primary": {
+            "claims": len(primary),
+            "by_evidence": count(primary),
+            "by_paper": {name: _after_holm([row for row in primary if row["paper"] == name]) for name in papers},
+        },
+        "chance": {"tested": len(tested), "expected": round(C.chance(tested), 3)},
     }
+
+
+def _after_holm(rows):
+    """How many primary claims of one paper were tested, how many pass, and how many still do after Holm over them."""
+    tested = [row for row in rows if row["evidence"] != "exact" and word(row) != "not tested"]
+    stay = C.holm([row["p"] for row in tested])
+    pairs = list(zip(map(passes, tested), stay, strict=True))
+    return {"tested": len(tested), "pass": sum(p for p, _ in pairs), "after_holm": sum(p and s for p, s in pairs)}
 
 
 def word(row):
     """The verdict without its remark."""
     return row["verdict"] and row["verdict"].split(" (")[0]
+
+
+def passes(row):
+    """Whether the word is a positive one."""
+    return bool(row["verdict"]) and row["verdict"].startswith(("reproduced", "partly", "supports", "mixed"))
 
 
 def anchor(row):
@@ -139,12 +186,18 @@ def text(card):
             ours = "–" if row["ours"] is None else f"{row['ours']:.4g}"
             ours += " [{:.4g}, {:.4g}]".format(*row["interval"]) if row["interval"] else ""
             paper = "–" if row["paper_value"] is None else f"{row['paper_value']:.6g}"
-            said = f"{row['verdict']}  {row['stale'] or ''}".rstrip()
+            changed = ", before that: ".join(filter(None, [row["stale"], row["was"]]))
+            said = "; ".join(filter(None, [row["verdict"], changed]))
             lines.append(f"{'* '[not row['primary']]} {anchor(row):42} {paper:>8} {ours:26} {row['evidence']:9} {said}")
+            if more := row["all_trials"]:
+                every = "{:.4g} [{:.4g}, {:.4g}]".format(more["ours"], *more["interval"])
+                lines.append(f"{'':53} {every:26} all {more['trials']} stored trials, no verdict")
     total, chance = card["totals"], card["totals"]["chance"]
     by = ", ".join(f"{some['claims']} {e}" for e, some in total["by_evidence"].items())
     lines += [f"{total['claims']} claims (* primary; paper's value, ours with 95 % interval, evidence, verdict): {by}."]
-    lines += [f"{chance['tested']} are tested on runs; by chance at most {chance['would_pass']:g} of them would pass."]
+    lines += [f"{chance['tested']} are tested on runs; expected to pass by chance: {chance['expected']:g}."]
+    for paper, n in total["primary"]["by_paper"].items():
+        lines += [f"{paper}, primary: {n['tested']} tested, {n['pass']} pass, {n['after_holm']} after Holm over them."]
     return "\n".join(lines)
 
 
@@ -160,7 +213,7 @@ def summary(card):
     runs, exact = ([row for row in rows if (row["evidence"] == "exact") == kind] for kind in (False, True))
     lines = [f"{len(runs)} claims were tested here, {sum(row['primary'] for row in runs)} of them primary."]
     lines += [f"{verdict}: {n}" for verdict, n in sorted(Counter(map(word, runs)).items())]
-    lines += [f"If nothing were there, at most {chance['would_pass']:g} of them would pass by chance."]
+    lines += [f"Expected to pass by chance, were none of them true: {chance['expected']:g}."]
     if exact:
         said = ", ".join(f"{n} {verdict}" for verdict, n in sorted(Counter(map(word, exact)).items()))
         lines += [f"{len(exact)} more are exact and need no runs: {said}."]
@@ -201,11 +254,13 @@ class Judge:
     """One paper's claims against the stored runs.
 
     experiment: the paper's module of `lottery.experiments` (`arm`, `setting`, `SCALES`), or None. stored: `{key: row}`
-    as of `store.Rows`. reported: the numbers that the paper printed, for the baseline gate.
+    as of `store.Rows`. reported: the numbers that the paper printed, for the baseline gate. rules: of `claims`, to find
+    the other reading of a claim's unknown setting.
     """
 
-    def __init__(self, paper, experiment, stored, reported):
+    def __init__(self, paper, experiment, stored, reported, rules=None):
         self.paper, self.experiment, self.stored = paper, experiment, stored
+        self.rules = {} if rules is None else {c["id"]: _blank_is_none(c) for c in rules.to_dict("records")}
         self.printed = reported[(reported["provenance"] == "paper") & (reported["unit"] == "%")]
         self.arm = functools.cache(self._arm)  # one arm serves many claims
 
@@ -222,7 +277,7 @@ class Judge:
         row |= {"paper": self.paper, "title": claim["text"], "primary": claim["primary"] == 1, "evidence": "none"}
         if claim["kind"]:
             row |= {"claim": claim["id"], "quantity": _quantity(claim), "rule": _rule(claim), "verdict": "not tested"}
-            row |= {k: claim[k] for k in ("paper_value", "value_source")}
+            row |= {k: claim[k] for k in ("paper_value", "value_source", "was")}
         exact = (*EXACT, *getattr(self.experiment, "EXACT", ()))
         row |= self._exact(claim) if claim["quantity"] in exact else self._experiment(claim)
         return {k: _plain(v) for k, v in row.items()}
@@ -241,13 +296,10 @@ class Judge:
         return {"evidence": "exact", "net": name, "ours": ours, "verdict": str(verdict), "command": command}
 
     def _experiment(self, claim):
-        if not _trained(claim):
-            return {}
-        tried = [at for scale in getattr(self.experiment, "SCALES", ()) if (at := _At(self, claim, scale)).cells]
+        tried = self._tried(claim)
         if not tried:
             return {}
-        complete = [at for at in tried if at.complete]
-        best = min(complete, key=lambda at: (EVIDENCE.index(at.evidence()[0]), -len(at.cells)), default=None)
+        best = _best(tried)
         above = tried[: tried.index(best)] if best else tried
         cells = f"{len(best.cells) if best else 0} of {len(_cells(claim))} cells"
         partial = [f"{at.scale} {at.done} of {len(at.keys)} runs" for at in above if at.done]
@@ -258,6 +310,16 @@ class Judge:
         fields = {"coverage": "; ".join([cells, *partial]), "command": command}
         fields |= {"stale": f"{old} runs of an older algorithm version"} if old else {}
         return fields | (best.result() if best else {})
+
+    def _tried(self, claim):
+        """The claim at each scale at which it is an experiment, highest first."""
+        scales = getattr(self.experiment, "SCALES", ()) if _trained(claim) else ()
+        return [at for scale in scales if (at := _At(self, claim, scale)).cells]
+
+    def other(self, claim):
+        """(the claim under another reading of its unknown setting, where its runs are all stored), or None."""
+        other = self.rules.get(claim["alternative"])
+        return other and _best(self._tried(other))
 
     def dense(self, claim):
         """(quantity, {dense arm: (reading, %)}): what the paper prints for the claim's nets.
@@ -274,6 +336,12 @@ class Judge:
         return quantity, found
 
 
+def _best(tried):
+    """The `_At` with the best complete evidence, of equals the one with more cells, or None."""
+    complete = [at for at in tried if at.complete]
+    return min(complete, key=lambda at: (EVIDENCE.index(at.evidence()[0]), -len(at.cells)), default=None)
+
+
 class _At:
     """One claim at one scale. `cells` are those of its x that exist there; `runs[cell][trial][arm]` lists of Runs.
 
@@ -286,6 +354,8 @@ class _At:
         fewer = min(n, judge.experiment.setting(scale).trials)
         self.default = n if scale == "paper" else fewer
         self.cells = [x for x in cells if self._runs(x, 0)]
+        self.log = claim["quantity"] in C.LOG
+        self.unit = math.log if self.log else float
         ranged = not claim["kind"] or claim["kind"].startswith((C.ALL, "up to"))
         if len(self.cells) < len(cells) and not ranged:
             self.cells = []
@@ -318,15 +388,45 @@ class _At:
         row = self.judge.stored.get(key)
         return row if row and not row["stale"] and row["status"] in ("finished", "diverged") else None
 
+    def rows(self, trials):
+        """Stored rows that the verdict rests on, [cell][trial][arm], with every repeat of a trial that is stored."""
+        return [[self._repeats(x, t) for t in range(trials)] for x in self.cells]
+
+    def _repeats(self, x, trial):
+        """[rows of A, rows of B]: those of this scale, and of a scale that trains the same networks more often."""
+        found = []
+        for mine, (name, at) in zip(self._runs(x, trial), _arms(self.claim, x), strict=True):
+            scales = () if _measured(self.claim) else self.judge.experiment.SCALES
+            keys = {r.key for r in mine}
+            for theirs in (self._arm(name, at, trial, scale) for scale in scales):
+                if theirs and keys <= (more := {r.key for r in theirs}):
+                    keys = more
+            found.append([row for key in sorted(keys) if (row := self._stored(key))])
+        return found
+
+    def all_trials(self, margin):
+        """What all stored trials say, where there are more of them than the rule asks for, without a verdict."""
+        n = self.trials
+        while all((arms := self._runs(x, n)) and all(self._stored(r.key) for a in arms for r in a) for x in self.cells):
+            n += 1
+        if n == self.trials:
+            return None
+        ours = self._ours(self.verdict(self.rows(n), margin)[0])
+        return {"trials": n, "ours": ours[0], "interval": ours[1:]}
+
     def result(self):
         """The fields that come from runs."""
-        stored = [self._stored(key) for key in self.keys]
+        rows = self.rows(self.trials)
+        stored = list({row["key"]: row for cell in rows for trial in cell for arm in trial for row in arm}.values())
         evidence, steps = self.evidence()
         fields = {k: ", ".join(sorted({row[c] for row in stored})) for k, c in _COLUMNS.items()}
         fields |= {"evidence": evidence, "steps_fraction": steps, "trials": self.trials}
         if first := _changed(self.claim, min(row["started"] for row in stored)):
             fields["stale"] = first
-        return fields | (self._judged(evidence, fields["data"]) if self.claim["kind"] else {})
+        if not self.claim["kind"]:
+            return fields
+        diverged = sum(row["status"] == "diverged" for row in stored)
+        return fields | self._judged(rows, evidence, fields["data"], diverged)
 
     def evidence(self):
         """("full" | "reduced" | "stand-in", share of the paper's steps): ours beside the Runs at scale "paper"."""
@@ -344,38 +444,76 @@ class _At:
             found.add("reduced")
         return max(found, key=EVIDENCE.index), None if _measured(self.claim) else steps
 
-    def _judged(self, evidence, dataset):
-        claim, rows = self.claim, [[[[self._stored(r.key) for r in a] for a in t] for t in c] for c in self.runs]
-        kind, log = claim["kind"], claim["quantity"] in C.LOG
-        unit, paper = math.log if log else float, claim["paper_value"] if kind.endswith("value") else 0
-        margin = unit(claim["margin"] or C.default_margin(claim["quantity"], dataset))
+    def margin(self, dataset):
+        return self.unit(self.claim["margin"] or C.default_margin(self.claim["quantity"], dataset))
+
+    def verdict(self, rows, margin):
+        """(verdict by the arithmetic alone, differences [cells, trials], their rows); the cells are those tested."""
+        claim, kind = self.claim, self.claim["kind"]
         read = functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
-        d = np.array([[contrast(arms, read) - paper for arms in cell] for cell in rows])
-        verdict = C.judge(kind, d, unit(claim["delta"]) if claim["delta"] else None, margin)
-        diverged = sum(self._stored(key)["status"] == "diverged" for key in self.keys)
-        ours = [math.exp(v) if log else v + paper for v in (verdict.d, *verdict.interval)]
-        verdict = C.wording(verdict, kind, evidence, claim["unknown"])
-        if reason := self._not_tested(rows, evidence, dataset, margin):
-            verdict = C.Verdict("not tested", note=reason)
+        late = [_censored(cell) if claim["reading"] == "early_stop" else 0 for cell in rows]
+        ranged = kind.startswith((C.ALL, "up to"))
+        tested = [cell for cell, share in zip(rows, late, strict=True) if not share]
+        if not tested or (not ranged and len(tested) < len(rows)):
+            said = f"{100 * max(late):.0f} % of an arm's minima lie in the last tenth of its training"
+            tested, note = rows, said
+        else:
+            note = ""
+        d = np.array([[contrast(arms, read) - self._paper for arms in cell] for cell in tested])
+        verdict = C.judge(kind, d, self.unit(claim["delta"]) if claim["delta"] else None, margin, len(_cells(claim)))
+        if note:
+            return replace(verdict, word="not tested", note=note), d, tested
+        if claim["paper_value"] is not None:
+            size = 0 if kind.endswith("value") else self.unit(claim["paper_value"])
+            verdict = C.sized(verdict, kind, size, claim["error"] or 0)
+        return verdict, d, tested
+
+    @property
+    def _paper(self):
+        """What differences are taken from: the paper's number, of "a value"."""
+        return self.claim["paper_value"] if self.claim["kind"].endswith("value") else 0
+
+    def _ours(self, verdict):
+        """[mean, low, high] in the unit of the claims' files."""
+        return [math.exp(v) if self.log else v + self._paper for v in (verdict.d, *verdict.interval)]
+
+    def _judged(self, rows, evidence, dataset, diverged):
+        claim, kind, margin = self.claim, self.claim["kind"], self.margin(dataset)
+        plain, d, tested = self.verdict(rows, margin)
+        verdict = C.wording(plain, kind, evidence, claim["unknown"])
+        if other := self.judge.other(claim):
+            verdict = self._either(plain, other, evidence, dataset) or verdict
+        if reason := self._not_tested(evidence, dataset, margin):
+            verdict = replace(plain, word="not tested", note=reason)
         seen = claim["quantity"] == "test accuracy" and claim["reading"] != "best"
+        ours = self._ours(plain)
         return {
             "ours": ours[0],
             "interval": ours[1:],
-            "interval_images": images(kind, d, rows, claim["reading"]) if seen else None,
+            "interval_images": images(kind, d, tested, claim["reading"]) if seen else None,
+            "p": plain.p,
+            "all_trials": self.all_trials(margin),
             "rule": _rule(claim) + (f"; {diverged} diverged runs at chance" if diverged else ""),
             "verdict": str(verdict),
         }
 
-    def _not_tested(self, rows, evidence, dataset, margin):
+    def _either(self, plain, other, evidence, dataset):
+        """The verdict of a claim that two readings of an unknown setting decide in opposite ways, or None."""
+        theirs = other.verdict(other.rows(other.trials), other.margin(dataset))[0]
+        if not C.disagree(plain, theirs):
+            return None
+        differ = next(k for k in ("quantity", "arm_a", "arm_b", "id") if self.claim[k] != other.claim[k])
+        said = [
+            f"{at.claim[differ]}: {C.wording(v, at.claim['kind'], e).word}"
+            for at, v, e in ((self, plain, evidence), (other, theirs, other.evidence()[0]))
+        ]
+        return replace(plain, word=C.DEPENDS, note="; ".join(said))
+
+    def _not_tested(self, evidence, dataset, margin):
         """Why there is no verdict, or None."""
         claim = self.claim
         if dataset == "digits":
             return "the embedded digits never get one"
-        if claim["reading"] == "early_stop":
-            arms = zip(*(arms for cell in rows for arms in cell), strict=True)
-            late = [[row["censored"] or row["status"] == "diverged" for arm in runs for row in arm] for runs in arms]
-            if C.too_censored(late):
-                return f"{100 * max(map(np.mean, late)):.0f} % of an arm's minima are its last reading"
         if _measured(claim):
             return None
         quantity, dense = self.judge.dense(claim)
@@ -427,6 +565,20 @@ def contrast(arms, read):
     """A − B of one trial, or A alone; repeats inside the trial are averaged first."""
     a, *b = (np.mean([read(row) for row in arm], axis=0) for arm in arms)
     return a - b[0] if b else a
+
+
+def _censored(cell):
+    """The share of an arm's minima that are censored in one cell [trial][arm], 0 where no arm has too many of them."""
+    arms = zip(*cell, strict=True)
+    late = [
+        [
+            row["status"] == "diverged" or C.censored(row["early_stop_step"], row["iterations"])
+            for runs in arm
+            for row in runs
+        ]
+        for arm in arms
+    ]
+    return max(map(np.mean, late)) if C.too_censored(late) else 0
 
 
 def images(kind, d, rows, at):
@@ -481,10 +633,16 @@ def _cells(claim):
 
 
 def _changed(claim, started):
-    """A run of the day on which a rule was written counts as later."""
-    if started[:10] < claim["added"]:
+    """What happened after a run: "claim added after run", "rule changed after run", or None."""
+    if _time(started) < _time(claim["added"]):
         return "claim added after run"
-    return "rule changed after run" if started[:10] < claim["since"] else None
+    return "rule changed after run" if _time(started) < _time(claim["since"]) else None
+
+
+def _time(text):
+    """ISO 8601; a date alone is its first moment, and what names no zone is UTC."""
+    time = datetime.datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
 def _quantity(claim):
@@ -548,6 +706,8 @@ def _reported():
 
 def _plain(value):
     """JSON's own types; what is not finite is unknown."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list):
         plain = [_plain(v) for v in value]
         return None if None in plain else plain

@@ -99,7 +99,7 @@ def test_primary_is_180_runs_of_the_papers_and_9_million_iterations(tmp_path):
 
 def test_primary_claims_find_the_primary_runs():
     """At their number of trials, and nothing else than what is trained for them."""
-    runs, rules = set(lth.runs("fig4", "primary")), scorecard.read("lth", "_claims", REPORTED)
+    runs, rules = set(lth.runs("fig4", "primary")), scorecard.claims("lth", REPORTED)
     rules = rules[(rules["primary"] == 1) & rules["arm_a"].str.startswith("lenet")]
     assert set(rules["n"]) == {lth.setting("primary").trials}
     for claim in rules.to_dict("records"):
@@ -311,7 +311,7 @@ def test_pruned_before_training_is_as_sparse_as_the_ticket_layer_by_layer(digits
 
 
 def test_grid_points_are_named_by_the_paper_or_marked_as_guessed():
-    reported = scorecard.read("lth", "", REPORTED)
+    reported = scorecard.reported("lth", REPORTED)
     for item, unit in (("fig26", "learning rate"), ("fig27", "learning rate"), ("fig28", "learning rate")):
         rows = reported[(reported["item"] == item.replace("fig", "Figure ")) & (reported["provenance"] == "paper")]
         named = set(rows[rows["unit"] == unit]["value"])
@@ -321,7 +321,7 @@ def test_grid_points_are_named_by_the_paper_or_marked_as_guessed():
 
 
 def test_claims_on_lenet_are_all_experiments_of_the_paper_scale():
-    rules = scorecard.read("lth", "_claims", REPORTED)
+    rules = scorecard.claims("lth", REPORTED)
     rules = rules[rules["arm_a"].str.startswith("lenet") & (rules["kind"] != "") & (rules["quantity"] != "weights")]
     for claim in rules.to_dict("records"):
         for cell in scorecard._cells(claim):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lottery import claims
+from lottery import scorecard
 from lottery.experiments import str_exact as X
 
 REPORTED = Path(__file__).parents[1] / "results/reported"
@@ -17,7 +17,7 @@ REPORTED = Path(__file__).parents[1] / "results/reported"
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """The exact rows of the scorecard, from an empty store."""
-    card = claims.scorecard("str", tmp_path_factory.mktemp("ours"), REPORTED)
+    card = scorecard.scorecard("str", tmp_path_factory.mktemp("ours"), REPORTED)
     return {row["claim"]: row for row in card["rows"] if row["evidence"] == "exact"}
 
 
@@ -130,7 +130,7 @@ def test_soft_and_hard_thresholds():
 
 
 def test_points_and_claims_have_a_source_and_a_time():
-    points, rules = claims.reported("str", REPORTED), claims.claims("str", REPORTED)
+    points, rules = scorecard.reported("str", REPORTED), scorecard.claims("str", REPORTED)
     assert (points["provenance"] == "paper").all()
     assert points["source"].str.len().gt(0).all()
     assert not points.duplicated(["item", "panel", "series", "x", "value"]).any()

@@ -216,7 +216,7 @@ def toy(criterion, temperature=1.0):
 def printed_tests(reported, a="grasp", b="snip", n=3):
     """Welch's t-test of the printed mean ± deviation of two arms in each cell, and which pass alone after Holm.
 
-    reported: of `claims.reported("grasp")`. n: trials behind each number (3 is remembered, the paper's text is not
+    reported: of `scorecard.reported("grasp")`. n: trials behind each number (3 is remembered, the paper's text is not
     at hand). Printed deviations are taken as sample deviations.
 
     Returns a pandas.DataFrame: item, net, x, difference a − b in points, t, freedom, p, holm.

@@ -363,7 +363,7 @@ def store(o):
     import pandas as pd
 
     from benchmarks.runs import fill
-    from lottery import claims, experiments
+    from lottery import experiments, scorecard
 
     rows, laptop, sizes = [], experiments.lth.runs(None, "laptop"), (30,) if o.small else (100, 1_000, 10_000)
     for n in sizes:
@@ -378,7 +378,7 @@ def store(o):
                 "lottery status": lambda folder=folder: command(folder, folder, "status", "--results-dir", "ours"),
                 "load of a figure's runs": lambda ours=ours: experiments.load(laptop, experiments.Store(ours)),
                 "load of everything": lambda ours=ours: experiments.load(None, experiments.Store(ours)),
-                "scorecard": lambda ours=ours: claims.scorecard("lth", experiments.Store(ours)),
+                "scorecard": lambda ours=ours: scorecard.scorecard("lth", experiments.Store(ours)),
                 "public practice, a JSON file a run": lambda texts=texts: pd.DataFrame(
                     [json.loads(path.read_text()) for path in texts.iterdir()]
                 ),
