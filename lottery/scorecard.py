@@ -76,7 +76,7 @@ def read(paper, kind="", reported_dir=None):
         raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(known)} ({folder}).")
     if not (path := folder / f"{paper}{kind}.csv").exists():
         raise FileNotFoundError(f"Missing {path}: restore it with git checkout.")
-    numbers = "delta margin n trials_paper paper_value primary value error" + ("" if kind == "_claims" else " x")
+    numbers = "delta margin n trials_paper paper_value primary value error" + ("" if kind else " x")
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     if kind == "_claims":
         frame = frame.assign(**{name: "" for name in ("error", "alternative", "was") if name not in frame})
