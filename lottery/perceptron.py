@@ -110,10 +110,15 @@ def trainable(models, shape=None):
 
 @torch.no_grad()
 def forward(model):
-    """On the CPU, float [B, …] → logits [B, classes] of the weights as they are now, without gradients; else None."""
+    """On the CPU, float [B, …] → logits [B, classes] of the weights as they are now, without gradients; else None.
+
+    None also for a network with weights that are not finite.
+    """
     if not (linear := layers(model)) or linear[0].bias.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     parameters = [(layer.weight.detach(), layer.bias.detach()) for layer in linear]
+    if not all(t.sum().isfinite() for pair in parameters for t in pair):
+        return None  # oneDNN's ReLU takes NaN for 0
     dtype, size = parameters[0][0].dtype, linear[0].in_features
 
     def logits(x):

@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from lottery import masks as M
 from lottery import perceptron
-from lottery.batches import Batches
+from lottery.batches import Batches, normaliser, take  # noqa: F401 (the last two: where callers look for them)
 from lottery.methods import NOTHING, Method
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
@@ -166,15 +167,16 @@ class History:
 def optimizer(model, recipe, groups=None):
     """The recipe's optimiser, fused, of a method's parameter groups; default: one of all trainable parameters.
 
-    Raises ValueError when a trainable parameter is in no group: it cannot move.
+    Raises ValueError when nothing is trainable, or a trainable parameter is in no group: it cannot move.
     """
+    _check_trainable(model)
     groups = NOTHING.param_groups(model, recipe) if groups is None else groups
     _check_covered(model, groups)
     return _build(groups, recipe)
 
 
 def _build(groups, recipe):
-    device = groups[0]["params"][0].device
+    device = next(p.device for group in groups for p in group["params"])
     lr = torch.tensor(recipe.lr, device=device) if _captures(device) else recipe.lr
     if recipe.optimizer == "adam":
         return torch.optim.Adam(groups, lr=lr, fused=True, capturable=_captures(device))
@@ -190,6 +192,11 @@ def _check_covered(model, groups):
     covered = {id(p) for group in groups for p in group["params"]}
     if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]:
         raise ValueError(f"No parameter group holds {', '.join(left)}: build the groups after attaching the method.")
+
+
+def _check_trainable(model):
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("Nothing to train: no parameter of the model requires a gradient.")
 
 
 class Step:
@@ -277,21 +284,32 @@ def autocast(recipe, like):
     return torch.autocast(like.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
+@contextlib.contextmanager
+def _modes_kept(model):
+    """Every module leaves in the mode in which it came, training or evaluation: some may be frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def evaluate(model, split, normalise, batch_size=None, smoothing=0.0):
-    """Mean loss per image and correctness (bool [n], on the CPU) of a split; the model's mode is left as it was.
+    """Mean loss per image and correctness (bool [n], on the CPU) of a split; all modes are left as they were.
 
     smoothing: label smoothing of that loss.
     batch_size: default 2,500; on a CPU 250, for fully connected networks 1,000: activations should fit in the cache.
     """
-    was_training, like = model.training, next(model.parameters())
-    model.eval()
-    plain = not torch.is_autocast_enabled(like.device.type)
-    forward = (plain and perceptron.forward(model)) or model
-    in_cache = 250 if forward is model else 1000
-    batch_size = batch_size or (in_cache if like.device.type == "cpu" else 2500)
-    [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size, smoothing)
-    model.train(was_training)
+    like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
+    with _modes_kept(model):
+        model.eval()
+        plain = not torch.is_autocast_enabled(like.device.type)
+        forward = (plain and perceptron.forward(model)) or model
+        in_cache = 250 if forward is model else 1000
+        batch_size = batch_size or (in_cache if like.device.type == "cpu" else 2500)
+        [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size, smoothing)
     return loss, correct
 
 
@@ -337,21 +355,25 @@ def fit(
         compiled: train `torch.compile` of the model, which needs a C++ compiler on a CPU; networks that are trained by
             hand have no use for it.
 
-    Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration, in the
-    mode it came in; a loss that is not finite at a reading stops its training with status "diverged".
+    Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration; a loss
+    that is not finite at a reading stops its training with status "diverged". It is trained in training mode, but of a
+    model that comes in that mode the modules that were put into evaluation mode stay in it, such as a frozen batch
+    norm; afterwards every module is in the mode it came in.
 
-    Raises ValueError: start and stop out of order, a batch larger than the training set, a parameter in no group or
-    not in `opt`, models that cannot be trained together.
+    Raises ValueError: start and stop out of order, a batch larger than the training set, nothing to train, a parameter
+    in no group or not in `opt`, models that cannot be trained together.
     """
     stop = recipe.iterations if stop is None else stop
     if not 0 <= start < stop <= recipe.iterations:
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     models = [model] if (alone := isinstance(model, torch.nn.Module)) else list(model)
+    for each in models:
+        _check_trainable(each)
     began, like = time.perf_counter(), next(models[0].parameters())
-    by_hand = opt is None and type(method) is Method and populations(models, recipe)
+    by_hand = opt is None and type(method) is Method and populations(models, recipe, data.train.x.shape[1:])
     if not alone and not (by_hand and len(models) == len(seed)):
         raise ValueError(f"These {len(models)} models cannot be trained together: see lottery.training.populations.")
-    if by_hand and alone and like.device.type == "cpu" and (inputs := _lit(data, recipe)) is not None:
+    if by_hand and alone and like.device.type == "cpu" and (inputs := _lit(model, data, recipe)) is not None:
         narrow = perceptron.narrow(model, inputs)
         history = fit(narrow, _pixels(data, inputs), recipe, seed, start, stop)
         perceptron.widen(model, narrow, inputs)
@@ -431,10 +453,14 @@ class _Member:
 
     def __init__(self, model, data, recipe, normalise, method):
         self.model, self.data, self.recipe, self.normalise, self.method = model, data, recipe, normalise, method
-        self.masks, self.was_training = method.masks(model), model.training
+        self.masks, self.modes = method.masks(model), contextlib.ExitStack()
+        self.modes.enter_context(_modes_kept(model))
+        layers = M.prunable(model)
+        self.behind = {name: (m, M.original(layers[name]).detach()[~m]) for name, m in M.read(model).items()}
         self.history, self.best, self.best_step, self.best_loss = History(), None, None, math.inf
         self.smoothing = recipe.smoothing_at_readings
-        model.train()
+        if not model.training:
+            model.train()
 
     def read(self, done, loss, valid, test, curve):
         """Note one reading; returns whether it is the best so far, and whether all losses are finite."""
@@ -475,17 +501,29 @@ class _Member:
             h.last = reading(self.model, self.data, self.normalise, done, self.smoothing)
         if not finite or not math.isfinite(h.last.train_loss):  # the last step may have been one too many
             h.status = "diverged"
-        self.model.train(self.was_training)
+        self.modes.close()
+        self._put_back()
         if h.status == "finished":  # a weight that is not finite is not zero under any mask
             self.method.check(self.model, self.masks, done == self.recipe.iterations)
 
+    @torch.no_grad()
+    def _put_back(self):
+        """What lies behind a mask that stayed has its value again: weight decay and old momentum move it as well."""
+        layers, masks = M.prunable(self.model), M.read(self.model)
+        for name, (mask, values) in self.behind.items():
+            if torch.equal(masks[name], mask):
+                M.original(layers[name])[~mask] = values
 
-def _lit(data, recipe):
+
+def _lit(model, data, recipe):
     """The pixels that are not black in all images, int64 [n], if the others change nothing and are some; else None.
 
-    Black is 0: no weight on it has a gradient, and what it adds to any sum is 0. (MNIST: 65 of 784 pixels.)
+    Black is 0: no weight on it has a gradient, and what it adds to any sum is 0, if the weight is finite. (MNIST: 65 of
+    784 pixels.)
     """
     if recipe.inputs != "unit" or recipe.weight_decay or recipe.augment != "none":
+        return None
+    if not perceptron.layers(model)[0].weight.isfinite().all():
         return None
     lit = torch.stack([split.x.flatten(1).any(0) for split in (data.train, data.valid, data.test)]).any(0)
     return None if lit.all() or not lit.any() else lit.nonzero()[:, 0]
@@ -507,10 +545,12 @@ def _on(device, data):
     return dataclasses.replace(data, **parts)
 
 
-def populations(models, recipe):
-    """Whether `fit` can train these models side by side: plain fully connected networks of the same sizes."""
-    sizes = {tuple(layer.weight.shape for layer in perceptron.layers(model) or ()) for model in models}
-    return len(sizes) == 1 and () not in sizes and (recipe.precision, recipe.label_smoothing) == ("float32", 0)
+def populations(models, recipe, shape=None):
+    """Whether `fit` can train these models side by side: plain fully connected networks of the same sizes.
+
+    shape: of the images, (C, H, W), which they must then take as well.
+    """
+    return (recipe.precision, recipe.label_smoothing) == ("float32", 0) and perceptron.trainable(models, shape)
 
 
 def reading(model, data, normalise, step, smoothing=0.0):

@@ -9,12 +9,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lottery import data, lth, models, training
+from lottery import cs, data, lth, models, soft_threshold, training
 from lottery import masks as M
 from lottery.batches import Batches, normaliser, take
+from lottery.methods import Method
 from lottery.training import Recipe, fit
 
 SHORT = Recipe(iterations=60, eval_every=10, test_readings="all")
@@ -77,6 +79,7 @@ def by_hand(model, images, recipe, seed, start, stop):
     masks = M.read(model)
     w = {name: t.requires_grad_() for name, t in M.state(model).items()}
     m = {"1.weight": masks["1"].double(), "3.weight": masks["3"].double()}
+    behind = M.state(model)
     first = {name: torch.zeros_like(t) for name, t in w.items()}
     second = {name: torch.zeros_like(t) for name, t in w.items()}
     n, size = len(images.train.y), recipe.batch_size
@@ -109,7 +112,7 @@ def by_hand(model, images, recipe, seed, start, stop):
                     second[name] = 0.999 * second[name] + 0.001 * g**2
                     unbiased = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
                     w[name] -= lr * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
-    return {name: t.detach() for name, t in w.items()}
+    return {name: t.detach().where(m[name].bool(), behind[name]) if name in m else t.detach() for name, t in w.items()}
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -520,8 +523,8 @@ def test_pruned_weights_are_exactly_zero_at_the_end(digits, options, by_hand):
         assert not layer.weight[~masks[name]].any()
         assert layer.weight[masks[name]].all()
         moved = M.state(model)[f"{name}.weight"] != behind[f"{name}.weight"]
-        if not by_hand:
-            assert moved[~masks[name]].any(), "decay did not reach the tensor behind the mask: the test would be empty"
+        assert not moved[~masks[name]].any()
+        assert moved[masks[name]].all()
     assert M.density(model) == pytest.approx(0.2, abs=1e-4)
     assert all(torch.equal(m, masks[name]) for name, m in M.read(model).items())
 
@@ -707,3 +710,142 @@ def test_take_is_a_prefix_of_the_shuffled_training_set(digits):
 def test_take_refuses_what_is_no_share(digits, fraction):
     with pytest.raises(ValueError, match=message(f"Invalid train_fraction {fraction}: give a share")):
         take(digits, fraction)
+
+
+# What is trained, and what is left as it was -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 8, 8), (1, 8, 9)])
+def test_images_that_the_network_does_not_take_are_refused_as_it_refuses_them(digits, shape):
+    for masked in (False, True):
+        model = models.create("lenet_300_100", seed=0, in_shape=shape)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            fit(M.attach(model) if masked else model, digits, SHORT)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fit(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), digits, SHORT)
+    with pytest.raises(ValueError, match="cannot be trained together"):
+        fit([models.create("lenet_300_100", seed=s, in_shape=shape) for s in (0, 1)], digits, SHORT, seed=[0, 1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_diverges_also_on_a_pixel_that_is_always_black(digits, value):
+    model = lenet()
+    assert not any(getattr(digits, part).x[:, 0, 0, 0].any() for part in ("train", "valid", "test"))
+    with torch.no_grad():
+        M.original(model.fc1)[5, 0] = value
+    assert model(torch.zeros(1, 1, 8, 8)).isnan().any()
+    assert fit(model, digits, SHORT).status == "diverged"
+
+
+def with_norm(dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(27, 10)
+    ).to(dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (1, 4), (0, 1, 2, 3, 4, 5)])
+def test_modules_in_evaluation_mode_stay_in_it(digits, frozen):
+    model = with_norm()
+    for i in frozen:
+        model[i].eval()
+    modes, mean = [m.training for m in model.modules()], model[1].running_mean.clone()
+    training.evaluate(model, digits.test, normaliser(digits, SHORT, torch.zeros(1)))
+    assert [m.training for m in model.modules()] == modes
+    fit(model, digits, dataclasses.replace(SHORT, iterations=3))
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(model[1].running_mean, mean) == (1 in frozen)
+
+
+def test_a_model_that_comes_in_evaluation_mode_is_trained_in_training_mode(digits):
+    a, b = with_norm(), with_norm().eval()
+    for model in (a, b):
+        torch.manual_seed(1)
+        fit(model, digits, dataclasses.replace(SHORT, iterations=3))
+    assert same(M.state(a), M.state(b))
+    assert not any(m.training for m in b.modules())
+
+
+def test_a_failing_evaluation_leaves_the_modes(digits):
+    model = with_norm()
+    model[1].eval()
+    with pytest.raises(RuntimeError):
+        training.evaluate(model, dataclasses.replace(digits.test, x=digits.test.x[..., :3]), lambda x: x / 1.0)
+    assert [m.training for m in model.modules()] == [True, True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("method", [cs.CS(0.0), soft_threshold.STR(-5.0)])
+def test_frozen_weights_under_a_method_leave_its_own_parameters_to_train(digits, method):
+    model = models.create("lenet_300_100", seed=0, in_shape=(1, 8, 8)).requires_grad_(False)
+    method.attach(model)
+    before = M.state(model)
+    fit(model, digits, Recipe("sgd", lr=0.5, momentum=0.9, batch_size=60, iterations=30, eval_every=30), method=method)
+    moved = {name for name, t in M.state(model).items() if not torch.equal(t, before[name])}
+    assert {name.rsplit(".", 1)[1] for name in moved} <= {"s", "beta"}
+    assert {f"fc{i}.weight.s" for i in (1, 2, 3)} <= moved
+
+
+@pytest.mark.parametrize("model", [nn.Flatten(), nn.BatchNorm2d(1, affine=False), lenet().requires_grad_(False)])
+def test_nothing_to_train(digits, model):
+    with pytest.raises(ValueError, match=r"^Nothing to train: no parameter of the model requires a gradient\.$"):
+        fit(model, digits, SHORT)
+    with pytest.raises(ValueError, match=r"^Nothing to train"):
+        training.optimizer(model, SHORT)
+
+
+def test_a_model_without_parameters_can_be_read(digits):
+    loss, correct = training.evaluate(nn.Flatten(), digits.test, lambda x: x / 255)
+    assert loss == pytest.approx(F.cross_entropy(digits.test.x.flatten(1) / 255, digits.test.y).item(), rel=1e-5)
+    assert len(correct) == 450
+
+
+@pytest.mark.parametrize("optimizer", [{"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}, {"lr": 0.01}])
+@pytest.mark.parametrize("general", [False, True])
+def test_what_lies_behind_a_mask_stays_under_weight_decay(digits, optimizer, general):
+    recipe = Recipe(iterations=20, eval_every=20, weight_decay=0.1, **optimizer)
+    model = lenet(density=0.4)
+    before, masks = M.state(model), M.read(model)
+    fit(model, digits, recipe, opt=training.optimizer(model, recipe) if general else None)
+    for name, mask in masks.items():
+        after = M.state(model)[f"{name}.weight"]
+        assert torch.equal(after[~mask], before[f"{name}.weight"][~mask])
+        assert (after[mask] != before[f"{name}.weight"][mask]).all()
+
+
+# Readings are of the plain loss on the plain images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_losses_that_are_read_are_not_smoothed(digits, general):
+    model = small() if general else lenet()
+    recipe = dataclasses.replace(SHORT, label_smoothing=0.4)
+    history = fit(model, digits, recipe)
+    with torch.no_grad():
+        for split, loss in ((digits.valid, history.val_loss[-1]), (digits.train, history.last.train_loss)):
+            x = normaliser(digits, recipe, next(model.parameters()))(split.x)
+            assert loss == pytest.approx(F.cross_entropy(model(x), split.y).item(), rel=1e-4)
+            assert F.cross_entropy(model(x), split.y, label_smoothing=0.4).item() > 1.02 * loss
+
+
+def test_images_that_are_read_are_not_moved(digits):
+    recipe = dataclasses.replace(SHORT, augment="flip-crop", iterations=10)
+    model = small()
+    history = fit(model, digits, recipe, seed=5)
+    with torch.no_grad():
+        for split, accuracy in ((digits.valid, history.val_acc[-1]), (digits.train, history.last.train_acc)):
+            logits = model(split.x.double() / 255)
+            assert accuracy == (logits.argmax(1) == split.y).sum().item() / len(split)
+            if split is digits.valid:
+                assert history.val_loss[-1] == pytest.approx(F.cross_entropy(logits, split.y).item(), rel=1e-9)
+
+
+def test_a_method_that_lets_pruned_weights_come_back_is_caught(digits):
+    @dataclasses.dataclass(frozen=True)
+    class Leaky(Method):
+        def before_step(self, t, step):
+            if t == 3:
+                step.model[1].parametrizations.weight[0].mask.fill_(1)
+
+    model = small(masked=True)
+    with pytest.raises(AssertionError, match="Pruned weights of layer '1' came back"):
+        fit(model, digits, SHORT, method=Leaky())
