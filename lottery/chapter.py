@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lottery import experiments, scorecard
-from lottery.experiments import engine
+from lottery.experiments import engine, papers
 from lottery.experiments.store import Store, load, now, root
 
 RECOMPUTE = ("never", "missing", "all")
@@ -52,13 +52,13 @@ class Chapter:
         budget_minutes=None,
         **parameters,
     ):
-        self.paper, self.module = paper, getattr(experiments, paper)
+        self.paper, self.module = paper, papers.paper(paper)
         self.exploration = any(value is not None for value in parameters.values())
-        self.scales = self.module.SCALES if scale == "best" else (scale,)
+        self.scales = self.module.scales if scale == "best" else (scale,)
         if recompute not in RECOMPUTE:
             raise Refused(f"Invalid recompute {recompute!r}: give one of {', '.join(RECOMPUTE)}.")
         if scale == "best" and recompute != "never":
-            raise Refused(f"recompute={recompute!r} needs a scale: give one of {', '.join(self.module.SCALES)}.")
+            raise Refused(f"recompute={recompute!r} needs a scale: give one of {', '.join(self.module.scales)}.")
         if budget_minutes is not None and not (isinstance(budget_minutes, int | float) and budget_minutes > 0):
             raise Refused(f"Invalid budget_minutes {budget_minutes!r}: give minutes above 0, or None.")
         try:
@@ -68,7 +68,7 @@ class Chapter:
             }
             self.store = open_store(results_dir, anew=recompute == "all")
             if recompute != "never":
-                items = getattr(self.module, "MAIN", None) if self.exploration else None
+                items = self.module.main if self.exploration else None
                 runs = self.module.runs(items, self.settings[scale])
                 budget = budget_minutes and 60 * budget_minutes
                 experiments.run(runs, store=self.store, device=device, threads=threads, budget=budget, progress=False)
@@ -81,7 +81,7 @@ class Chapter:
         for i, name in enumerate(complete):
             if all(self._cells(item, name) >= self._cells(item, lower) for lower in complete[i + 1 :]):
                 return name
-        if self.exploration and item not in getattr(self.module, "MAIN", [item]):
+        if self.exploration and item not in self.module.main:
             raise Refused(f"{item} is no part of an exploration: it varies the paper's own setting.")
         name = self.scales[-1] if self.exploration else self.scales[-2:][0]  # the last is the digits', for a quick look
         done, runs = self.stored(item, name)[0], self._runs(item, name)
@@ -127,7 +127,7 @@ class Chapter:
             return pd.concat([labels, frame.drop(columns=labels.columns, errors="ignore"), values], axis=1)
         labels = [
             (arm, point, r)
-            for arm, point in self.module.cells_of(item, at)
+            for arm, _, point in self.module.cells(item, at)
             for seed in at.seeds
             for r in self.module.trial(arm, at, seed, point)
             if self.store.get(r)
@@ -145,13 +145,13 @@ class Chapter:
         at, paper = self.settings[scale], self.module.setting("paper")
         same, run, papers = self.stands_beside_paper(item, scale), self._runs(item, scale)[0], self._papers(item)[0]
         share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
-        cells = f"{len(self.module.cells_of(item, at))} of {len(self.module.cells_of(item, paper))}"
+        cells = f"{len(self.module.cells(item, at))} of {len(self.module.cells(item, paper))}"
         parts = [
             f"net, data: {'the paper’s' if same else f'stand-in ({run.model}, {run.dataset})'}",
             f"training: {100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations} iterations",
             f"trials {n} of {paper.trials}" if n <= paper.trials else f"trials {n}, the paper {paper.trials}",
             f"device {', '.join(sorted(frame['device'].unique()))}",
-            f"{len(self.module.GUESSED)} settings guessed",
+            f"{len(self.module.guessed)} settings guessed",
             f"cells {cells}",
         ]
         parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
@@ -177,7 +177,7 @@ class Chapter:
 
     def is_measured(self, item):
         """True for an item that needs no training."""
-        return item in getattr(self.module, "MEASURED", ())
+        return item in self.module.measured_items
 
     def stands_beside_paper(self, item, scale=None):
         """True when the item shows the paper's own network and data, so that its printed points may be drawn."""
@@ -210,7 +210,9 @@ class Chapter:
 
     def _cells(self, item, scale):
         """What a measured item has is the module's to say: there a higher scale has it all."""
-        return set() if self.is_measured(item) else set(self.module.cells_of(item, self.settings[scale]))
+        if self.is_measured(item):
+            return set()
+        return {(arm, point) for arm, _, point in self.module.cells(item, self.settings[scale])}
 
     def _runs(self, item, scale):
         return self.module.runs(item, self.settings[scale])

@@ -14,8 +14,6 @@ import typer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-PAPERS = ("lth", "grasp")
-
 ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
 Scale = Annotated[str, typer.Option(help="paper, primary (lth), laptop or smoke.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -176,13 +174,13 @@ def _declared():
 
 
 def _declare():
-    from lottery import experiments
+    from lottery.experiments import papers
 
     declared = []
-    for paper in PAPERS:
-        module = getattr(experiments, paper)
-        for scale in module.SCALES:
-            for item in module.ITEMS:
+    for paper in papers.PAPERS:
+        module = papers.paper(paper)
+        for scale in module.scales:
+            for item in module.items:
                 runs = module.runs(item, scale)
                 line = {
                     "paper": paper,
@@ -196,11 +194,10 @@ def _declare():
 
 def _asked(paper, items, scale, trials):
     """The Runs of a paper's figures, tables and claims at a scale; trials: another number than their own."""
-    from lottery import experiments, scorecard
+    from lottery import scorecard
+    from lottery.experiments import papers
 
-    if paper not in PAPERS:
-        raise ValueError(f"Unknown paper {paper!r}: choose one of {', '.join(PAPERS)}.")
-    module = getattr(experiments, paper)
+    module = papers.paper(paper)
     at = module.override(module.setting(scale), trials=trials)
     claims = [item for item in items or () if item.startswith(f"{paper}-")]
     figures = [item for item in items or () if item not in claims]

@@ -5,7 +5,6 @@ Nothing here is typed: evidence is what the runs' specs and data fingerprints sa
 
 import datetime
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -23,7 +22,6 @@ FIELDS = (
     *("ours", "interval", "interval_images", "p", "all_trials", "rule", "verdict", "was", "stale", "command"),
 )
 EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
-MODULES = {"str": "soft_threshold"}  # experiments module of a paper, where the paper's name is not it
 EXACT = ("weights", "conv weights", "fc share")  # quantities that need no training
 ACCURACIES = {"test accuracy": "test_acc", "validation accuracy": "val_acc", "train accuracy": "train_acc"}
 LOSSES = {"train loss": "batch_loss", "test loss": "test_loss"}  # of the last epoch's minibatches, of the test set
@@ -119,7 +117,7 @@ def runs(paper, ids, scale, trials=None, reported_dir=None):
         if name not in rules.index:
             raise ValueError(f"Unknown claim {name!r}: `lottery scorecard --paper {paper} --json` lists them.")
         claim = _blank_is_none(rules.loc[name].to_dict())
-        tried = [_At(judge, claim, at, trials) for at in module.SCALES] if _trained(claim) else []
+        tried = [_At(judge, claim, at, trials) for at in module.scales] if _trained(claim) else []
         if not (possible := {at.scale: at for at in tried if at.cells}):
             raise ValueError(f"Nothing to train for {name}: see `lottery scorecard --paper {paper}`.")
         if scale not in possible:
@@ -253,7 +251,7 @@ def table(rows):
 class Judge:
     """One paper's claims against the stored runs.
 
-    experiment: the paper's module of `lottery.experiments` (`arm`, `setting`, `SCALES`), or None. stored: `{key: row}`
+    experiment: the `papers.Paper`, or None where nothing is run for it. stored: `{key: row}`
     as of `store.Rows`. reported: the numbers that the paper printed, for the baseline gate. rules: of `claims`, to find
     the other reading of a claim's unknown setting.
     """
@@ -266,8 +264,7 @@ class Judge:
 
     def _arm(self, name, x, trial, scale, measured=None):
         if measured:
-            measure = getattr(self.experiment, "measured", None)
-            return measure and measure(measured, name, x, trial, scale)
+            return self.experiment and self.experiment.measured(measured, name, x, trial, scale)
         return self.experiment.arm(name, x, trial, scale) if self.experiment else None
 
     def row(self, claim):
@@ -278,17 +275,17 @@ class Judge:
         if claim["kind"]:
             row |= {"claim": claim["id"], "quantity": _quantity(claim), "rule": _rule(claim), "verdict": "not tested"}
             row |= {k: claim[k] for k in ("paper_value", "value_source", "was")}
-        exact = (*EXACT, *getattr(self.experiment, "EXACT", ()))
+        exact = (*EXACT, *(self.experiment.exact if self.experiment else ()))
         row |= self._exact(claim) if claim["quantity"] in exact else self._experiment(claim)
         return {k: _plain(v) for k, v in row.items()}
 
     def _exact(self, claim):
         name = claim["arm_a"].split("/")[0]
-        name = getattr(self.experiment, "NETWORKS", {}).get(name, name)
+        name = self.experiment.networks.get(name, name) if self.experiment else name
         if claim["quantity"] in EXACT:
             ours = count(claim["quantity"], name)
         else:
-            ours = self.experiment.EXACT[claim["quantity"]](claim["arm_a"])
+            ours = self.experiment.exact[claim["quantity"]](claim["arm_a"])
         if ours is None:
             return {}
         verdict = C.exact(ours - claim["paper_value"], claim["margin"])
@@ -313,7 +310,7 @@ class Judge:
 
     def _tried(self, claim):
         """The claim at each scale at which it is an experiment, highest first."""
-        scales = getattr(self.experiment, "SCALES", ()) if _trained(claim) else ()
+        scales = self.experiment.scales if self.experiment and _trained(claim) else ()
         return [at for scale in scales if (at := _At(self, claim, scale)).cells]
 
     def other(self, claim):
@@ -396,7 +393,7 @@ class _At:
         """[rows of A, rows of B]: those of this scale, and of a scale that trains the same networks more often."""
         found = []
         for mine, (name, at) in zip(self._runs(x, trial), _arms(self.claim, x), strict=True):
-            scales = () if _measured(self.claim) else self.judge.experiment.SCALES
+            scales = () if _measured(self.claim) else self.judge.experiment.scales
             keys = {r.key for r in mine}
             for theirs in (self._arm(name, at, trial, scale) for scale in scales):
                 if theirs and keys <= (more := {r.key for r in theirs}):
@@ -690,8 +687,10 @@ def _chance(row):
 
 
 def _module(paper):
-    name = f"lottery.experiments.{MODULES.get(paper, paper)}"
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    """What is run for a paper, or None where nothing is."""
+    from lottery.experiments import papers
+
+    return papers.paper(paper) if paper in papers.PAPERS else None
 
 
 def _reported():

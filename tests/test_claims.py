@@ -551,7 +551,7 @@ ITERATIONS = {"paper": 1000, "laptop": 300, "smoke": 100}
 class Invented:
     """An experiments module of a few arms. Accuracies: `accuracy(name, x, trial)` in %, iterations likewise."""
 
-    SCALES = ("paper", "laptop", "smoke")
+    scales, exact, networks = ("paper", "laptop", "smoke"), {}, {}
     nets = ("lenet",)
     draws = 1
     missing = ()
@@ -653,7 +653,7 @@ def test_full_evidence_at_a_lower_scale_goes_before_too_few_trials_at_a_higher_o
 
 def test_of_two_reduced_scales_the_one_with_more_cells_is_used(monkeypatch):
     lab = Invented()
-    lab.SCALES, lab.missing = ("paper", "laptop", "short"), {("laptop", 2.9)}
+    lab.scales, lab.missing = ("paper", "laptop", "short"), {("laptop", 2.9)}
     monkeypatch.setitem(ITERATIONS, "short", 200)
     stored = lab.store("laptop", better, xs=[21.1]) | lab.store("short", better, xs=[21.1, 2.9])
     row = judged(lab, stored, claim(kind="in all cells: direction", x="21.1;2.9"))
@@ -786,7 +786,7 @@ def test_a_trial_has_every_repeat_that_any_scale_stores(monkeypatch):
     lab = Invented()
     once, thrice = Invented(), Invented()
     thrice.draws = 3
-    lab.SCALES = ("paper", "laptop")
+    lab.scales = ("paper", "laptop")
     monkeypatch.setitem(ITERATIONS, "laptop", ITERATIONS["paper"])
     lab.arm = lambda name, x, trial, scale: (thrice if scale == "paper" else once).arm(name, x, trial, "paper")
 

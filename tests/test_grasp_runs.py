@@ -102,13 +102,13 @@ def test_densities_are_decimal_fractions():
     assert densities == {None, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005}
 
 
-@pytest.mark.parametrize("scale", grasp.SCALES)
+@pytest.mark.parametrize("scale", grasp.PAPER.scales)
 def test_arms_are_runs_that_the_scale_declares(scale):
     at = grasp.setting(scale)
     for item in grasp.TRAINED:
-        assert grasp.cells_of(item, at)
+        assert grasp.cells(item, at)
         declared = set(grasp.runs(item, scale))
-        for name, x in grasp.cells_of(item, at):
+        for name, _, x in grasp.cells(item, at):
             assert set(grasp.arm(name, float(x), at.seeds[-1], scale)) <= declared
 
 

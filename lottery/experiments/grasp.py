@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from lottery import data
 from lottery.experiments import grasp_init
-from lottery.experiments.runs import CRITERIA, Run, chosen, preset
+from lottery.experiments.papers import Paper
+from lottery.experiments.runs import CRITERIA, Run
 from lottery.training import Recipe
 
 GUESSED = (
@@ -95,7 +96,6 @@ SETTINGS = {  # highest scale first
         SMOKE, trials=2, only=(90, 98), variants=("batch-400", "init-xavier"), measured=grasp_init.PLANS["smoke"]
     ),
 }
-SCALES = tuple(SETTINGS)
 INITS = {"init-normal": "normal", "init-xavier": "glorot"}
 
 # What each figure and table shows: networks → control → sparsities in %. Within an item, all trials of a network come
@@ -117,40 +117,23 @@ TRAINED = {
 }
 MEASURED = tuple(grasp_init.ITEMS)
 ITEMS = (*TRAINED, *MEASURED)
+PRINTS = "sparsity"
 
 
-def setting(scale):
-    """The preset of a scale. Raises ValueError for an unknown one."""
-    return preset(scale, SETTINGS)
-
-
-def runs(items, at):
-    """All Runs, or Prunings, of some items (None: all) at a Setting or scale: network by network, seed by seed."""
-    at = setting(at) if isinstance(at, str) else at
-    items = chosen(items, ITEMS, "grasp")
-    found = {}
-    for item in items:
-        if item in MEASURED:
-            found |= dict.fromkeys(at.measured.prunings(item))
-            continue
-        by_net = {}
-        for arm, point in cells_of(item, at):
-            by_net.setdefault(arm.split("/")[0], []).append((arm, point))
-        for cells in by_net.values():
-            found |= dict.fromkeys(r for seed in at.seeds for cell in cells for r in trial(cell[0], at, seed, cell[1]))
-    return list(found)
-
-
-def cells_of(item, at):
-    """The (arm "net/control", sparsity in %) pairs of an item: the networks that one trial of it trains."""
+def cells(item, at):
+    """(arm "net/control", density, sparsity in %): the networks of which one trial of an item consists."""
     return [
-        (f"{net}/{control}", point)
+        (f"{net}/{control}", _density(point), point)
         for nets, controls in TRAINED[item].items()
         for net in nets
         if _is_here(*net.partition("@")[::2], at)
         for control, points in controls.items()
         for point in (points if control == "dense" else _points(points, at))
     ]
+
+
+def _density(sparsity):
+    return round((100 - sparsity) / 100, 6)
 
 
 def _is_here(net, variant, at):
@@ -175,7 +158,7 @@ def trial(arm, at, seed, point):
         score |= {"per_class": images, "chunks": chunks * images // CRITERIA["grasp"]["per_class"]}
     if control == "dense":
         return [run]
-    density = round((100 - point) / 100, 6)
+    density = _density(point)
     if control.startswith("lt"):
         where = {"init": "rewind", "rewind_to": round(REWIND * run.recipe.iterations)} if control != "lt" else {}
         return [dataclasses.replace(run, parent=run, density=density, **where)]
@@ -183,19 +166,6 @@ def trial(arm, at, seed, point):
     own = CRITERIA[criterion]
     score = tuple(sorted((name, value) for name, value in score.items() if name in own and value != own[name]))
     return [dataclasses.replace(run, criterion=criterion, density=density, score=score)]
-
-
-def arm(name, x, seed, scale):
-    """The Runs of an arm "net/control" for one trial at the sparsity that the paper prints as `x` %, or None.
-
-    None: the arm or that sparsity is no experiment here. Networks: those of NETS, with "@batch-400" or "@init-normal"
-    as in the robustness study. Controls: dense, random, snip, grasp, lt, lt-rewind.
-    """
-    at = setting(scale)
-    if name.endswith("/dense"):
-        x = 0
-    cells = {cell for item in TRAINED for cell in cells_of(item, at)}
-    return trial(name, at, seed, x) if (name, x) in cells else None
 
 
 def measured(item, name, x, seed, scale):
@@ -206,7 +176,7 @@ def measured(item, name, x, seed, scale):
 
 @functools.cache
 def _measured(item, scale):
-    cells = setting(scale).measured.cells(item)
+    cells = SETTINGS[scale].measured.cells(item)
     keys = ("net", "criterion", "sparsity", "seed")
     return {tuple(map(labels.get, keys)): [p] for labels, p in cells if labels["variant"] == "driver"}
 
@@ -236,7 +206,9 @@ def override(at, **given):
     at = dataclasses.replace(at, nets=nets, score={**at.score, **score}, **given)
     if "seed" in base:
         at = dataclasses.replace(at, seed=base["seed"])
-    runs(list(TRAINED), at)  # what is wrong with the criterion or its options is told here
+    for item in TRAINED:  # what is wrong with the criterion or its options is told here
+        for arm, _, point in cells(item, at):
+            trial(arm, at, at.seed, point)
     return dataclasses.replace(at, measured=at.measured.changed(asked))
 
 
@@ -257,3 +229,7 @@ def _sparsities(densities):
     ):
         raise ValueError(f"Invalid densities {densities!r}: give a list of fractions of weights to keep, 0 < kept < 1.")
     return tuple(round(100 * (1 - d), 6) for d in densities)
+
+
+PAPER = Paper(__name__)
+setting, runs, arm = PAPER.setting, PAPER.runs, PAPER.arm

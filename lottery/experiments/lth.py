@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from lottery import data, masks, models
+from lottery.experiments.papers import Paper
 from lottery.experiments.runs import INITS, Run, chosen, preset, rates
 from lottery.training import Recipe
 
@@ -364,3 +365,21 @@ def _one_shot(at, densities):
         least = 1 - 1 / at.one_shot_rate(0)
         raise ValueError(f"Invalid one_shot_densities {densities!r}: give a list of fractions, {least:.2g} < kept < 1.")
     return rates
+
+
+def cells(item, at):
+    """(arm, density, point): the networks of which one trial of an item consists."""
+    return [(arm, _x(arm, at, point), point) for arm, point in cells_of(item, at)]
+
+
+def _x(arm, at, point):
+    at, control = _of(arm, at)
+    if control == "dense":
+        return 1.0
+    if control.startswith("oneshot"):
+        return at.density(10) if point is None else 1 - point / at.one_shot_rate(0)
+    return at.density(point)
+
+
+PAPER = Paper(__name__)
+PAPER.runs, PAPER.arm = runs, arm  # until its items name arms as claims do

@@ -1,0 +1,108 @@
+"""The papers of this book, and what the module of a paper offers. A further paper is one module and one line in PAPERS.
+
+A module of `lottery.experiments` must have
+
+    SETTINGS    {scale: Setting}, the highest first: "paper" is what the paper did, the last one a look in seconds
+    ITEMS       the names of its figures and tables, "fig3", "table1"
+    GUESSED     the settings that nothing printed or published states, in a few words each
+    cells(item, at) -> [(arm, x, point)]     the networks of which one trial of an item consists at a Setting:
+                arm "net@variant/control", x its density in (0, 1], 1 for a dense one, point what `trial` is given
+    trial(arm, at, seed, point) -> [Run]     the Runs of one arm and trial there: one, or one for each repeated draw
+    override(at, **parameters) -> Setting    a Setting with a notebook's parameters in place of its own
+
+and may have
+
+    MAIN        the items that an exploration trains; default: all
+    MEASURED    items that are computed without training: `Setting.measured` has their `cells(item)` and
+                `prunings(item)`, the module `measured(item, arm, x, seed, scale) -> [Measurement]`
+    EXACT       {quantity: function of an arm -> number} for claims that need arithmetic only
+    NETWORKS    {net: name in `lottery.models`} for claims about the networks themselves
+    PRINTS      "density" (default) or "sparsity": the percentage by which the paper names a network's size
+
+A Setting has `trials` and `seeds`. What the command line, the scorecard and the chapters ask beyond that follows from
+these and is here; the module ends with
+
+    PAPER = Paper(__name__)
+    setting, runs, arm = PAPER.setting, PAPER.runs, PAPER.arm
+"""
+
+import functools
+import importlib
+import sys
+
+from lottery.experiments.runs import chosen, preset
+
+PAPERS = {"lth": "lth", "grasp": "grasp"}  # name → module, in the order of the book
+NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
+
+
+def paper(name: str) -> "Paper":
+    """A paper by its name. Raises ValueError for an unknown one."""
+    if name not in PAPERS:
+        raise ValueError(f"Unknown paper {name!r}: choose one of {', '.join(PAPERS)}.")
+    return importlib.import_module(f"lottery.experiments.{PAPERS[name]}").PAPER
+
+
+class Paper:
+    """What follows from a paper's module, made at the end of it."""
+
+    def __init__(self, module):
+        self.module = sys.modules[module]
+        self.name = next((name for name, at in PAPERS.items() if module.endswith(f".{at}")), module)
+        self.settings, self.scales = self.module.SETTINGS, tuple(self.module.SETTINGS)
+        self.items, self.guessed = tuple(self.module.ITEMS), self.module.GUESSED
+        self.cells, self.trial, self.override = self.module.cells, self.module.trial, self.module.override
+        self.measured_items = getattr(self.module, "MEASURED", ())
+        self.main = getattr(self.module, "MAIN", self.items)
+        self.exact = getattr(self.module, "EXACT", {})
+        self.networks = getattr(self.module, "NETWORKS", {})
+        self.prints = getattr(self.module, "PRINTS", "density")
+
+    def setting(self, scale):
+        """The preset of a scale. Raises ValueError for an unknown one."""
+        return preset(scale, self.settings)
+
+    def runs(self, items, at):
+        """All Runs, or Measurements, of some items (None: all) at a Setting or scale: net by net, trial by trial."""
+        at, found = self.setting(at) if isinstance(at, str) else at, {}
+        for item in chosen(items, self.items, self.name):
+            if item in self.measured_items:
+                found |= dict.fromkeys(at.measured.prunings(item))
+                continue
+            nets = {}
+            for arm, _, point in self.cells(item, at):
+                nets.setdefault(arm.split("/")[0], {})[arm, point] = None
+            for cells in nets.values():
+                found |= dict.fromkeys(r for seed in at.seeds for arm, p in cells for r in self.trial(arm, at, seed, p))
+        return list(found)
+
+    def density(self, x: float) -> float:
+        """The density of what the paper prints as `x` %; inside, nothing else is used."""
+        return round((100 - x if self.prints == "sparsity" else x) / 100, 6)
+
+    def arm(self, name, x, seed, scale):
+        """The Runs of an arm for one trial, at its cell nearest to what the paper prints as `x` %.
+
+        None: the arm is no experiment here, or has no cell near enough.
+        """
+        cells = self._points(scale).get(name, {})
+        if name.endswith("/dense"):
+            return next((self.trial(name, self.setting(scale), seed, point) for point in cells.values()), None)
+        if not cells or x is None:
+            return None
+        at = self.density(x)
+        near, point = min((abs(d / at - 1), i, point) for i, (d, point) in enumerate(cells.items()))[::2]
+        return self.trial(name, self.setting(scale), seed, point) if near < NEAR else None
+
+    def measured(self, item, name, x, seed, scale):
+        """The Measurement of an arm for one trial at what the paper prints as `x` %, as `item` measures it, or None."""
+        return self.module.measured(item, name, x, seed, scale) if item in self.measured_items else None
+
+    @functools.cache  # noqa: B019 (a paper is made once)
+    def _points(self, scale):
+        """{arm: {density: point}} of all that is trained at a scale."""
+        at, found = self.setting(scale), {}
+        for item in self.items:
+            for arm, x, point in self.cells(item, at) if item not in self.measured_items else ():
+                found.setdefault(arm, {})[x] = point
+        return found
