@@ -559,6 +559,9 @@ class Invented:
     def setting(self, scale):
         return SimpleNamespace(trials=5)
 
+    def measured(self, item, name, x, trial, scale):
+        return None
+
     def arm(self, name, x, trial, scale):
         if name.split("/")[0] not in self.nets or (scale, x) in self.missing:
             return None
@@ -1071,7 +1074,7 @@ def test_one_reported_value_changed_changes_its_verdict(tmp_path):
     for printed, verdict in ((266_000, "reproduced"), (268_000, "not reproduced")):  # ours: 266,200, m = 1,000
         (tmp_path / "lth_claims.csv").write_text(rules.replace(",266000,", f",{printed},"))
         c = scorecard.claims("lth", tmp_path).set_index("id", drop=False).loc["lth-fig2-lenet-weights"].to_dict()
-        assert judged(lth, {}, c)["verdict"] == verdict
+        assert judged(lth.PAPER, {}, c)["verdict"] == verdict
     # 1.2 [1.004, 1.396]: from Δ = 2.4 on it is less than half of what was promised
     stored = Invented().store("paper", better, xs=[21.1])
     found = [judged(Invented(), stored, claim(delta=delta))["verdict"] for delta in (2.3, 2.5)]

@@ -32,7 +32,7 @@ import sys
 
 from lottery.experiments.runs import chosen, preset
 
-PAPERS = {"lth": "lth", "grasp": "grasp"}  # name → module, in the order of the book
+PAPERS = {"lth": "lth", "grasp": "grasp", "str": "soft_threshold"}  # name → module, in the order of the book
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
 
 

@@ -1,11 +1,22 @@
 """STR's experiments."""
 
 from lottery.experiments import str_exact
+from lottery.experiments.papers import Paper
 
-SETTINGS = {}
-SCALES = ()
+SETTINGS, ITEMS, GUESSED = {}, (), ()
 EXACT = str_exact.EXACT
 
 
-def arm(name, x, seed, scale):
-    return None
+def cells(item, at):
+    return []
+
+
+def trial(arm, at, seed, point):
+    return []
+
+
+def override(at, **given):
+    return at
+
+
+PAPER = Paper(__name__)
