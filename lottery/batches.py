@@ -23,6 +23,10 @@ class Batches:
         self.per_epoch = recipe.per_epoch(len(self.y))
         if len(self.y) < self.size:
             raise ValueError(f"Invalid batch_size {self.size}: the training set has {len(self.y)} images.")
+        if self.augment and self.x.dim() != 4:
+            raise ValueError(
+                f"Invalid augment {recipe.augment!r}: it is for images [N, C, H, W], not {tuple(self.x.shape)}."
+            )
         self.normalise = normaliser(data, recipe, like)
         self.length, images = self.size, len(self.seeds) * self.size
         self.index = torch.zeros(images, dtype=torch.int64, device=like.device)
@@ -67,12 +71,18 @@ class Batches:
 def normaliser(data, recipe, like):
     """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`.
 
-    They lie in memory with channels last, which is what convolutions are fastest with.
+    They lie in memory with channels last, which is what convolutions are fastest with. Of one's own data, floats in
+    their own units are divided by nothing, and token numbers are fed as they are.
     """
-    to_float = functools.partial(torch.Tensor.to, dtype=like.dtype, memory_format=torch.channels_last)
+    if data.train.x.dtype == torch.int64:
+        return lambda x: x
+    images = data.train.x.dim() == 4
+    layout = torch.channels_last if images else torch.preserve_format
+    to_float = functools.partial(torch.Tensor.to, dtype=like.dtype, memory_format=layout, copy=True)
     if recipe.inputs == "unit":
-        return lambda x: to_float(x).mul_(1 / 255)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) * 255 for v in (data.mean, data.std))
+        return lambda x: to_float(x).mul_(1 / data.scale)
+    shape = (-1, *[1] * (data.train.x.dim() - 2))
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(shape) * data.scale for v in (data.mean, data.std))
     mean, scale = mean.to(like), (1 / std).to(like)
     return lambda x: to_float(x).sub_(mean).mul_(scale)
 

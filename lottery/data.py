@@ -1,4 +1,4 @@
-"""Image sets as whole uint8 tensors in memory, split the way the papers split them.
+"""Image sets as whole uint8 tensors in memory, split the way the papers split them; one's own data beside them.
 
 A set is looked for under a data root (the `root` argument, else $LOTTERY_DATA, else a folder in the user's cache) as
 
@@ -11,9 +11,13 @@ Whatever the source, the tensors and hence the fingerprint are the same. Decoded
 
 cifar10_16, a variant of ours for trainings of minutes on a CPU, is CIFAR-10 at 16x16: the mean of each 2x2 pixels,
 rounded to a whole grey level, halves up. It is made from cifar10 in any of these forms, with a fingerprint of its own.
+
+One's own data: `from_tensors`, `from_dataset`, `from_folder` (images in a folder for each class), `from_parquet`, or
+`of`, which takes any of these.
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -62,7 +66,10 @@ CACHE_FORMAT = 1  # raise it when decoding changes
 
 @dataclass(frozen=True)
 class Split:
-    """Images `x`, uint8 [N, C, H, W], and their class numbers `y`, int64 [N]."""
+    """Images `x`, uint8 [N, C, H, W], and their class numbers `y`, int64 [N].
+
+    One's own data may be float32 of any shape [N, …] and range, or int64 token numbers, which stay as they are.
+    """
 
     x: Tensor
     y: Tensor
@@ -75,6 +82,7 @@ class Split:
 class Data:
     """One set, split. `mean` and `std` are per channel, of all training images (validation included), for pixels / 255.
 
+    `scale`: 255 for uint8; one's own float data are taken in their own units, with a scale of 1.
     `fingerprint` is the sha256 of the decoded pixels and labels before splitting, so it tells the set, not the split.
     """
 
@@ -86,6 +94,14 @@ class Data:
     classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scale: float = 255.0
+
+    def standard(self, x: Tensor) -> Tensor:
+        """Examples [B, C, …] with each channel's mean subtracted and divided by its deviation; tokens as they are."""
+        if x.dtype == torch.int64:
+            return x
+        mean, std = (torch.tensor(v).view(-1, *[1] * (x.dim() - 2)) for v in (self.mean, self.std))
+        return (x / self.scale - mean) / std
 
 
 def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
@@ -121,6 +137,264 @@ def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
         name, Split(x[rest], y[rest]), Split(x[first], y[first]), Split(arrays["test_x"], arrays["test_y"]),
         fingerprint, facts.classes, tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()),
     )  # fmt: skip
+
+
+def of(data, **options) -> Data:
+    """Whatever holds data, as `Data`.
+
+    data: a `Data`; a pair (x, y), see `from_tensors`; a dataset or a DataLoader, see `from_dataset`; the name of a set
+    that `load` knows; a folder of images or a parquet file or folder, see `from_folder` and `from_parquet`. options: of
+    that function.
+    """
+    if isinstance(data, Data):
+        if options:
+            raise ValueError(f"Data is split already: leave {', '.join(options)} out.")
+        return data
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return from_tensors(*data, **options)
+    if isinstance(data, str | Path):
+        if data in SETS:
+            return load(data, **options)
+        path = Path(data).expanduser()
+        parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
+        return (from_parquet if parquet else from_folder)(path, **options)
+    if hasattr(data, "__getitem__") or hasattr(data, "__iter__"):
+        return from_dataset(data, **options)
+    raise ValueError(
+        f"Invalid data of type {type(data).__name__}: give (x, y), a dataset, a folder, a name like 'mnist', or Data."
+    )
+
+
+def from_tensors(x, y, valid=0.1, test=0.2, seed=0, classes=None, tokens=False, name="own") -> Data:
+    """One's own examples in memory, split at random.
+
+    Args:
+        x: tensor or array [N, …]. uint8 images [N, C, H, W] or [N, H, W] are kept and divided by 255 when they are fed;
+            floats of any range are taken as they are, in float32, and so are other integers and bool.
+        y: class numbers 0 … classes − 1, [N], integers of any kind.
+        valid, test: the share of the examples that is split off, or their number, or a pair (x, y) of its own.
+        seed: of the permutation that splits. classes: default, the largest label + 1.
+        tokens: x are the numbers of tokens, [N, L], for an embedding: left as they are, int64.
+
+    Raises ValueError: shapes that do not fit, NaN or infinity, labels that are no class numbers, a split that leaves
+    nothing to train on.
+    """
+    x, y = _examples(x, tokens), _labels(y)
+    if len(x) != len(y):
+        raise ValueError(f"Invalid y: {len(y)} labels for {len(x)} examples.")
+    apart = {"valid": valid, "test": test}
+    given = {part: value for part, value in apart.items() if isinstance(value, tuple | list)}
+    number = {part: _number(value, len(y), part) for part, value in apart.items() if part not in given}
+    if sum(number.values()) >= len(y):
+        raise ValueError(
+            f"Invalid valid {valid!r}, test {test!r}: they leave none of the {len(y)} examples to train on."
+        )
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(y)))
+    splits = {}
+    for part, n in number.items():
+        splits[part], order = Split(x[order[:n]], y[order[:n]]), order[n:]
+    for part, (own_x, own_y) in given.items():
+        splits[part] = Split(_examples(own_x, tokens), _labels(own_y))
+        if splits[part].x.shape[1:] != x.shape[1:] or splits[part].x.dtype != x.dtype:
+            raise ValueError(
+                f"Invalid {part}: {splits[part].x.dtype} examples of shape {tuple(splits[part].x.shape[1:])}, those of "
+                f"training are {x.dtype} {tuple(x.shape[1:])}."
+            )
+    return _own(name, Split(x[order], y[order]), splits["valid"], splits["test"], classes)
+
+
+def from_dataset(dataset, valid=0.1, test=0.2, **options) -> Data:
+    """Every example of a `torch.utils.data.Dataset` or DataLoader, or of anything that gives pairs (x, y) in turn.
+
+    x: tensor, array or PIL image, all of one shape; y: a class number. valid, test: as of `from_tensors`, or a dataset
+    of its own. options: as of `from_tensors`. A random transform is applied once, here: let `Recipe(augment=…)` do it.
+    """
+    apart = {
+        part: value if isinstance(value, int | float | tuple | list) else _pairs(value)
+        for part, value in (("valid", valid), ("test", test))
+    }
+    return from_tensors(*_pairs(dataset), **apart, **{"name": type(dataset).__name__, **options})
+
+
+def from_folder(folder, size=None, grey=False, **options) -> Data:
+    """Images in a folder for each class, `<folder>/<class>/<image>`, or the same below `train`, `valid` and `test`.
+
+    size: of the square that images are resized to (bilinear, the whole image); None: they are of one size already.
+    grey: one channel instead of three. options: as of `from_tensors`; classes are numbered by their names in order.
+
+    Raises FileNotFoundError: no such folder; ValueError: no images, an unreadable one, sizes that differ.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No folder {folder}: give the folder that holds one folder of images for each class.")
+    named = {part: folder / ("val" if part == "valid" and (folder / "val").is_dir() else part) for part in PARTS}
+    if not named["train"].is_dir():
+        return from_tensors(*_images(folder, size, grey), **{"name": folder.name, **options})
+    parts = {part: _images(path, size, grey) for part, path in named.items() if path.is_dir()}
+    return from_tensors(*parts.pop("train"), **{"name": folder.name, **parts, **options})
+
+
+def from_parquet(path, size=None, grey=False, **options) -> Data:
+    """A parquet file, or a folder of `train-*.parquet`, `test-*.parquet`, …, as data hubs store image sets.
+
+    Columns `image` (or `img`) with the encoded images and `label` (or `fine_label`); without an image column all other
+    columns are numbers, the features. size, grey: as of `from_folder`. options: as of `from_tensors`.
+    """
+    path = Path(path).expanduser()
+    files = {part: sorted(path.glob(f"{part}*.parquet")) for part in (*PARTS, "val")} if path.is_dir() else {}
+    if not path.exists() or (path.is_dir() and not files["train"]):
+        raise FileNotFoundError(f"No parquet at {path}: give a file, or a folder that holds train-*.parquet.")
+    read = functools.partial(_table, size=size, grey=grey)
+    if path.is_file():
+        return from_tensors(*read([path]), **{"name": path.stem, **options})
+    files["valid"] = files["valid"] or files["val"]
+    parts = {part: read(files[part]) for part in PARTS if files[part]}
+    return from_tensors(*parts.pop("train"), **{"name": path.name, **parts, **options})
+
+
+PARTS = ("train", "valid", "test")
+
+
+def _own(name, train, valid, test, classes):
+    """One's own splits as `Data`, with moments and fingerprint."""
+    y = torch.cat([part.y for part in (train, valid, test)])
+    found = int(y.max()) + 1
+    if int(y.min()) < 0 or (classes is not None and found > classes):
+        top = found - 1 if classes is None else classes - 1
+        raise ValueError(f"Invalid labels {int(y.min())} … {found - 1}: give class numbers 0 … {top}.")
+    both = torch.cat([train.x, valid.x])
+    scale = 255.0 if both.dtype == torch.uint8 else 1.0
+    if both.dtype == torch.uint8:
+        mean, std = _moments(both)
+    elif both.dtype == torch.int64:
+        mean, std = torch.zeros(1), torch.ones(1)
+    else:
+        values = both.double().transpose(0, 1).flatten(1)
+        mean, std = values.mean(1), values.std(1, correction=0)
+    std = torch.where(std > 0, std, 1.0)  # a channel that never changes
+    arrays = {"train_x": both, "train_y": torch.cat([train.y, valid.y]), "test_x": test.x, "test_y": test.y}
+    fingerprint = _fingerprint(arrays)
+    moments = tuple(mean.tolist()), tuple(std.tolist())
+    return Data(name, train, valid, test, fingerprint, classes or found, *moments, scale)
+
+
+def _examples(x, tokens):
+    """One's own x as a tensor that trainings take."""
+    x = torch.as_tensor(x).detach().cpu()
+    if tokens:
+        if x.is_floating_point() or x.dim() < 2:
+            raise ValueError(f"Invalid x with tokens=True: {x.dtype} {tuple(x.shape)}; give integers [N, L].")
+        return x.long().contiguous()
+    if x.dim() < 2 or not x.numel():
+        raise ValueError(f"Invalid x of shape {tuple(x.shape)}: give examples [N, …], such as images [N, C, H, W].")
+    if x.is_complex():
+        raise ValueError(f"Invalid x of {x.dtype}: give real numbers.")
+    if x.dim() == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        raise ValueError(
+            f"Invalid x of shape {tuple(x.shape)}: images are [N, C, H, W] here; give x.permute(0, 3, 1, 2)."
+        )
+    if x.dtype == torch.uint8:
+        return (x[:, None] if x.dim() == 3 else x).contiguous()
+    x = x.float().contiguous()
+    if not x.isfinite().all():
+        raise ValueError(f"Invalid x: {int((~x.isfinite()).sum())} values are NaN or infinite; clean the data first.")
+    return x
+
+
+def _labels(y):
+    """One's own y as class numbers."""
+    y = torch.as_tensor(y).detach().cpu()
+    if y.dim() == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.dim() != 1 or y.is_complex() or (y.is_floating_point() and not (y == y.round()).all()):
+        raise ValueError(
+            f"Invalid y, {y.dtype} of shape {tuple(y.shape)}: give class numbers [N]; for one-hot rows y.argmax(1)."
+        )
+    return y.long()
+
+
+def _number(value, n, what):
+    """A number of examples from a share or a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < n:
+        raise ValueError(f"Invalid {what} {value!r}: give a share below 1, a number below {n}, or a pair (x, y).")
+    return value if isinstance(value, int) else round(value * n) if value < 1 else int(value)
+
+
+def _pairs(dataset):
+    """All of a dataset as (x, y); of a DataLoader the batches end to end."""
+    if isinstance(dataset, tuple | list) and len(dataset) == 2 and not isinstance(dataset[0], tuple | list):
+        return dataset
+    batched, xs, ys = isinstance(dataset, torch.utils.data.DataLoader), [], []
+    finite = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not batched
+    for example in (dataset[i] for i in range(len(dataset))) if finite else dataset:
+        if not (isinstance(example, tuple | list) and len(example) == 2):
+            raise ValueError("Invalid dataset: give one whose examples are pairs (x, y).")
+        x, y = example
+        xs.append(x if batched else _tensor(x)[None])
+        ys.append(torch.as_tensor(y) if batched else torch.as_tensor(y)[None])
+    if not xs:
+        raise ValueError("Invalid dataset: it has no examples.")
+    if len(shapes := {tuple(x.shape[1:]) for x in xs}) > 1:
+        raise ValueError(
+            f"Invalid dataset: examples of {len(shapes)} shapes, such as {sorted(shapes)[:2]}; resize them."
+        )
+    return torch.cat(xs), torch.cat(ys)
+
+
+def _tensor(x):
+    """An example as a tensor; a PIL image as uint8 [C, H, W]."""
+    if hasattr(x, "getbands"):
+        pixels = torch.from_numpy(np.asarray(x).copy())
+        return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return torch.as_tensor(x)
+
+
+def _images(folder, size, grey):
+    """The images of a folder for each class, uint8 [N, C, H, W], and their class numbers."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError:
+        raise ValueError(f"No images in {folder}: it has to hold one folder of images for each class.") from None
+    paths, labels = zip(*found.samples, strict=True)
+    return _decoded([Path(path) for path in paths], size, grey), torch.tensor(labels)
+
+
+def _decoded(files, size, grey):
+    """Images in files, or in encoded bytes, as uint8 [N, C, H, W]."""
+    from PIL import Image, UnidentifiedImageError
+
+    def decode(file):
+        try:
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("L" if grey else "RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"Unreadable image: {_last_line(error)}; remove it.") from None
+        return _tensor(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        images = list(pool.map(decode, files))
+    if len(sizes := {tuple(image.shape[1:]) for image in images}) > 1:
+        raise ValueError(f"Images of {len(sizes)} sizes, such as {sorted(sizes)[:2]}: give size=32 to resize them.")
+    return torch.stack(images)
+
+
+def _table(files, size, grey):
+    """(x, y) of parquet files."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    table = pyarrow.concat_tables([pq.read_table(file) for file in files])
+    names = {"img": "image", "fine_label": "label"}
+    table = table.rename_columns([names.get(column, column) for column in table.column_names])
+    if "label" not in table.column_names:
+        raise ValueError(f"No column 'label' in {files[0]}: it has {', '.join(table.column_names)}.")
+    y = torch.tensor(table["label"].to_pylist())
+    if "image" in table.column_names:
+        cells = table["image"].to_pylist()
+        return _decoded([cell["bytes"] if isinstance(cell, dict) else cell for cell in cells], size, grey), y
+    features = [table[column].to_numpy() for column in table.column_names if column != "label"]
+    return torch.from_numpy(np.stack(features, 1).astype(np.float32)), y
 
 
 def _split(y, valid, classes, seed):

@@ -266,7 +266,7 @@ class RigL(SET):
 
     def growth(self, step, layers):
         """|∂L/∂w| of all weights."""
-        g = dense_gradient(step.model, *step.batch, step.recipe.label_smoothing)
+        g = dense_gradient(step.model, *step.batch, step.loss)
         return {name: g[name].abs() for name in layers}
 
 
@@ -292,15 +292,14 @@ def rewire(layer, score, share, optimizer):
     mask.copy_(kept | grown)
 
 
-def dense_gradient(model, x, y, label_smoothing=0.0):
+def dense_gradient(model, x, y, loss=F.cross_entropy):
     """∂L/∂w of the network as it is masked, to all its weights, the masked ones too: `{layer: tensor}`.
 
     Of a copy in training mode: the model's modes, buffers and gradients and the random state stay as they are.
     """
     net, w = grasp.scored_copy(model)
     with grasp._same_rng(x), torch.enable_grad():
-        loss = F.cross_entropy(net(x), y, label_smoothing=label_smoothing)
-        return dict(zip(w, torch.autograd.grad(loss, list(w.values()), materialize_grads=True), strict=True))
+        return dict(zip(w, torch.autograd.grad(loss(net(x), y), list(w.values()), materialize_grads=True), strict=True))
 
 
 def largest(score, k):

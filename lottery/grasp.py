@@ -125,13 +125,12 @@ def class_balanced(data, per_class, generator=None, halves=False, draws=1, augme
     found = [order[labels == c][:per_class] for c in range(data.classes)]
     if short := [str(c) for c, index in enumerate(found) if len(index) < per_class]:
         raise ValueError(f"Invalid per_class {per_class}: class {', '.join(short)} has fewer training images.")
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
     chunks = []
     for part in torch.stack(found).chunk(draws, 1):
         for index in part.flatten().tensor_split(2 if halves else 1):
             x = data.train.x[index]
             x = flip_crop(x, moves(len(x), x.shape[-1], generator)) if augment else x
-            chunks.append(((x / 255 - mean) / std, data.train.y[index]))
+            chunks.append((data.standard(x), data.train.y[index]))
     return chunks
 
 

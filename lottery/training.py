@@ -4,6 +4,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -202,13 +203,14 @@ def _check_trainable(model):
 class Step:
     """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update.
 
-    It is also what a method sees before each step: model, recipe, optimizer, per_epoch, batch, generator, and
+    It is also what a method sees before each step: model, recipe, optimizer, loss, per_epoch, batch, generator, and
     `start`, the iteration that this training began at.
     """
 
-    def __init__(self, model, recipe, opt, method=NOTHING, batches=None, compiled=False, start=0):
+    def __init__(self, model, recipe, opt, method=NOTHING, batches=None, compiled=False, start=0, loss=None):
         self.model, self.recipe, self.optimizer, self.method = model, recipe, opt, method
-        self.batches, self.start, self.t = batches, start, start
+        self.batches, self.start, self.t, self.dtype = batches, start, start, next(model.parameters()).dtype
+        self.loss = loss or functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         self.forward = torch.compile(model, dynamic=False) if compiled else model
 
     @property
@@ -230,7 +232,7 @@ class Step:
     def __call__(self, x, y):
         with autocast(self.recipe, x):
             logits = self.forward(x)
-        loss = F.cross_entropy(logits.to(x.dtype), y, label_smoothing=self.recipe.label_smoothing)
+        loss = self.loss(logits.to(self.dtype), y)
         if (penalty := self.method.penalty(self.model)) is not None:
             loss = loss + penalty
         self.optimizer.zero_grad()
@@ -338,6 +340,7 @@ def fit(
     opt=None,
     graph=True,
     compiled=False,
+    loss=None,
 ):
     """Train the model in place and read it as the recipe says.
 
@@ -354,6 +357,7 @@ def fit(
             for a model that cannot be captured, since it waits for the device or changes its ways from step to step.
         compiled: train `torch.compile` of the model, which needs a C++ compiler on a CPU; networks that are trained by
             hand have no use for it.
+        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy that is minimised; readings stay with it.
 
     Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration; a loss
     that is not finite at a reading stops its training with status "diverged". It is trained in training mode, but of a
@@ -370,7 +374,7 @@ def fit(
     for each in models:
         _check_trainable(each)
     began, like = time.perf_counter(), next(models[0].parameters())
-    by_hand = opt is None and type(method) is Method and populations(models, recipe, data.train.x.shape[1:])
+    by_hand = opt is loss is None and type(method) is Method and populations(models, recipe, data.train.x.shape[1:])
     if not alone and not (by_hand and len(models) == len(seed)):
         raise ValueError(f"These {len(models)} models cannot be trained together: see lottery.training.populations.")
     if by_hand and alone and like.device.type == "cpu" and (inputs := _lit(model, data, recipe)) is not None:
@@ -388,7 +392,7 @@ def fit(
     else:
         opt = opt or optimizer(model, recipe, method.param_groups(model, recipe))
         _check_covered(model, opt.param_groups)
-        step = Step(model, recipe, opt, method, batch, compiled, start)
+        step = Step(model, recipe, opt, method, batch, compiled, start, loss)
     steps, test_steps = recipe.readings(start, stop)
     steps, lr, first_losses, batch_loss, since = set(steps), None, {}, 0.0, start
     smoothing = recipe.smoothing_at_readings

@@ -849,3 +849,17 @@ def test_a_method_that_lets_pruned_weights_come_back_is_caught(digits):
     model = small(masked=True)
     with pytest.raises(AssertionError, match="Pruned weights of layer '1' came back"):
         fit(model, digits, SHORT, method=Leaky())
+
+
+def test_a_loss_of_ones_own():
+    """Twice the cross-entropy at half the rate is the same training, in the general way of a hand-written network."""
+    digits = data.load("digits")
+    recipe = Recipe(optimizer="sgd", lr=0.1, batch_size=30, iterations=20, eval_every=20)
+    half = dataclasses.replace(recipe, lr=0.05)
+    nets = [lenet().double() for _ in range(2)]
+    fit(nets[0], digits, recipe)
+    history = fit(nets[1], digits, half, loss=lambda logits, y: 2 * F.cross_entropy(logits, y))
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert history.train_loss[1] > 4  # what is minimised; readings are the cross-entropy
+    assert history.last.train_loss < 3

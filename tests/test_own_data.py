@@ -1,0 +1,263 @@
+"""lottery.data: one's own examples as Data, and what trainings and scores are fed of them."""
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lottery import batches, data, grasp, training
+from lottery.batches import Batches
+
+UNIT = training.Recipe(batch_size=4, iterations=2)
+STANDARD = training.Recipe(batch_size=4, iterations=2, inputs="standard")
+
+
+def message(text):
+    return f"^{re.escape(text)}"
+
+
+def images(n=20, channels=3, side=4):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, channels, side, side), generator=generator, dtype=torch.uint8)
+
+
+def labels(n=20, classes=4):
+    return torch.arange(n) % classes
+
+
+def rows(own, part="train"):
+    return {tuple(row) for row in getattr(own, part).x.flatten(1).tolist()}
+
+
+def test_split():
+    own = data.from_tensors(images(), labels(), valid=0.1, test=5)
+    assert [len(part) for part in (own.train, own.valid, own.test)] == [13, 2, 5]
+    assert rows(own) | rows(own, "valid") | rows(own, "test") == {tuple(r) for r in images().flatten(1).tolist()}
+    torch.manual_seed(5)
+    again = data.from_tensors(images(), labels(), valid=0.1, test=5)
+    assert torch.equal(own.train.x, again.train.x)
+    assert own.fingerprint == again.fingerprint
+    other = data.from_tensors(images(), labels(), valid=0.1, test=5, seed=1)
+    assert not torch.equal(own.train.x, other.train.x)
+    assert own.classes == 4
+
+
+def test_splits_of_their_own():
+    own = data.from_tensors(images(), labels(), valid=(images(6), labels(6)), test=(images(3), labels(3)))
+    assert torch.equal(own.valid.x, images(6))
+    assert [len(part) for part in (own.train, own.valid, own.test)] == [20, 6, 3]
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_floats_are_fed_in_their_own_units(scale):
+    """Not divided by 255; standardised by their own moments; and the data stay as they were given."""
+    x = (torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 2) * scale
+    own = data.from_tensors(x.double(), labels(40), test=0, valid=0)
+    before = own.train.x.clone()
+    like = torch.zeros(1, dtype=torch.float64)
+    fed = Batches(own, UNIT, 0, like)(0)[0]
+    assert {round(v, 3) for v in fed.flatten().tolist()} <= {round(v, 3) for v in x.flatten().tolist()}
+    normal = batches.normaliser(own, STANDARD, like)(own.train.x)
+    assert normal.mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-6)
+    assert normal.std((0, 2, 3), correction=0).tolist() == pytest.approx([1] * 3, abs=1e-6)
+    torch.testing.assert_close(own.standard(own.train.x), normal.float())
+    assert torch.equal(own.train.x, before)
+
+
+def test_bytes_are_divided_by_255():
+    own = data.from_tensors(images(), labels(), test=0, valid=0)
+    fed = batches.normaliser(own, UNIT, torch.zeros(1))(own.train.x)
+    torch.testing.assert_close(fed, own.train.x / 255)
+    [(x, _)] = grasp.class_balanced(own, 2)
+    assert x.std() < 2
+
+
+def test_table_of_features():
+    """Rows of numbers: no channels, no images; a constant column is not divided by 0."""
+    x = np.random.RandomState(0).randn(60, 5) * 100
+    x[:, 3] = 7
+    own = data.from_tensors(x, (x[:, 0] > 0).astype(np.int32))
+    assert own.std[3] == 1
+    net = nn.Sequential(nn.Flatten(), nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    for inputs in ("unit", "standard"):
+        history = training.fit(net, own, training.Recipe(batch_size=10, iterations=30, lr=0.01, inputs=inputs))
+        assert history.status == "finished"
+    assert history.last.train_acc > 0.8
+    with pytest.raises(ValueError, match=message("Invalid augment 'flip-crop': it is for images [N, C, H, W]")):
+        training.fit(net, own, training.Recipe(batch_size=10, iterations=30, augment="flip-crop"))
+
+
+def test_tokens_are_fed_as_they_are():
+    words = torch.randint(0, 9, (40, 6), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    own = data.from_tensors(words, words[:, 0] % 2, tokens=True)
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(24, 2))
+    history = training.fit(net, own, training.Recipe(batch_size=8, iterations=60, lr=0.05, inputs="standard"))
+    assert history.last.train_acc == 1
+    [(x, _)] = grasp.class_balanced(own, 2)
+    assert x.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("x", "kept"),
+    [
+        (images()[:, 0], torch.uint8),
+        (images().numpy(), torch.uint8),
+        (images().short(), torch.float32),
+        (images() > 100, torch.float32),
+        (images().half(), torch.float32),
+        (np.zeros((20, 7)), torch.float32),
+        ([[0.0, 1.0]] * 20, torch.float32),
+    ],
+)
+def test_kinds_of_examples(x, kept):
+    own = data.from_tensors(x, labels().tolist())
+    assert own.train.x.dtype == kept
+    assert own.train.x.dim() == (4 if len(np.shape(x)) in (3, 4) else 2)
+
+
+class Squares(Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        if i >= 12:
+            raise IndexError(i)
+        return Image.new("RGB", (5, 5), (i * 20, 0, 0)), i % 3
+
+
+def test_datasets():
+    own = data.of(Squares(), valid=0, test=3)
+    assert own.train.x.dtype == torch.uint8
+    assert own.name == "Squares"
+    assert {int(x[0, 0, 0]) // 20 % 3 == y for x, y in zip(own.train.x, own.train.y.tolist(), strict=True)} == {True}
+    pairs = TensorDataset(images().float(), labels())
+    for given in (pairs, DataLoader(pairs, batch_size=3), list(pairs), iter(pairs)):
+        own = data.of(given, valid=pairs, test=0)
+        assert rows(own) == rows(own, "valid") == {tuple(r) for r in images().flatten(1).tolist()}
+
+
+def write(folder, names=("cat", "dog"), n=3, side=6):
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (side, side), (100 * number + i, 9, 9)).save(folder / name / f"{i}.png")
+
+
+def test_folder(tmp_path):
+    write(tmp_path / "pets")
+    own = data.of(tmp_path / "pets", valid=0, test=2)
+    assert own.name == "pets"
+    assert own.train.x.shape == (4, 3, 6, 6)
+    assert [int(x[0, 0, 0]) >= 100 for x in own.train.x] == [bool(y) for y in own.train.y]
+    small = data.from_folder(str(tmp_path / "pets"), size=4, grey=True)
+    assert small.train.x.shape[1:] == (1, 4, 4)
+    for part, n in (("train", 4), ("val", 2), ("test", 1)):
+        write(tmp_path / "split" / part, n=n)
+    own = data.of(tmp_path / "split")
+    assert [len(part) for part in (own.train, own.valid, own.test)] == [8, 4, 2]
+
+
+def test_parquet(tmp_path):
+    write(tmp_path / "pets")
+    files = sorted((tmp_path / "pets").rglob("*.png"))
+    table = {"img": [{"bytes": f.read_bytes(), "path": f.name} for f in files], "fine_label": [0, 0, 0, 1, 1, 1]}
+    (tmp_path / "hub").mkdir()
+    for part in ("train", "test"):
+        pq.write_table(pa.table(table), tmp_path / "hub" / f"{part}-00000-of-00001.parquet")
+    own = data.of(tmp_path / "hub", valid=1)
+    assert [len(part) for part in (own.train, own.valid, own.test)] == [5, 1, 6]
+    assert own.test.x[:, 0, 0, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    pq.write_table(pa.table({"a": [1, 2, 3], "b": [0.5, 1.5, 2.5], "label": [0, 1, 0]}), tmp_path / "t.parquet")
+    own = data.of(str(tmp_path / "t.parquet"), valid=0, test=0)
+    assert rows(own) == {(1, 0.5), (2, 1.5), (3, 2.5)}
+
+
+def test_names_and_data_pass():
+    digits = data.load("digits")
+    assert data.of(digits) is digits
+    assert torch.equal(data.of("digits").train.x, digits.train.x)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: data.from_tensors(images(), labels(19)), "Invalid y: 19 labels for 20 examples."),
+        (lambda: data.from_tensors(images(), labels() - 1), "Invalid labels -1 … 2: give class numbers 0 … 2."),
+        (lambda: data.from_tensors(images(), labels(), classes=3), "Invalid labels 0 … 3: give class numbers 0 … 2."),
+        (
+            lambda: data.from_tensors(images(), torch.eye(20)),
+            "Invalid y, torch.float32 of shape (20, 20): give class numbers [N]; for one-hot rows y.argmax(1).",
+        ),
+        (
+            lambda: data.from_tensors(images(), labels() / 3),
+            "Invalid y, torch.float32 of shape (20,): give class numbers",
+        ),
+        (
+            lambda: data.from_tensors(images(side=6).permute(0, 2, 3, 1), labels()),
+            "Invalid x of shape (20, 6, 6, 3): images are [N, C, H, W] here; give x.permute(0, 3, 1, 2).",
+        ),
+        (lambda: data.from_tensors(torch.zeros(5), labels(5)), "Invalid x of shape (5,): give examples [N, …]"),
+        (
+            lambda: data.from_tensors(torch.full((4, 2), torch.nan), labels(4)),
+            "Invalid x: 8 values are NaN or infinite; clean the data first.",
+        ),
+        (lambda: data.from_tensors(images() + 0j, labels()), "Invalid x of torch.complex64: give real numbers."),
+        (
+            lambda: data.from_tensors(images().float(), labels(), tokens=True),
+            "Invalid x with tokens=True: torch.float32 (20, 3, 4, 4); give integers [N, L].",
+        ),
+        (
+            lambda: data.from_tensors(images(), labels(), valid=0.5, test=0.5),
+            "Invalid valid 0.5, test 0.5: they leave none of the 20 examples to train on.",
+        ),
+        (
+            lambda: data.from_tensors(images(), labels(), test=20),
+            "Invalid test 20: give a share below 1, a number below 20",
+        ),
+        (
+            lambda: data.from_tensors(images(), labels(), test=(images(3).float(), labels(3))),
+            "Invalid test: torch.float32 examples of shape (3, 4, 4), those of training are torch.uint8 (3, 4, 4).",
+        ),
+        (lambda: data.from_dataset([(1, 2, 3)]), "Invalid dataset: give one whose examples are pairs (x, y)."),
+        (lambda: data.from_dataset([]), "Invalid dataset: it has no examples."),
+        (
+            lambda: data.from_dataset([(torch.zeros(2), 0), (torch.zeros(3), 1)]),
+            "Invalid dataset: examples of 2 shapes, such as [(2,), (3,)]; resize them.",
+        ),
+        (
+            lambda: data.of(7),
+            "Invalid data of type int: give (x, y), a dataset, a folder, a name like 'mnist', or Data.",
+        ),
+        (lambda: data.of(data.load("digits"), valid=3), "Data is split already: leave valid out."),
+    ],
+)
+def test_bad_data(make, text):
+    with pytest.raises(ValueError, match=message(text)):
+        make()
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match=message(f"No folder {tmp_path / 'x'}: give the folder that holds")):
+        data.from_folder(tmp_path / "x")
+    with pytest.raises(ValueError, match=message(f"No images in {tmp_path}: it has to hold one folder of images")):
+        data.from_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message(f"No parquet at {tmp_path}: give a file, or a folder")):
+        data.from_parquet(tmp_path)
+    write(tmp_path, ("a", "b"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a" / "big.png")
+    with pytest.raises(
+        ValueError, match=message("Images of 2 sizes, such as [(6, 6), (9, 9)]: give size=32 to resize")
+    ):
+        data.from_folder(tmp_path)
+    (tmp_path / "a" / "big.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=message("Unreadable image: ")):
+        data.from_folder(tmp_path)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=message(f"No column 'label' in {tmp_path / 't.parquet'}: it has a.")):
+        data.from_parquet(tmp_path / "t.parquet")
