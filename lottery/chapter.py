@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lottery import experiments, scorecard
+from lottery import experiments, names, scorecard, verdicts
 from lottery.experiments import engine, papers
 from lottery.experiments.store import Store, load, now, root
 
@@ -147,15 +147,15 @@ class Chapter:
         share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
         cells = f"{len(self.module.cells(item, at))} of {len(self.module.cells(item, paper))}"
         parts = [
-            f"net, data: {'the paper’s' if same else f'stand-in ({run.model}, {run.dataset})'}",
-            f"training: {100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations} iterations",
-            f"trials {n} of {paper.trials}" if n <= paper.trials else f"trials {n}, the paper {paper.trials}",
-            f"device {', '.join(sorted(frame['device'].unique()))}",
+            "the paper's network and data" if same else f"stand-in: {names.net(run.model, run.dataset)}",
+            f"{100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations:,} iterations",
+            f"{n} trials of {paper.trials}" if n <= paper.trials else f"{n} trials, the paper {paper.trials}",
+            ", ".join(sorted(frame["device"].unique())),
             f"{len(self.module.guessed)} settings guessed",
-            f"cells {cells}",
+            f"{cells} points of the paper's figure",
         ]
         parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
-        parts += [f"{n} of {m} runs at scale {name}" for name, (n, m) in others.items()]
+        parts += [f"{n} of {m} trainings stored of {names.SCALES.get(name, name)}" for name, (n, m) in others.items()]
         return " · ".join(parts)
 
     def _measured_badge(self, item, scale):
@@ -164,15 +164,16 @@ class Chapter:
         same = self.stands_beside_paper(item)
         trials, paper_trials = (plan.trials[item] for plan in plans)
         parts = [
-            f"net, data: {'the paper’s' if same else f'stand-in ({ours[0].model}, {ours[0].dataset})'}",
+            "the paper's network and data" if same else f"stand-in: {names.net(ours[0].model, ours[0].dataset)}",
             "nothing is trained",
-            "trials " + ", ".join(f"{n} of {paper_trials.get(net, n)} ({net})" for net, n in trials.items()),
-            f"device {', '.join(sorted(frame['device'].unique()))}",
+            "trials: "
+            + ", ".join(f"{n} of {paper_trials.get(net, n)} ({names.net(net)})" for net, n in trials.items()),
+            ", ".join(sorted(frame["device"].unique())),
             f"{len(ours)} of {len(papers)} prunings",
         ]
         if images := ours[0].images:
             parts.insert(2, f"gradient of {images:,} random training images")
-        parts += [f"{n} of {m} at scale {name}" for name, (n, m) in self.partial(item).items()]
+        parts += [f"{n} of {m} stored of {names.SCALES.get(name, name)}" for name, (n, m) in self.partial(item).items()]
         return " · ".join(parts)
 
     def is_measured(self, item):
@@ -192,16 +193,23 @@ class Chapter:
         """The paper's claims as `scorecard.scorecard` gives them, or None in an exploration."""
         return None if self.exploration else scorecard.scorecard(self.paper, self.store)
 
+    def show_result(self):
+        """Display what came out of the paper's claims: primary ones and failures by name."""
+        from IPython.display import display
+
+        if self.card is None:
+            print("exploration: no verdict")
+        else:
+            display(say(verdicts.paragraph(self.card["rows"])))
+
     def show_claims(self):
-        """Display the claims that were tested."""
-        import pandas as pd
+        """Display the claims that were tested, each a link to its row of the scorecard."""
         from IPython.display import display
 
         if not (rows := self.card and scorecard.tested(self.card)):
             print("exploration: no verdict" if self.exploration else "No claim was tested: no run is stored.")
             return
-        with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
-            display(scorecard.table(rows))
+        display(table(map(verdicts.summary, rows), "Claims that were tested; ★: primary, chosen before the runs."))
 
     def show_commands(self):
         """Print, in the order of `show_claims`, the commands that test the claims again."""
@@ -247,7 +255,7 @@ def table(rows, caption, digits=2, index=True):
     import pandas as pd
     from IPython.display import Markdown
 
-    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows)
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     if index and isinstance(rows, pd.DataFrame):
         frame = frame.rename_axis([name or "" for name in frame.index.names]).reset_index()
     places = digits if isinstance(digits, dict) else dict.fromkeys(frame.columns, digits)

@@ -1,0 +1,117 @@
+"""lottery.verdicts: what the scorecard's rows become on a page."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lottery import verdicts
+
+
+def row(claim="lth-fig4-a-3.6", verdict="reproduced", **changes):
+    given = {
+        "paper": "lth", "item": "Figure 4", "panel": "a", "claim": claim, "primary": True, "title": "Lenet: A > B.",
+        "evidence": "full", "net": "lenet_300_100", "data": "mnist", "steps_fraction": 1, "trials": 10,
+        "coverage": "1 of 1 cells", "device": "CPU", "quantity": "test accuracy at last, points, A − B",
+        "paper_value": 0.5, "ours": 0.4, "interval": [0.2, 0.6], "interval_images": None, "stale": None,
+        "was": None, "all_trials": None,
+        "rule": "direction; Δ = 0.5; m = 0.2; n = 10", "verdict": verdict, "command": "lottery run lth x",
+    }  # fmt: skip
+    return given | changes
+
+
+def untested(claim, **changes):
+    nothing = dict.fromkeys(("ours", "interval", "trials", "net", "data", "device", "steps_fraction"))
+    return row(claim, "not tested", evidence="none", **nothing | changes)
+
+
+def card(*rows):
+    by = {"full": {"claims": len(rows), "verdicts": {"reproduced": len(rows)}}}
+    return {
+        "rows": list(rows),
+        "totals": {"by_evidence": by, "primary": {"by_paper": {}}, "chance": {"tested": 1, "expected": 0.025}},
+    }
+
+
+def test_failures_are_named_first_and_everything_is_a_link():
+    rows = [
+        row("a", title="Good."), row("b", "not reproduced (opposite)", title="Bad."),
+        row("c", "inconclusive", title="Open."),
+        row("d", "contradicts", evidence="stand-in", title="Small."), untested("e", title="Later."),
+        row("f", "not reproduced", primary=False, title="Second."),
+    ]  # fmt: skip
+    said = verdicts.paragraph(rows)
+    assert said.startswith("**Lottery tickets.** 1 of 3 primary claims that ran in full")
+    order = ["**Not reproduced:** [Bad]", "**Contradicted** on a smaller network", "Reproduced: [Good]", "Open: [Open]"]
+    order += ["Not run yet: [Later]", "**Not reproduced** among the secondary claims: [Second]"]
+    places = [said.index(part) for part in order]
+    assert places == sorted(places)
+    assert set(re.findall(r"scorecard\.ipynb#(\w)", said)) == set("abcdef")
+
+
+def test_all_of_them_or_none_of_them_is_said_in_words():
+    assert "All 3 primary claims that ran in full" in verdicts.paragraph([row(c) for c in "abc"])
+    assert "Both primary claims" in verdicts.paragraph([row(c) for c in "ab"])
+    assert "The one primary claim that ran in full" in verdicts.paragraph([row("a")])
+    assert "None of its 2 primary claims has been run." in verdicts.paragraph([untested(c) for c in "ab"])
+    assert "Not run yet: [Figure 4](scorecard.ipynb#lth-figure-4) (4)." in verdicts.paragraph(
+        [untested(c) for c in "abcd"]
+    )
+
+
+def test_effects_by_hand():
+    (ours, low, high), zone = verdicts.in_effects(row())
+    assert (ours, low, high) == pytest.approx((0.8, 0.4, 1.2))
+    assert zone == (0.5, float("inf"))
+    at_2 = {"quantity": "iterations at early_stop, ratio A/B", "ours": 2, "interval": [1, 4], "paper_value": 4}
+    values, _ = verdicts.in_effects(row(**at_2, rule="direction; Δ = 4; m = 1.15; n = 10"))
+    assert values == pytest.approx([0.5, 0, 1])
+    values, zone = verdicts.in_effects(row(ours=91, interval=[90, 92], paper_value=90, rule="value; m = 0.5; n = 5"))
+    assert (values, zone) == ([2, 1, 3], (0.5, 1.5))
+    values, zone = verdicts.in_effects(row(ours=-0.1, interval=[-0.2, 0], rule="at least matches; m = 0.2; n = 5"))
+    assert values == pytest.approx([-0.25, -0.5, 0])
+    assert zone[0] == -0.5
+    assert verdicts.in_effects(untested("a")) is None
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects ids, links and headings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.levels = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.ids += [given["id"]] if "id" in given else []
+        self.links += [given["href"]] if "href" in given else []
+        self.levels += [int(tag[1])] if re.fullmatch(r"h\d", tag) else []
+        if tag not in ("input", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_its_links_lead_somewhere():
+    rows = [row("lth-a-3.6"), untested("lth-b"), row("g", paper="grasp", item="Table 2", title="x < y & z.")]
+    rows.append(row(None, verdict=None, item="Figure 10", rule=None, quantity=None, primary=False))
+    page = Page(verdicts.page(card(*rows), {"fig-lth-4"}))
+    assert len(page.ids) == len(set(page.ids))
+    assert {"lth-a-3-6", "lth-b", "g", "lth-figure-4", "grasp-table-2", "lth-figure-10"} <= set(page.ids)
+    assert not any("." in i for i in page.ids)
+    assert all(b - a <= 1 for a, b in zip([1, *page.levels], page.levels, strict=False))
+    assert [link for link in page.links if not link.startswith("#")] == ["lth.html#fig-lth-4"]
+    for part in (verdicts.forest(card(*rows[:3])), verdicts.squares(card(*rows[:3]))):
+        assert {link[1:] for link in Page(part).links} <= set(page.ids)
+    assert len(Page(verdicts.squares(card(*rows))).links) == 3  # one a claim, none without one
+
+
+def test_papers_come_in_the_order_of_the_book():
+    rows = [row("g", paper="grasp"), row("s", paper="str"), row("l"), row("n", paper="new")]
+    assert list(verdicts.by_paper(card(*rows))) == ["lth", "str", "grasp", "new"]
