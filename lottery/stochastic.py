@@ -1,9 +1,13 @@
 """Masks that are drawn anew in every step: stochastic L0, and supermasks on weights that are never trained.
 
 L0 (Louizos, Welling & Kingma, ICLR 2018, arXiv 1712.01312). A weight is w ⊙ z, its gate z a hard concrete variable:
+
     u ~ U(0, 1), s = σ((log u − log(1 − u) + log α) / β), s̄ = s(ζ − γ) + γ, z = min(1, max(0, s̄))     (eq. 10 and 11)
+
 so that z can be 0 and 1 exactly and has a gradient in between. The expected number of gates that are not 0 is
+
     Σ σ(log α − β log(−γ / ζ))                                                                          (eq. 12)
+
 and λ times that is added to the loss. For testing, z = min(1, max(0, σ(log α)(ζ − γ) + γ))               (eq. 13).
 Here every weight has its gate, as Continuous Sparsification compares with; theirs are one to an input unit or feature
 map.
