@@ -162,13 +162,13 @@ def _after_holm(rows):
 
 
 def word(row):
-    """The verdict without its remark."""
-    return row["verdict"] and row["verdict"].split(" (")[0]
+    """The verdict without its remarks."""
+    return row["verdict"] and row["verdict"].split(" (")[0].removesuffix(C.SIZE)
 
 
 def passes(row):
     """Whether the word is a positive one."""
-    return bool(row["verdict"]) and row["verdict"].startswith(("reproduced", "partly", "supports", "mixed"))
+    return word(row) in ("reproduced", "partly", "supports", "mixed")
 
 
 def anchor(row):
@@ -184,9 +184,8 @@ def text(card):
             ours = "–" if row["ours"] is None else f"{row['ours']:.4g}"
             ours += " [{:.4g}, {:.4g}]".format(*row["interval"]) if row["interval"] else ""
             paper = "–" if row["paper_value"] is None else f"{row['paper_value']:.6g}"
-            changed = ", before that: ".join(filter(None, [row["stale"], row["was"]]))
-            said = "; ".join(filter(None, [row["verdict"], changed]))
-            lines.append(f"{'* '[not row['primary']]} {anchor(row):42} {paper:>8} {ours:26} {row['evidence']:9} {said}")
+            begin = f"{'* '[not row['primary']]} {anchor(row):42} {paper:>8} {ours:26} {row['evidence']:9}"
+            lines.append(f"{begin} {said(row)}")
             if more := row["all_trials"]:
                 every = "{:.4g} [{:.4g}, {:.4g}]".format(more["ours"], *more["interval"])
                 lines.append(f"{'':53} {every:26} all {more['trials']} stored trials, no verdict")
@@ -219,6 +218,12 @@ def summary(card):
     return "\n".join(lines)
 
 
+def said(row):
+    """The verdict with what happened to its rule after the runs, and the word before that."""
+    changed = ", before that: ".join(filter(None, [row["stale"], row["was"]]))
+    return "; ".join(filter(None, [row["verdict"], changed]))
+
+
 def number(v, digits=4):
     """A value for reading."""
     if v is None:
@@ -241,7 +246,7 @@ def table(rows):
             "item": row["item"],
             "paper": number(row["paper_value"]),
             "ours": f"{number(row['ours'])} {interval(row['interval'])}",
-            "verdict": row["verdict"],
+            "verdict": said(row),
             "evidence": row["evidence"],
         }
         for row in rows

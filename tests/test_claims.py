@@ -1129,7 +1129,7 @@ def test_holm_is_over_the_tested_primary_claims_of_one_paper():
 
 def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_claims_first():
     def row(title, evidence, verdict, primary=False, **values):
-        keys = {"paper": "lth", "p": 0.01} | dict.fromkeys(("ours", "paper_value", "interval"))
+        keys = {"paper": "lth", "p": 0.01} | dict.fromkeys(("ours", "paper_value", "interval", "stale", "was"))
         row = {"claim": title, "title": title, "item": "Figure 4", "rule": "direction; n = 5", "primary": primary}
         return keys | row | {"evidence": evidence, "verdict": verdict} | values
 
@@ -1155,6 +1155,8 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     assert table["claim"].tolist() == ["★ better", "faster", "weights"]
     assert table["ours"].tolist() == ["1.235 [0.5, 2]", "– ", "266,200 "]
     assert table["paper"].tolist() == ["1", "–", "266,000"]
+    young = rows[2] | {"stale": "rule changed after run", "was": "partly"}
+    assert scorecard.table([young])["verdict"][0] == "reproduced; rule changed after run, before that: partly"
 
 
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):
