@@ -26,8 +26,9 @@ from scipy import stats
 
 KINDS = ("direction", "value", "same", "at least matches", "down to", "up to")
 ALL = "in all cells: "  # a prefix of direction, value, same, at least matches
-LOG = ("iterations", "epochs", "MACs", "gradient norm", "gradient norm of the copy")  # compared as ratios
+LOG = ("iterations", "epochs", "MACs", "MACs per weight", "gradient norm", "gradient norm of the copy")
 MARGINS = {"mnist": 0.2, "fashion_mnist": 0.5, "cifar10": 0.5, "cifar100": 1.0}  # points
+RATIO = " ratio"  # a quantity so named, and those of LOG, are compared as logarithms
 FACTOR = 1.15  # the margin of iterations and epochs
 TRAIN = 0.05  # points, of train accuracy on any data
 LATE = 0.9  # of the training: a minimum after it is censored
@@ -59,6 +60,11 @@ class Verdict:
 
     def __str__(self):
         return f"{self.word} ({self.note})" if self.note else self.word
+
+
+def is_ratio(quantity):
+    """Whether differences of it are logarithms of ratios."""
+    return bool(quantity) and (quantity in LOG or quantity.endswith(RATIO))
 
 
 # The rules ------------------------------------------------------------------------------------------------------------

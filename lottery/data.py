@@ -39,6 +39,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lottery import elsewhere
+
 
 class Facts(NamedTuple):
     classes: int
@@ -55,7 +57,12 @@ SETS = {
     "fashion_mnist": Facts(10, (1, 28, 28), 60_000, 10_000, ("FashionMNIST", "FashionMNIST/raw")),
     "digits": Facts(10, (1, 8, 8), 1_347, 450),
     "cifar10_16": Facts(10, (3, 16, 16), 50_000, 10_000),
+    "imagenet": Facts(1000, (3, 224, 224), 1_281_167, 50_000),
+    "google12": Facts(12, (32, 99, 1), 22_246, 3_081),
+    "har2": Facts(2, (9, 128, 1), 7_352, 2_947),
+    "har2_part": Facts(2, (9, 128, 1), 2_400, 950),
 }
+ELSEWHERE = ("imagenet", "google12", "har2", "har2_part")  # see lottery.elsewhere
 IDX = [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]
 FILES = {"MNIST": IDX, "FashionMNIST": IDX, "CIFAR10": CIFAR10_FILES, "CIFAR100": ["train", "test", "meta"]}
@@ -105,7 +112,7 @@ class Data:
 
 
 def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
-    """Load mnist, cifar10, cifar100, fashion_mnist, digits or cifar10_16.
+    """Load mnist, cifar10, cifar100, fashion_mnist, digits, cifar10_16, or one of `lottery.elsewhere`.
 
     valid: number of validation images taken from the training set; None = 5,000 (digits 297), 0 = none.
     balanced: the same number of validation images from every class.
@@ -501,7 +508,11 @@ def _arrays(name, root):
         source, decode = version("scikit-learn"), _read_digits  # cached as well: importing scikit-learn takes seconds
     else:
         folder = _root(root)
-        files, decode = _find(name, folder) or _download(name, folder)
+        files, decode = (
+            elsewhere.find(name, folder, SETS[name])
+            if name in ELSEWHERE
+            else _find(name, folder) or _download(name, folder)
+        )
         source = [(str(f.resolve()), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((CACHE_FORMAT, source)).encode()).hexdigest()[:16]
     cache = _user_cache() / "decoded" / f"{name}-{key}.safetensors"

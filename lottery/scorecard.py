@@ -117,7 +117,8 @@ def runs(paper, ids, scale, trials=None, reported_dir=None):
         if name not in rules.index:
             raise ValueError(f"Unknown claim {name!r}: `lottery scorecard --paper {paper} --json` lists them.")
         claim = _blank_is_none(rules.loc[name].to_dict())
-        tried = [_At(judge, claim, at, trials) for at in module.scales] if _trained(claim) else []
+        trained = _trained(claim) or claim["quantity"] in module.reads
+        tried = [_At(judge, claim, at, trials) for at in module.scales] if trained else []
         if not (possible := {at.scale: at for at in tried if at.cells}):
             raise ValueError(f"Nothing to train for {name}: see `lottery scorecard --paper {paper}`.")
         if scale not in possible:
@@ -315,7 +316,8 @@ class Judge:
 
     def _tried(self, claim):
         """The claim at each scale at which it is an experiment, highest first."""
-        scales = self.experiment.scales if self.experiment and _trained(claim) else ()
+        trained = self.experiment and (_trained(claim) or claim["quantity"] in self.experiment.reads)
+        scales = self.experiment.scales if trained else ()
         return [at for scale in scales if (at := _At(self, claim, scale)).cells]
 
     def other(self, claim):
@@ -356,7 +358,7 @@ class _At:
         fewer = min(n, judge.experiment.setting(scale).trials)
         self.default = n if scale == "paper" else fewer
         self.cells = [x for x in cells if self._runs(x, 0)]
-        self.log = claim["quantity"] in C.LOG
+        self.log = C.is_ratio(claim["quantity"])
         self.unit = math.log if self.log else float
         ranged = not claim["kind"] or claim["kind"].startswith((C.ALL, "up to"))
         if len(self.cells) < len(cells) and not ranged:
@@ -452,7 +454,8 @@ class _At:
     def verdict(self, rows, margin):
         """(verdict by the arithmetic alone, differences [cells, trials], their rows); the cells are those tested."""
         claim, kind = self.claim, self.claim["kind"]
-        read = functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
+        own = self.judge.experiment.reads.get(claim["quantity"])
+        read = own or functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
         late = [_censored(cell) if claim["reading"] == "early_stop" else 0 for cell in rows]
         ranged = kind.startswith((C.ALL, "up to"))
         tested = [cell for cell, share in zip(rows, late, strict=True) if not share]
@@ -564,9 +567,9 @@ def correct(row, at):
 
 
 def contrast(arms, read):
-    """A − B of one trial, or A alone; repeats inside the trial are averaged first."""
+    """A − B of one trial, (A − B) − (C − D), or A alone; repeats inside the trial are averaged first."""
     a, *b = (np.mean([read(row) for row in arm], axis=0) for arm in arms)
-    return a - b[0] if b else a
+    return a - b[0] - (b[1] - b[2] if len(b) == 3 else 0) if b else a
 
 
 def _censored(cell):
@@ -624,8 +627,9 @@ def count(quantity, name):
 
 
 def _arms(claim, x):
-    """[(arm, density in %)] of a cell."""
-    return [(name, at) for name, at in zip((claim["arm_a"], claim["arm_b"]), x, strict=True) if name]
+    """[(arm, density in %)] of a cell; an arm may be the difference of two, "net/str - net/gmp"."""
+    pairs = [(name, at) for name, at in zip((claim["arm_a"], claim["arm_b"]), x, strict=True) if name]
+    return [(part, at) for name, at in pairs for part in name.split(" - ")]
 
 
 def _cells(claim):
@@ -649,11 +653,12 @@ def _time(text):
 
 def _quantity(claim):
     kind = "nats" if claim["quantity"] in LOSSES else "points"
-    unit = "ratio A/B" if claim["quantity"] in C.LOG else "%" if claim["kind"].endswith("value") else f"{kind}, A − B"
+    unit = "%" if claim["kind"].endswith("value") else f"{kind}, A − B"
+    unit = "ratio A/B" if C.is_ratio(claim["quantity"]) else unit
     at = f" at {claim['reading']}" if claim["reading"] else ""
     return (
         claim["quantity"]
-        if claim["quantity"] in EXACT or (not claim["x"] and not at)
+        if claim["quantity"] in EXACT or (not claim["x"] and not at) or ", " in claim["quantity"]
         else f"{claim['quantity']}{at}, {unit}"
     )
 

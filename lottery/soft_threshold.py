@@ -42,6 +42,8 @@ VERSION = 1  # raise when a result of this file changes beyond the tolerance in 
 
 G = {"sigmoid": torch.sigmoid, "exp": torch.exp}
 GRANULARITIES = ("layer", "global", "filter", "weight")
+DECAYS = ("all", "thresholded", "weights")
+FROZEN = -1e30  # an s that no decay brings back: g is exactly 0
 ONSET = -10.0  # sigmoid(−10) = exp(−10) = 4.5e-5: below, no weight is pruned to speak of
 
 
@@ -136,25 +138,39 @@ class STR(Method):
 
     s_init, g, granularity, layers: as of `attach`. The density that comes out depends on these, the recipe's weight
     decay and learning rates: see `reach`.
+    decay: as of `param_groups`.
+    freeze: the share of the training after which the budget stays (page 9 suggests it, to land on a sparsity); None:
+        never. density: that of the frozen budget, see `freeze`; None: as it is then.
     """
 
     s_init: float = -3200.0
     g: str = "sigmoid"
     granularity: str = "layer"
     layers: tuple[str, ...] | None = None
+    decay: str = "all"
+    freeze: float | None = None
+    density: float | None = None
 
     def __post_init__(self):
-        for name, known in (("g", G), ("granularity", GRANULARITIES)):
+        for name, known in (("g", G), ("granularity", GRANULARITIES), ("decay", DECAYS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"Invalid {name} {value!r}: give {' or '.join(map(repr, known))}.")
         if not (isinstance(self.s_init, int | float) and math.isfinite(self.s_init)):
             raise ValueError(f"Invalid s_init {self.s_init!r}: give a finite number, far below 0 for a dense start.")
+        if self.freeze is not None and not 0 < self.freeze < 1:
+            raise ValueError(f"Invalid freeze {self.freeze!r}: give a share of the training, 0 < freeze < 1, or None.")
+        if self.density is not None and (self.freeze is None or not 0 < self.density <= 1):
+            raise ValueError(f"Invalid density {self.density!r}: give 0 < density <= 1, and freeze with it.")
 
     def attach(self, model):
         return attach(model, self.s_init, self.g, self.granularity, self.layers)
 
     def param_groups(self, model, recipe):
-        return param_groups(model, recipe)
+        return param_groups(model, recipe, self.decay)
+
+    def before_step(self, t, step):
+        if self.freeze is not None and t == round(self.freeze * step.recipe.iterations):
+            freeze(step.model, self.density, step.optimizer)
 
     def masks(self, model):
         """Of the layers that carry a threshold."""
@@ -176,11 +192,43 @@ def thresholds(model):
     return {n: p.threshold().detach() for n, module in M.prunable(model).items() if (p := _threshold(module))}
 
 
-def param_groups(model, recipe):
+def freeze(model, density=None, optimizer=None):
+    """End the learning of thresholds: what is kept now stays, what is pruned stays 0, and training may go on.
+
+    Every W becomes S_g(W, s), and s goes so far down that the threshold is 0 from here on; a weight of exactly 0 gets
+    no gradient and no decay.
+
+    density: of the layers with a threshold; the largest of what every layer has kept, the same share of each, so that
+        it is reached exactly but for a weight or less a layer. Where no more than that is left, all of it stays.
+    optimizer: its momentum of pruned weights and of s becomes 0.
+    """
+    layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
+    now = M.density({name: layer.weight.detach() != 0 for name, layer in layers.items()})
+    share = 1.0 if density is None else min(1.0, density / now)
+    memory = {} if optimizer is None else optimizer.state
+    for layer in layers.values():
+        w, s = layer.weight.detach().clone(), _threshold(layer).s
+        k = round(share * int(w.count_nonzero()))
+        keep = torch.zeros_like(w, dtype=torch.bool).flatten()
+        keep[w.abs().flatten().topk(k).indices] = True
+        keep = keep.view_as(w)
+        with torch.no_grad():
+            M.original(layer).copy_(w * keep)
+            s.fill_(FROZEN)
+        for parameter, gone in ((M.original(layer), ~keep), (s, torch.ones_like(s, dtype=torch.bool))):
+            for moment in memory.get(parameter, {}).values():
+                if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+                    moment.masked_fill_(gone, 0)
+
+
+def param_groups(model, recipe, decay="all"):
     """Two groups for `training.fit`: everything else, and every s once; both with the recipe's weight decay.
 
     Decay on s is what prunes. Without it (1-d parameters left out of decay, as many scripts do) s stays where it
     starts; with Adam, s of size 3200 moves by lr a step and never arrives. The paper's optimiser is SGD.
+
+    decay: "all" (the paper's convolutional networks) | "thresholded": of the layers that carry a threshold and of s,
+        nothing else (its FastGRNNs, Table 12) | "weights": of all but s, which switches STR off.
 
     Raises ValueError: no threshold on the model.
     """
@@ -189,7 +237,11 @@ def param_groups(model, recipe):
         raise ValueError("No soft threshold on the model: call lottery.soft_threshold.attach before building groups.")
     trainable = [p for p in model.parameters() if p.requires_grad]
     rest, s = [p for p in trainable if id(p) not in s], [p for p in trainable if id(p) in s]
-    return [{"params": params, "weight_decay": recipe.weight_decay} for params in (rest, s)]
+    if decay == "thresholded":
+        own = {id(M.original(layer)) for layer in M.prunable(model).values() if _threshold(layer)}
+        rest, s = [p for p in rest if id(p) not in own], [*s, *(p for p in rest if id(p) in own)]
+    none = {"thresholded": rest, "weights": s}.get(decay)
+    return [{"params": p, "weight_decay": 0.0 if p is none else recipe.weight_decay} for p in (rest, s)]
 
 
 def read(model):

@@ -551,7 +551,7 @@ ITERATIONS = {"paper": 1000, "laptop": 300, "smoke": 100}
 class Invented:
     """An experiments module of a few arms. Accuracies: `accuracy(name, x, trial)` in %, iterations likewise."""
 
-    scales, exact, networks = ("paper", "laptop", "smoke"), {}, {}
+    scales, exact, networks, reads = ("paper", "laptop", "smoke"), {}, {}, {}
     nets = ("lenet",)
     draws = 1
     missing = ()
@@ -1173,3 +1173,31 @@ def test_bad_paper_and_missing_files_are_one_line(tmp_path):
 @pytest.mark.parametrize("name", scorecard.FINGERPRINTS)
 def test_fingerprints_are_those_of_the_real_data(name):
     assert data.load(name).fingerprint == scorecard.FINGERPRINTS[name]
+
+
+def test_an_arm_may_be_the_difference_of_two():
+    """The gap of A over B at 51.3 % beside the gap at 21.1 %."""
+    lab = Invented()
+
+    def accuracy(name, x, trial, draw):
+        return 90 + trial + {("imp", 51.3): 5, ("imp", 21.1): 2}.get((name.split("/")[1], x), 0)
+
+    stored = lab.store("paper", accuracy, xs=[51.3, 21.1])
+    gap = "lenet/imp - lenet/reinit"
+    row = judged(lab, stored, claim(arm_a=gap, arm_b=gap, x="51.3|21.1", delta=3.0, reading="last"))
+    assert (row["ours"], row["verdict"]) == (3, "reproduced")
+
+
+def test_a_paper_may_read_its_own_quantities_and_ratios_are_logarithms():
+    lab = Invented()
+    lab.reads = {"size ratio": lambda row: math.log(8), "time, epochs": lambda row: 0.5}
+    stored = lab.store("paper", better, xs=[21.1])
+    row = judged(lab, stored, claim(arm_b="", quantity="size ratio", delta=4.0, margin=1.1))
+    assert (row["ours"], row["verdict"], row["quantity"]) == (
+        pytest.approx(8),
+        "reproduced",
+        "size ratio at early_stop, ratio A/B",
+    )
+    same = claim(arm_b="", quantity="time, epochs", kind="same", margin=1.0)
+    assert judged(lab, stored, same)["quantity"] == "time, epochs"
+    assert judged(lab, stored, same)["verdict"] == "reproduced"

@@ -545,7 +545,8 @@ def test_two_downloads_may_end_at_once(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"name": "mnits"},
-         "Unknown data set 'mnits': choose one of mnist, cifar10, cifar100, fashion_mnist, digits, cifar10_16."),
+         "Unknown data set 'mnits': choose one of mnist, cifar10, cifar100, fashion_mnist, digits, cifar10_16, "
+         "imagenet, google12, har2, har2_part."),
         ({"valid": -1}, "Invalid valid -1: give a number of images, 0 <= valid < 1347."),
         ({"valid": 1347}, "Invalid valid 1347: give a number of images, 0 <= valid < 1347."),
         ({"valid": 0.1}, "Invalid valid 0.1: give a number of images, 0 <= valid < 1347."),

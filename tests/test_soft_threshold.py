@@ -835,3 +835,59 @@ def test_the_example_of_the_api_page(capsys):
     names = {}
     exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
     assert names["result"].found, capsys.readouterr().out
+
+
+# What decays, and freezing --------------------------------------------------------------------------------------------
+
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("decay", "s_shrinks", "first_shrinks", "second_shrinks"),
+    [("all", True, True, True), ("thresholded", True, True, False), ("weights", False, True, True)],
+)
+def test_what_decays(decay, s_shrinks, first_shrinks, second_shrinks):
+    """One step of SGD without a loss is decay alone: p becomes (1 − 0.1 · 0.5) p."""
+    model = S.attach(two(), -5.0, layers=["0"])
+    recipe = Recipe(optimizer="sgd", lr=0.1, weight_decay=0.5)
+    opt = training.optimizer(model, recipe, S.param_groups(model, recipe, decay))
+    before = [p.detach().clone() for p in (S._threshold(model[0]).s, M.original(model[0]), model[2].weight)]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    after = (S._threshold(model[0]).s, M.original(model[0]), model[2].weight)
+    for b, a, shrinks in zip(before, after, (s_shrinks, first_shrinks, second_shrinks), strict=True):
+        torch.testing.assert_close(a.detach(), b * (0.95 if shrinks else 1))
+
+
+def test_a_frozen_budget_has_the_density_asked_for_and_keeps_it():
+    model = S.attach(two().double(), -2.0)
+    recipe = Recipe(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.01)
+    opt = training.optimizer(model, recipe, S.param_groups(model, recipe))
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(4, (32,))
+
+    def step():
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+
+    step()
+    learnt, before = S.budgets(model), model(x)
+    assert 0.3 < M.density(S.read(model)) < 0.9
+    S.freeze(model, optimizer=opt)
+    assert S.budgets(model) == learnt
+    torch.testing.assert_close(model(x), before)  # the same function
+    S.freeze(model, 0.25, opt)
+    kept = S.read(model)
+    share = 0.25 / (sum(learnt[name] * n for name, n in (("0", 48), ("2", 32))) / 80)
+    assert {name: int(m.sum()) for name, m in kept.items()} == {
+        name: round(share * learnt[name] * n) for name, n in (("0", 48), ("2", 32))
+    }
+    for _ in range(50):
+        step()
+    assert all(torch.equal(m, kept[name]) for name, m in S.read(model).items())
+    S.freeze(model, 0.9)  # what is gone does not come back
+    assert all(torch.equal(m, kept[name]) for name, m in S.read(model).items())

@@ -11,7 +11,7 @@ Names load when they are first used: reading the store needs no PyTorch.
 import importlib
 
 FOUND_IN = {"Run": "runs", "Store": "store", "load": "store", "run": "engine"}
-__all__ = ["Run", "Store", "grasp", "load", "lth", "run"]
+__all__ = ["Run", "Store", "grasp", "load", "lth", "run", "soft_threshold"]
 
 
 def __getattr__(name):

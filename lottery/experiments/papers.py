@@ -16,6 +16,8 @@ and may have
     MEASURED    items that are computed without training: `Setting.measured` has their `cells(item)` and
                 `prunings(item)`, the module `measured(item, arm, x, seed, scale) -> [Measurement]`
     EXACT       {quantity: function of an arm -> number} for claims that need arithmetic only
+    READS       {quantity: function of a stored row -> number} for claims about what only this paper reads of its runs;
+                a quantity named "… ratio" returns a logarithm
     NETWORKS    {net: name in `lottery.models`} for claims about the networks themselves
     PRINTS      "density" (default) or "sparsity": the percentage by which the paper names a network's size
 
@@ -55,6 +57,7 @@ class Paper:
         self.measured_items = getattr(self.module, "MEASURED", ())
         self.main = getattr(self.module, "MAIN", self.items)
         self.exact = getattr(self.module, "EXACT", {})
+        self.reads = getattr(self.module, "READS", {})
         self.networks = getattr(self.module, "NETWORKS", {})
         self.prints = getattr(self.module, "PRINTS", "density")
 

@@ -47,9 +47,9 @@ class Run:
     method: what is trained beside weights, a `lottery.methods.Method`; by default nothing. With init "continue" a run
         goes on from a parent of the same method as that method says, its learned masks and all (CS: the next round).
     budget: what a parent gives in place of weights and masks: the densities that it ended with, of each layer
-        ("layers"), of all of them ("total"), or that one shared out again by ERK ("erk"). They take the place of the
-        method's own density where it has one (GMP, DNW), else of the run's (SET, RigL); a layer keeps a weight at
-        least. With it the training starts from θ₀. (STR's budgets given to others, and others at STR's density.)
+        ("layers"), of all of them together in every layer ("total"), or that one shared out again by ERK ("erk"). They
+        take the place of the method's own density where it has one (GMP, DNW), else of the run's (SET, RigL); a layer
+        keeps a weight at least. With it the training starts from θ₀. (STR's budgets, and others at STR's density.)
     """
 
     model: str = "lenet_300_100"

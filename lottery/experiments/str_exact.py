@@ -128,6 +128,12 @@ def recipe(weight_decay, epochs=100):
     )  # fmt: skip
 
 
+def pull():
+    """Σ lr / (1 − momentum) over the paper's 500,500 iterations: times λ it is by how much decay shrinks log |s|."""
+    r = recipe(0.0)
+    return STEPS * sum(r.lr_at(t) for t in range(r.iterations)) / (1 - r.momentum)
+
+
 @functools.cache
 def settings(net):
     """`{sparsity in %, as printed: (λ, s_init)}` of the paper's networks, by Tables 10 and 11."""

@@ -71,16 +71,18 @@ def _settings(threads):
 
 
 def spending(r, images, store):
-    """The run with the densities of its `budget` filled in, as one without a parent."""
+    """The run with the densities of its `budget` filled in, as one without a parent; every layer keeps a weight."""
     if not r.budget:
         return r
-    kept = json.loads(store.get(r.parent)["layers"])
-    density = {name: max(k, 1) / n for name, (k, n) in kept.items()}
-    if r.budget != "layers":
-        total = sum(k for k, _ in kept.values()) / sum(n for _, n in kept.values())
-        net = _create(r, images, r.seed)
-        density = total if r.budget == "total" else baselines.erk(net, total)
-    density = tuple(density.items()) if isinstance(density, dict) else density
+    kept = {name: (max(k, 1), n) for name, (k, n) in json.loads(store.get(r.parent)["layers"]).items()}
+    total = sum(k for k, _ in kept.values()) / sum(n for _, n in kept.values())
+    if r.budget == "layers":
+        density = {name: k / n for name, (k, n) in kept.items()}
+    elif r.budget == "total":
+        density = dict.fromkeys(kept, total)
+    else:
+        density = baselines.erk(_create(r, images, r.seed), total)
+    density = tuple((name, max(density[name], 1 / n)) for name, (_, n) in kept.items())
     if hasattr(r.method, "density"):
         r = dataclasses.replace(r, method=dataclasses.replace(r.method, density=density))
     else:
