@@ -122,7 +122,7 @@ def synflow(model, input_shape, density, rounds=100, biases="none"):
         masks = M.top_k(score, density if k == rounds else start * (density / start) ** (k / rounds), within=masks)
         for name, v in w.items():
             v.data.mul_(masks[name])
-    grasp.warn_of_collapse(masks)
+    M.warn_of_collapse(masks)
     return masks
 
 
@@ -148,5 +148,6 @@ def _flow(model, input_shape, biases):
 def _weights(model, layers=None):
     if not (found := M.prunable(model)):
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    M.check_values(found)
     M.check_names(layers or (), found, "layers", "model", complete=False)
     return {name: found[name].weight.detach() for name in (found if layers is None else layers)}

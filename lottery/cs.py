@@ -51,6 +51,8 @@ class Gate(nn.Module):
     starts at 1; written in place, so that a compiled model sees it change.
     """
 
+    prunes = True
+
     def __init__(self, weight, s0=0.0, scale=True):
         super().__init__()
         self.s = nn.Parameter(torch.empty_like(weight))
@@ -78,6 +80,8 @@ class Gate(nn.Module):
 
 class Scale(nn.Module):
     """The parametrization w ↦ c·w that stays on a ticket: its retraining sees the c of the search."""
+
+    prunes = False
 
     def __init__(self, c):
         super().__init__()
@@ -121,6 +125,7 @@ def attach(model, s0=0.0, layers=None, scale=True):
     for name in names:
         if parametrize.is_parametrized(found[name], "weight") and not _gate(found[name]):
             raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
+    M.check_free({name: found[name] for name in names}, Gate)
     for name in names:
         if gate := _gate(found[name]):
             gate.reset(s0, scale)
@@ -315,9 +320,9 @@ def search(
 
     Yields a `Level` after each round, while the soft network is on the model.
     """
-    if rounds < 1:
-        raise ValueError(f"Invalid rounds {rounds}: give a whole number from 1.")
-    if rewind_to is not None and rewind_to < 0:
+    if type(rounds) is not int or rounds < 1:
+        raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
+    if rewind_to is not None and (type(rewind_to) is not int or rewind_to < 0):
         raise ValueError(f"Invalid rewind_to {rewind_to}: give an iteration from 0, or None to keep the trained w.")
     _check_rule(rule)
     attach(model, s0, layers, scale)

@@ -132,6 +132,8 @@ class GMP(Method):
 class TopK(nn.Module):
     """The parametrization w ↦ w on the k largest |w|, 0 elsewhere; backward the identity: straight through."""
 
+    prunes = True
+
     def __init__(self, k):
         super().__init__()
         self.k = k
@@ -164,8 +166,9 @@ class DNW(Method):
 
     def attach(self, model):
         """Put a `TopK` on every layer that has a density. Raises ValueError: one that keeps nothing of a layer."""
-        layers = M.prunable(model)
-        for name, k in self.kept(model).items():
+        layers, kept = M.prunable(model), self.kept(model)
+        M.check_free({name: layers[name] for name in kept}, TopK)
+        for name, k in kept.items():
             if top := M.on(layers[name], TopK):
                 top.k = k
             else:

@@ -24,7 +24,6 @@ Differs from the authors' code in:
 """
 
 import math
-import warnings
 
 import torch
 from torch import nn
@@ -79,7 +78,7 @@ def prune(model, batches, density, temperature=200.0, reinit_linear=False):
     on = M.read(model)
     before = {name: on.get(name, torch.ones_like(s, dtype=torch.bool)) for name, s in score.items()}
     m = M.top_k(score, density, within=before)
-    warn_of_collapse(m)
+    M.warn_of_collapse(m)
     return m
 
 
@@ -201,12 +200,6 @@ def scored_copy(model):
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
-
-
-def warn_of_collapse(masks):
-    """Warn (UserWarning) of layer collapse: layers of which no weight is kept, by name."""
-    if dead := [name for name, m in masks.items() if not m.any()]:
-        warnings.warn(f"Layer collapse: no weight is kept in {', '.join(dead)}; raise the density.", stacklevel=3)
 
 
 def _gradient(net, w, x, y, T, create_graph=False):

@@ -39,38 +39,71 @@ def prune(model, rate, scope="layer", masks=None):
         rate: fraction of the surviving weights to remove, 0 <= rate < 1; `{layer: rate}` for layer-wise rates,
             and then only these layers are ranked and counted.
         scope: "layer" ranks every weight tensor by itself (LeNet, Conv), "global" pools them (ResNet, VGG).
-        masks: the current masks; default: those on the model, all ones where there is none.
+        masks: the current masks, of all of the ranked layers or some; default: those on the model. All ones for a
+            layer that has none.
 
-    Returns `{layer: BoolTensor}`: of n survivors exactly round_half_even(rate · n) are gone, none has come back.
+    Returns `{layer: BoolTensor}`: of n survivors exactly round_half_even(rate · n) are gone, none has come back. Warns
+    of layer collapse, naming the layers.
 
-    Raises ValueError: a rate out of range or so high that nothing is kept, NaN weights.
+    Raises ValueError: a rate out of range or so high that nothing is kept, NaN weights, masks of unknown layers or
+    other shapes.
     """
-    weights = {name: layer.weight.detach() for name, layer in M.prunable(model).items()}
+    weights, m = _ranked(model, rate, masks)
+    k = _after({name: int(m[name].sum()) for name in m}, _rates(rate, weights, scope))
+    found = M.keep({name: w.abs() for name, w in weights.items()}, k, within=m)
+    M.warn_of_collapse(found)
+    return found
+
+
+def _ranked(model, rate, masks=None):
+    """The weights that are ranked, `{layer: tensor}`, and their masks now."""
+    layers = M.prunable(model)
+    M.check_values(layers)
+    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    if masks is not None:
+        M.check_masks(masks, weights, "masks", "model", complete=False)
     if isinstance(rate, dict):
         weights = {name: w for name, w in weights.items() if name in rate} or weights
     on = M.read(model) if masks is None else masks
-    m = {name: on.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
+    return weights, {name: on.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
+
+
+def _rates(rate, weights, scope):
+    """One rate, or one for each layer."""
     rate = M.per_layer(rate, weights, scope, "rate")
     if scope == "global" and isinstance(rate, dict):
         if len(set(rate.values())) > 1:
             raise ValueError(f"Invalid rate {rate} with scope 'global': one ranking removes one share of all layers.")
-        rate = next(iter(rate.values()))
+        return next(iter(rate.values()))
+    return rate
 
-    survivors = {name: int(m[name].sum()) for name in m}
+
+def _after(survivors, rate):
+    """What a round at `rate` leaves of `{layer: survivors}`: of each by its own rate, or of all together."""
     if isinstance(rate, dict):
-        k = {name: _keep(survivors[name], rate[name], f"layer {name!r}") for name in m}
-    else:
-        k = _keep(sum(survivors.values()), rate, "the model")
-    return M.keep({name: w.abs() for name, w in weights.items()}, k, within=m)
+        return {name: _keep(n, rate[name], f"layer {name!r}") for name, n in survivors.items()}
+    return _keep(sum(survivors.values()), rate, "the model")
 
 
 def _keep(survivors, rate, where):
-    if not 0 <= rate < 1:
-        raise ValueError(f"Invalid rate {rate}: give the fraction of surviving weights to remove, 0 <= rate < 1.")
-    k = survivors - round(rate * survivors)
+    if not (M.is_number(rate) and 0 <= rate < 1):
+        raise ValueError(f"Invalid rate {rate!r}: give the fraction of surviving weights to remove, 0 <= rate < 1.")
+    k = survivors - round(float(rate) * survivors)
     if k < 1:
         raise ValueError(f"Rate {rate} leaves none of the {survivors} weights of {where}: lower the rate.")
     return k
+
+
+def check_rounds(model, rounds, rate=0.2, scope="layer"):
+    """Raise ValueError when some of `rounds` rounds would leave no weight: the counts do not depend on the training."""
+    weights, m = _ranked(model, rate)
+    rates, left = _rates(rate, weights, scope), {name: int(m[name].sum()) for name in m}
+    for r in range(1, max(1, rounds) + 1):
+        try:
+            k = _after(left, rates)
+        except ValueError as error:
+            raise error if r == 1 else ValueError(f"Round {r} of {rounds}: {error}") from None
+        left = k if isinstance(k, dict) else {"the model": k}
 
 
 def imp(
@@ -94,14 +127,16 @@ def imp(
         rewind_to: k; survivors return to θ_k and train J − k iterations from schedule position k.
 
     Yields a `Level` after each level's training, while the trained ticket is on the model.
+
+    Raises ValueError: before any training, as `prune`, and for a number of rounds that would leave no weight.
     """
     if strategy not in ("reset", "continue"):
         raise ValueError(f"Invalid strategy {strategy!r}: give 'reset' or 'continue'.")
     for name, value in (("rounds", rounds), ("rewind_to", rewind_to)):
-        if value < 0:
-            raise ValueError(f"Invalid {name} {value}: give a whole number from 0.")
+        if type(value) is not int or value < 0:
+            raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
+    check_rounds(model, rounds, rate, scope)  # before hours of training
     M.attach(model)
-    prune(model, rate, scope)  # a bad rate or scope is refused before hours of training
     if rewind_to:
         train(model, 0, rewind_to)
     theta_k = theta_J = M.state(model)
@@ -123,23 +158,30 @@ def from_survivors(theta, masks, generator=None):
     """θ with each layer's weights drawn anew, with replacement, from D_m = {θ₀⁽ⁱ⁾ : m⁽ⁱ⁾ = 1} of that layer.
 
     The control that keeps the distribution of the ticket's initial values and nothing else (figure 17).
+
+    Raises ValueError: a layer that θ has not, or of which no weight is kept.
     """
-    drawn = {}
+    weights, drawn = M.weights_of(theta, masks), {}
+    M.check_masks(masks, weights, "masks", "state")
     for name, m in masks.items():
-        weight = theta[f"{name}.weight"]
-        d_m = weight[m]
+        d_m = weights[name][m]
+        if not len(d_m):
+            raise ValueError(f"Layer collapse: no weight is kept in {name}, so there is nothing to draw from.")
         pick = torch.randint(len(d_m), (m.numel(),), generator=generator).to(d_m.device)
-        drawn[f"{name}.weight"] = d_m[pick].view_as(weight)
+        drawn[M.weight_name(name)] = d_m[pick].view_as(weights[name])
     return {**theta, **drawn}
 
 
 def add_noise(theta, layers, c, generator=None):
-    """θ with N(0, (c σ)²) added to each layer's weights, σ their own standard deviation (figure 25)."""
+    """θ with N(0, (c σ)²) added to each layer's weights, σ their own standard deviation (figure 25).
+
+    A single weight has no deviation: σ = 0. Raises ValueError: a layer that θ has not.
+    """
     noisy = {}
-    for name in layers:
-        weight = theta[f"{name}.weight"]
+    for name, weight in M.weights_of(theta, layers).items():
         noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
-        noisy[f"{name}.weight"] = weight + c * weight.std() * noise
+        sigma = weight.std() if weight.numel() > 1 else 0
+        noisy[M.weight_name(name)] = weight + c * sigma * noise
     return {**theta, **noisy}
 
 

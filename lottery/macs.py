@@ -144,14 +144,13 @@ class _Counter(TorchDispatchMode):
 def effective(model, input_shape):
     """MACs that are left when pruned weights are skipped: `{layer: float}`, each layer's MACs × its density.
 
-    As in `masks.density`, a layer counts the ones of its mask where it carries one and its non-zero effective weights
-    where it does not, so that it reads masks, soft thresholds, hardened gates and baked models alike.
+    The weights that count are those that `masks.remaining` names, so that it reads masks, soft thresholds, hardened
+    gates and baked models alike.
 
-    Args and errors: those of `count`.
+    Args and errors: those of `count` and `masks.remaining`.
     """
-    macs, masks = count(model, input_shape), M.read(model)
-    kept = {n: masks[n] if n in masks else layer.weight.detach() != 0 for n, layer in M.prunable(model).items()}
-    return {name: macs[name] * M.density({name: kept[name]}) for name in macs}
+    macs, left = count(model, input_shape), M.remaining(model)
+    return {name: macs[name] * M.density({name: left[name]}) for name in macs}
 
 
 def _without_values(model):

@@ -8,17 +8,23 @@ keeps its value where the mask is zero and receives no gradient there.
 
 import copy
 import re
+import warnings
+from numbers import Real
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Mask(nn.Module):
     """The parametrization w ↦ m ⊙ w. The mask is a buffer in the weight's dtype: no cast in the training step."""
+
+    prunes = True  # what a parametrization says that decides which weights are zero; a weight carries one such
 
     def __init__(self, mask, like):
         super().__init__()
@@ -34,14 +40,35 @@ class Mask(nn.Module):
 def prunable(model):
     """Weights that can be pruned: `{layer name: module}` of Linear and Conv layers, in module order.
 
-    A module or weight tensor that several names share is listed once, under its first name.
+    A module or weight tensor that several names share is listed once, under its first name. A weight that is made of
+    other tensors before each forward pass is not listed (`weight_norm`; `spectral_norm`, as a hook).
+
+    Raises ValueError: a layer that is pruned by `torch.nn.utils.prune`, or a lazy one that has no weight yet.
     """
+    for name, module in model.named_modules():
+        hooks = module._forward_pre_hooks.values()
+        if any(isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight" for hook in hooks):
+            raise ValueError(
+                f"Layer {name!r} is pruned by torch.nn.utils.prune: call torch.nn.utils.prune.remove(layer, 'weight') "
+                "first, which leaves its zeros."
+            )
+        if isinstance(module, PRUNABLE) and is_lazy(original(module)):
+            raise ValueError(f"Layer {name!r} is lazy and has no weight yet: run the model on a batch first.")
+    return _layers(model)
+
+
+def _layers(model):
     found, seen = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, PRUNABLE) and (weight := original(module)) is not None and id(weight) not in seen:
             seen.add(id(weight))
             found[name] = module
     return found
+
+
+def masked(model):
+    """The layers that carry a mask: `{layer name: module}`, named and in order as in `prunable`."""
+    return {name: module for name, module in _layers(model).items() if mask_of(module)}
 
 
 def unprunable(model):
@@ -76,8 +103,9 @@ def top_k(scores, density, scope="global", within=None):
 
 def kept(n, density, where="the model"):
     """k = n − round_half_even((1 − density)·n), the number of weights that `density` keeps of n."""
-    if not 0 < density <= 1:
-        raise ValueError(f"Invalid density {density}: give a fraction of weights to keep, 0 < density <= 1.")
+    if not (is_number(density) and 0 < density <= 1):
+        raise ValueError(f"Invalid density {density!r}: give a fraction of weights to keep, 0 < density <= 1.")
+    density = float(density)
     k = n - round((1 - density) * n)
     if k < 1:
         raise ValueError(f"Density {density} keeps none of the {n} weights of {where}: use at least {1 / n:.2g}.")
@@ -87,10 +115,12 @@ def kept(n, density, where="the model"):
 def keep(scores, k, within=None):
     """Masks of the k highest scores over all layers, or of the k[layer] highest of each; see `top_k`."""
     for name, score in scores.items():
+        if score.is_meta:
+            raise ValueError(f"Scores of layer {name!r} are on the meta device and have no values.")
         if torch.isnan(score).any():
             raise ValueError(f"NaN scores in layer {name!r}: check the weights and the batch that were scored.")
     if within is not None:
-        check_names(within, scores, "within", "scores")
+        check_masks(within, scores, "within", "scores")
     if isinstance(k, dict):
         return {name: _largest([score], k[name], within and [within[name]])[0] for name, score in scores.items()}
     return dict(zip(scores, _largest(scores.values(), k, within and [within[n] for n in scores]), strict=True))
@@ -126,7 +156,8 @@ def attach(model, masks=None):
     An optimiser built before stays valid. `masks=None` attaches all-ones masks to every prunable layer that
     has none; a layer that `masks` does not name is left as it is.
 
-    Raises ValueError: a name that is no prunable layer, a mask that is not boolean or not of the weight's shape.
+    Raises ValueError: a name that is no prunable layer, a mask that is not boolean or not of the weight's shape, a
+    layer that another method prunes already, a model on the meta device.
     """
     layers = prunable(model)
     if not layers:
@@ -137,14 +168,8 @@ def attach(model, masks=None):
             for name, module in layers.items()
             if not mask_of(module)
         }
-    check_names(masks, layers, "masks", "model", complete=False)
-    for name, mask in masks.items():
-        shape = layers[name].weight.shape
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(
-                f"Invalid mask for layer {name!r}: {mask.dtype} of shape {tuple(mask.shape)}, "
-                f"needs torch.bool of shape {tuple(shape)}."
-            )
+    check_masks(masks, {name: original(layer) for name, layer in layers.items()}, "masks", "model", complete=False)
+    check_free({name: layers[name] for name in masks}, Mask)
     for name, mask in masks.items():
         if carried := on(layers[name], Mask):
             carried.mask.copy_(mask)
@@ -157,7 +182,10 @@ def put(model: nn.Module, layer: nn.Module, parametrization: nn.Module) -> None:
     """Put a parametrization on a layer's weight, in place: on every module that shares it, so that they stay tied.
 
     It acts after those that are there already; an optimiser holds what it trains only if it is built afterwards.
+
+    Raises ValueError: a layer on the meta device.
     """
+    check_values({"weight": layer})
     weight = original(layer)
     for module in list(model.modules()):
         if original(module) is weight:
@@ -171,14 +199,65 @@ def on(layer: nn.Module, kind: type) -> nn.Module | None:
     return next((p for p in layer.parametrizations.weight if isinstance(p, kind)), None)
 
 
+def check_free(layers: dict[str, nn.Module], kind: type, above: tuple[type, ...] = ()) -> None:
+    """Raise ValueError unless a parametrization of this class can go on each layer's weight, or is there already.
+
+    Two that prune would each see its own zeros only, but for those that it may stand above. A weight on the meta device
+    loses what is put on it.
+    """
+    check_values(layers)
+    for name, layer in layers.items():
+        chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+        others = [type(p).__name__ for p in chain if getattr(p, "prunes", False) and type(p) not in (kind, *above)]
+        if others:
+            raise ValueError(
+                f"Layer {name!r} is pruned by a {others[0]} already: call lottery.masks.bake(model) first."
+            )
+
+
+def check_values(layers: dict[str, nn.Module]) -> None:
+    """Raise ValueError for a layer on the meta device: what is computed or kept of it would be lost."""
+    for name, layer in layers.items():
+        if original(layer).is_meta:
+            raise ValueError(f"Layer {name!r} is on the meta device and has no values: materialise the model first.")
+
+
 def read(model):
     """The masks on the model, as boolean copies: `{layer: BoolTensor}` for the layers that carry one."""
-    return {name: p.mask.bool() for name, module in prunable(model).items() if (p := mask_of(module))}
+    return {name: mask_of(module).mask.bool() for name, module in masked(model).items()}
+
+
+def remaining(model):
+    """The weights that are left, `{layer: BoolTensor}` of every prunable layer.
+
+    The ones of its mask where nothing but masks prunes a layer (a kept weight counts, also one that happens to be
+    zero), else its effective weights that are not zero: thresholds, hard gates, baked models.
+
+    Raises ValueError: NaN or infinity among effective weights that are to be counted; a model on the meta device.
+    """
+    layers = prunable(model)
+    check_values(layers)
+    return {name: _left(name, layer) for name, layer in layers.items()}
+
+
+def _left(name, module):
+    chain = module.parametrizations.weight if parametrize.is_parametrized(module, "weight") else ()
+    masks = [p.mask != 0 for p in chain if isinstance(p, Mask)]
+    if masks and not any(getattr(p, "prunes", True) for p in chain if not isinstance(p, Mask)):
+        return torch.stack(masks).all(0)
+    weight = module.weight.detach()
+    if not weight.isfinite().all():
+        raise ValueError(f"NaN or infinity in the weights of layer {name!r}: the training diverged.")
+    return torch.stack([weight != 0, *masks]).all(0)
 
 
 def bake(model):
-    """Turn the effective weights into plain parameters, in place: a model without masks, with the zeros in it."""
-    layers = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
+    """Turn the effective weights into plain parameters, in place: a model without masks, with the zeros in it.
+
+    A weight that is made of several tensors (weight_norm) stays as it is: it has no mask.
+    """
+    on_weight = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
+    layers = [module for module in on_weight if original(module) is not None]
     effective = [module.weight.detach().clone() for module in layers]
     for module, weight in zip(layers, effective, strict=True):
         # PyTorch takes the property off a class that a deep copy of the module shares: give this one its own.
@@ -193,13 +272,10 @@ def bake(model):
 def density(masks_or_model):
     """Fraction of weights kept, in (0, 1]: of all entries of the masks, or of all prunable weights of the model.
 
-    In a model, a layer counts its mask where it carries one and its non-zero weights where it does not.
+    In a model these are the weights that `remaining` names; errors as there.
     """
-    if isinstance(masks_or_model, nn.Module):
-        layers = prunable(masks_or_model).values()
-        masks = [p.mask if (p := mask_of(module)) else module.weight.detach() for module in layers]
-    else:
-        masks = list(masks_or_model.values())
+    model = isinstance(masks_or_model, nn.Module)
+    masks = list((remaining(masks_or_model) if model else masks_or_model).values())
     total = sum(mask.numel() for mask in masks)
     if not total:
         raise ValueError("No density: there is no prunable weight.")
@@ -221,11 +297,13 @@ def restore(model, state):
 
     (`init.xavier_normal_(m.weight)` or `m.weight.copy_()` would write to a temporary and change nothing.)
 
-    Raises ValueError: a name or shape that differs.
+    Raises ValueError: a name or shape that differs; a model or state on the meta device, which has no values.
     """
     own = tensors(model)
     check_names(state, own, "state", "model")
     for name, tensor in own.items():
+        if tensor.is_meta or state[name].is_meta:
+            raise ValueError(f"Cannot restore {name!r} on the meta device: materialise the model first.")
         if tensor.shape != state[name].shape:
             raise ValueError(
                 f"Cannot restore {name!r}: shape {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}."
@@ -239,19 +317,34 @@ def tensors(model):
     """Live parameters and buffers by canonical name, without the masks.
 
     `fc1.parametrizations.weight.original` is `fc1.weight`; a parametrization's own tensor, `….weight.0.s`, is
-    `fc1.weight.s` wherever in the chain it stands.
+    `fc1.weight.s` wherever in the chain it stands. A weight that is shared with other modules is called after the layer
+    that `prunable` lists, as its mask is.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
+    names = {id(original(layer)): weight_name(name) for name, layer in _layers(model).items()}
     owned = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
-    canonical = {re.sub(r"parametrizations\.(\w+)\.(?:original$|\d+(\.))", r"\1\2", name): t for name, t in named}
+    pattern = r"parametrizations\.(\w+)\.(?:original$|\d+(\.))"
+    canonical = {names.get(id(t)) or re.sub(pattern, r"\1\2", name): t for name, t in named}
     return {name: tensor for name, tensor in canonical.items() if id(tensor) not in owned}
 
 
+def weight_name(layer: str) -> str:
+    """What `state` calls the weight of a layer; the layer of a model that is one itself is called ''."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def weights_of(theta: dict, layers) -> dict[str, torch.Tensor]:
+    """The weights of some layers in a state: `{layer: tensor}`. Raises ValueError for a layer that it has not."""
+    known = {name.removesuffix("weight").removesuffix("."): t for name, t in theta.items() if name.endswith("weight")}
+    check_names(layers, known, "layers", "state", complete=False)
+    return {name: known[name] for name in layers}
+
+
 def original(module):
-    """The trainable tensor behind a module's `weight`, or None (weight_norm, for one, has several)."""
+    """The trainable tensor behind a module's `weight`, or None: weight_norm has several, some hooks make it anew."""
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
-    return getattr(module, "weight", None)
+    return module._parameters.get("weight", module._buffers.get("weight"))
 
 
 def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
@@ -260,6 +353,9 @@ def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
     memo: of `copy.deepcopy`.
     """
     memo = {} if memo is None else memo
+    for module in model.modules():  # what a hook makes of parameters it makes again
+        made = [t for t in vars(module).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
+        memo.update({id(t): t.detach().clone() for t in made})
     for module in reversed(list(model.modules())):  # the inner ones first
         name = "module" if isinstance(module, DataParallel | DistributedDataParallel) else "_orig_mod"  # compile's
         if name in module._modules:
@@ -293,3 +389,27 @@ def check_names(given, known, what, whole, complete=True):
         raise ValueError(f"Unknown names in {what}: {', '.join(unknown)}; the {whole} has {', '.join(known)}.")
     if complete and (missing := [name for name in known if name not in given]):
         raise ValueError(f"Names missing in {what}: {', '.join(missing)}, which the {whole} has.")
+
+
+def check_masks(masks, like, what, whole, complete=True):
+    """`check_names`, and a ValueError for a mask that is not boolean or not of the shape of the tensor `like[name]`."""
+    check_names(masks, like, what, whole, complete)
+    for name, mask in masks.items():
+        dtype, shape, needed = getattr(mask, "dtype", type(mask)), tuple(getattr(mask, "shape", ())), like[name].shape
+        if dtype != torch.bool or shape != needed:
+            raise ValueError(
+                f"Invalid mask for layer {name!r}: {dtype} of shape {shape}, needs torch.bool of shape {tuple(needed)}."
+            )
+
+
+def is_number(value) -> bool:
+    """Whether a value is one real number, also as a tensor, and no boolean."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and value.dtype not in (torch.bool, torch.complex64, torch.complex128)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def warn_of_collapse(masks):
+    """Warn (UserWarning) of layer collapse: layers of which no weight is kept, by name."""
+    if dead := [name for name, m in masks.items() if not m.any()]:
+        warnings.warn(f"Layer collapse: no weight is kept in {', '.join(dead)}; raise the density.", stacklevel=3)

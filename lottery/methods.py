@@ -54,7 +54,7 @@ class Method:
 
         before: `masks` when the training began. finished: the recipe's last iteration was reached.
         """
-        layers = M.prunable(model)
+        layers = M.prunable(model) if before else {}
         for name, m in before.items():
             if layers[name].weight.detach()[~m].any():
                 raise AssertionError(f"Pruned weights of layer {name!r} came back during training.")

@@ -57,6 +57,8 @@ class SoftThreshold(nn.Module):
     the weights pass bit for bit, is relied upon.
     """
 
+    prunes = True
+
     def __init__(self, s_init, g="sigmoid"):
         super().__init__()
         if g not in G:
@@ -97,6 +99,11 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer, or `layers` is empty.")
     M.check_names(layers, every, "layers", "model", complete=False)
+    M.check_free(
+        {name: every[name] for name in layers}, SoftThreshold, above=(M.Mask,)
+    )  # `read` sees the zeros of both
+    if not M.is_number(s_init):
+        raise ValueError(f"Invalid s_init {s_init!r}: give a finite number, far below 0 for a dense start.")
     like = {name: M.original(every[name]) for name in layers}
     for name, weight in like.items():
         if weight.dtype not in (torch.float32, torch.float64):
@@ -245,8 +252,8 @@ def param_groups(model, recipe, decay="all"):
 
 
 def read(model):
-    """Where the effective weight is not zero: `{layer: BoolTensor}` of every prunable layer, thresholded or not."""
-    return {name: module.weight.detach() != 0 for name, module in M.prunable(model).items()}
+    """The weights that are left: `masks.remaining`, `{layer: BoolTensor}` of every prunable layer."""
+    return M.remaining(model)
 
 
 def budgets(model):
@@ -254,7 +261,7 @@ def budgets(model):
 
     top_k then keeps exactly as many weights of every layer. Reads baked models as well.
 
-    Raises ValueError: a layer of which nothing is left.
+    Raises ValueError: a layer of which nothing is left, or whose weights are not finite.
     """
     found = {name: mask.count_nonzero().item() / mask.numel() for name, mask in read(model).items()}
     if gone := [name for name, density in found.items() if not density]:

@@ -49,6 +49,7 @@ class Drawn(nn.Module):
     goes on draws it anew, from its own key.
     """
 
+    prunes = True
     noise = None
 
     def draw(self, generator):
@@ -147,8 +148,10 @@ class _Drawn(Method):
         if not names:
             raise ValueError("Nothing prunable: there is no Linear or Conv layer to put a gate on.")
         M.check_names(names, found, "layers", "model", complete=False)
-        for name in names:
-            new = self.gate(M.original(found[name]).detach())
+        gates = {name: self.gate(M.original(found[name]).detach()) for name in names}
+        for name, new in gates.items():
+            M.check_free({name: found[name]}, type(new))
+        for name, new in gates.items():
             if old := M.on(found[name], type(new)):
                 old.__dict__.update({k: v for k, v in new.__dict__.items() if not k.startswith("_")})
                 old.logits.data.copy_(new.logits)

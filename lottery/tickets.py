@@ -77,12 +77,18 @@ def stored(row):
 
 
 def save(ticket, path):
-    """Write a ticket as one safetensors file: `theta/…`, `mask/…`, and the spec as metadata."""
+    """Write a ticket as one safetensors file: `theta/…`, `mask/…`, and spec, `bitwise` and a hash as metadata.
+
+    Raises FileNotFoundError: no such folder.
+    """
     from safetensors.torch import save_file
 
+    if not (folder := Path(path).absolute().parent).is_dir():
+        raise FileNotFoundError(f"No folder {folder}: make it first, or name another file.")
     tensors = {f"theta/{name}": t.contiguous() for name, t in ticket.theta.items()}
     tensors |= {f"mask/{name}": t.contiguous() for name, t in ticket.masks.items()}
-    save_file(tensors, path, metadata={"spec": json.dumps(ticket.spec)})
+    facts = {"spec": json.dumps(ticket.spec), "bitwise": json.dumps(ticket.bitwise), "sha256": digest(tensors)}
+    save_file(tensors, path, metadata=facts)
 
 
 def load(path):
@@ -93,20 +99,26 @@ def load(path):
         raise FileNotFoundError(f"No ticket at {path}.")
     try:
         with safe_open(path, "pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-            spec = json.loads((f.metadata() or {})["spec"])
+            tensors, facts = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        spec, bitwise = json.loads(facts["spec"]), json.loads(facts.get("bitwise", "true"))
+        if facts.get("sha256") not in (None, digest(tensors)):  # tickets that were saved earlier have none
+            raise ValueError("the contents are not those that were saved")
         model = _create(spec)  # safetensors sorts names; the model knows their order
         theta = {name: tensors[f"theta/{name}"] for name in M.state(model)}
         masks = {name: tensors[f"mask/{name}"] for name in M.prunable(model)}
+        for name, own in M.state(model).items():
+            if own.is_floating_point() != theta[name].is_floating_point() or not theta[name].isfinite().all():
+                raise ValueError(f"{name} is not a tensor of finite numbers")
         M.restore(M.attach(model, masks), theta)
     except (SafetensorError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} is no ticket: give a file that lottery.tickets.save wrote.") from None
-    return Ticket(theta, masks, spec)
+    return Ticket(theta, masks, spec, bitwise)
 
 
 def survivors(ticket):
     """`{layer: values}`: the initial weights that the mask keeps, as flat tensors (figures 15, 16)."""
-    return {name: ticket.theta[f"{name}.weight"][m] for name, m in ticket.masks.items()}
+    weights = M.weights_of(ticket.theta, ticket.masks)
+    return {name: weights[name][m] for name, m in ticket.masks.items()}
 
 
 def connections(masks, direction):
@@ -130,9 +142,9 @@ def moves(theta_0, theta_J, masks):
     distance: of |θ_J − θ₀|; growth: of |θ_J| − |θ₀|; beyond `MOVES` counts in the last bin of that side.
     Returns `{"distance" | "growth": {layer: {"in": [bins], "out": [bins]}}}`.
     """
-    found = {quantity: {} for quantity in MOVES}
+    found, weights = {quantity: {} for quantity in MOVES}, [M.weights_of(theta, masks) for theta in (theta_0, theta_J)]
     for name, m in masks.items():
-        before, after = (theta[f"{name}.weight"].double().cpu() for theta in (theta_0, theta_J))
+        before, after = (w[name].double().cpu() for w in weights)
         values = {"distance": (after - before).abs(), "growth": after.abs() - before.abs()}
         for quantity, (low, high, bins) in MOVES.items():
             sets = {"in": values[quantity][m.cpu()], "out": values[quantity][~m.cpu()]}
@@ -143,7 +155,8 @@ def moves(theta_0, theta_J, masks):
 
 def digest(theta):
     """sha256 of a state's values, by name, since masks change the order of a model's parameters."""
-    return hashlib.sha256(b"".join(theta[name].cpu().numpy().tobytes() for name in sorted(theta))).hexdigest()
+    values = (theta[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for name in sorted(theta))
+    return hashlib.sha256(b"".join(values)).hexdigest()
 
 
 def _create(spec, seed=0):

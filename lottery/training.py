@@ -459,8 +459,8 @@ class _Member:
         self.model, self.data, self.recipe, self.normalise, self.method = model, data, recipe, normalise, method
         self.masks, self.modes = method.masks(model), contextlib.ExitStack()
         self.modes.enter_context(_modes_kept(model))
-        layers = M.prunable(model)
-        self.behind = {name: (m, M.original(layers[name]).detach()[~m]) for name, m in M.read(model).items()}
+        layers, masks = M.masked(model), M.read(model)
+        self.behind = {name: (m, M.original(layers[name]).detach()[~m]) for name, m in masks.items()}
         self.history, self.best, self.best_step, self.best_loss = History(), None, None, math.inf
         self.smoothing = recipe.smoothing_at_readings
         if not model.training:
@@ -512,10 +512,10 @@ class _Member:
 
     @torch.no_grad()
     def _put_back(self):
-        """What lies behind a mask that stayed has its value again: weight decay and old momentum move it as well."""
-        layers, masks = M.prunable(self.model), M.read(self.model)
+        """What lies behind masks that stay has its value again: weight decay and old momentum move it as well."""
+        layers, masks = M.masked(self.model), M.read(self.model)
         for name, (mask, values) in self.behind.items():
-            if torch.equal(masks[name], mask):
+            if type(self.method).before_step is Method.before_step and torch.equal(masks[name], mask):
                 M.original(layers[name])[~mask] = values
 
 

@@ -177,6 +177,7 @@ def test_other_bad_arguments():
         lth.prune(two_layers(second=(1, 2, math.nan, 4)), 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:Layer collapse")
 @given(
     st.lists(st.floats(-2, 2, width=32), min_size=8, max_size=8),
     st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5]), min_size=1, max_size=6),
@@ -497,3 +498,86 @@ def test_golden_trajectory():
     values = [float(weights[name][index]) for name, index in largest.items()]
     assert values == pytest.approx([value for _, value in GOLDEN_LARGEST.values()], rel=1e-9)
     assert [float(w.abs().sum()) for w in weights.values()] == pytest.approx(GOLDEN_SUMS, rel=1e-9)
+
+
+def masks_like(model, change=lambda name, mask: (name, mask)):
+    return dict(change(name, torch.ones_like(w, dtype=torch.bool)) for name, w in effective(model).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda name, m: (f"module.{name}", m), "Unknown names in masks: module.0, module.2; the model has 0, 2."),
+        (lambda name, m: (f"_orig_mod.{name}", m), "Unknown names in masks: _orig_mod.0, _orig_mod.2;"),
+        (lambda name, m: (name, m.T), "Invalid mask for layer '0': torch.bool of shape (4, 3), needs torch.bool"),
+        (lambda name, m: (name, m.flatten()), "Invalid mask for layer '0': torch.bool of shape (12,), needs"),
+        (lambda name, m: (name, m.float()), "Invalid mask for layer '0': torch.float32 of shape (3, 4), needs"),
+        (lambda name, m: (name, m.tolist()), "Invalid mask for layer '0': <class 'list'>"),
+    ],
+)
+def test_masks_that_are_not_the_models_are_refused(change, text):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        lth.prune(model, 0.2, masks=masks_like(model, change))
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        M.attach(model, masks_like(model, change))
+    scores = effective(model)
+    with pytest.raises(ValueError, match=r"^(Unknown names in within|Invalid mask)"):
+        M.top_k(scores, 0.5, within=masks_like(model, change))
+
+
+def test_given_masks_of_some_layers_are_respected():
+    model = two_layers()
+    first = {"0": b(1, 0, 1, 1).view(2, 2)}
+    assert same(flat(lth.prune(model, 0.34, masks=first)), {"0": b(1, 0, 0, 1), "1": b(1, 1, 0, 1)})
+
+
+def test_a_layer_that_loses_everything_is_named():
+    model = weights(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), (1, 2, 3, 4), (0.1, 0.2, 0.3, 0.4))
+    with pytest.warns(UserWarning, match=r"^Layer collapse: no weight is kept in 1; raise the density\.$"):
+        kept = lth.prune(model, 0.5, "global")
+    with pytest.raises(ValueError, match=r"^Layer collapse: no weight is kept in 1, so there is nothing to draw from"):
+        lth.from_survivors(M.state(model), kept)
+    with pytest.warns(UserWarning, match="Layer collapse"):
+        assert [level.density for level in lth.imp(model, lambda *_: None, 1, 0.5, "global")] == [1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "options", "text"),
+    [
+        (8, {"rate": 0.8}, "Round 2 of 8: Rate 0.8 leaves none of the 1 weights of layer '0'"),  # of 4, and 6
+        (3, {"rate": 0.8, "scope": "global"}, "Round 2 of 3: Rate 0.8 leaves none of the 2 weights of the model"),
+        (3, {"rate": {"0": 0.1, "1": 0.6}}, "Round 3 of 3: Rate 0.6 leaves none of the 1 weights of layer '1'"),
+        (2, {"rate": {"0": 0.7}, "scope": "global"}, "Round 2 of 2: Rate 0.7 leaves none of the 1 weights"),
+    ],
+)
+def test_a_chain_that_must_fail_is_refused_before_any_training(rounds, options, text):
+    model, trained = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3)), []
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        list(lth.imp(model, lambda *a: trained.append(a), rounds, **options))
+    assert trained == []
+    assert M.read(model) == {}
+    fewer = lth.imp(model, lambda *a: trained.append(a), int(text[6]) - 1, **options)
+    assert len(list(fewer)) == int(text[6]), "one round fewer is possible"
+
+
+@pytest.mark.parametrize(("name", "value"), [("rounds", 1.5), ("rounds", True), ("rewind_to", 1.5), ("rounds", "2")])
+def test_counts_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=rf"^Invalid {name} {value!r}: give a whole number from 0\.$"):
+        next(lth.imp(two_layers(), lambda *_: None, **{"rounds": 1, name: value}))
+
+
+@pytest.mark.parametrize("rate", [None, "0.5", True, float("nan"), [0.5]])
+def test_a_rate_is_a_number(rate):
+    with pytest.raises(ValueError, match=rf"^Invalid rate {re.escape(repr(rate))}: give the fraction"):
+        lth.prune(two_layers(), rate)
+    assert same(lth.prune(two_layers(), torch.tensor(0.5)), lth.prune(two_layers(), 0.5))
+
+
+def test_a_single_weight_has_no_deviation():
+    theta = {"a.weight": torch.full((1, 1), 3.0), "b.weight": torch.tensor([[1.0, 2.0]])}
+    noisy = lth.add_noise(theta, ["a", "b"], 2.0)
+    assert noisy["a.weight"].tolist() == [[3.0]]
+    assert (noisy["b.weight"] != theta["b.weight"]).all()
+    with pytest.raises(ValueError, match=r"^Unknown names in layers: c; the state has a, b\.$"):
+        lth.add_noise(theta, ["c"], 1.0)

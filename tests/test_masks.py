@@ -1,19 +1,21 @@
 """lottery.masks: the choice of weights (top_k), and masks on a model (attach, read, bake, state, restore)."""
 
 import copy
+import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
+from lottery import baselines, cs, dynamic, grasp, lth, macs, models, soft_threshold, stochastic
 from lottery import masks as M
-from lottery import models
 
 settings.register_profile("patient", deadline=None, max_examples=60)
 settings.load_profile("patient")
@@ -701,3 +703,192 @@ def test_two_processes_train_as_one(tmp_path):
     for rank in (0, 1):
         for name, tensor in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
             torch.testing.assert_close(tensor, one[name])
+
+
+# Layers of other kinds ------------------------------------------------------------------------------------------------
+
+
+def batch(n=10, size=8):
+    return [(torch.randn(n, size), torch.arange(n) % 3)]
+
+
+def three(first=None):
+    torch.manual_seed(0)
+    return nn.Sequential(first or nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def used(model):
+    model(torch.randn(2, 8))
+    return model
+
+
+@pytest.mark.parametrize(
+    "hooked", [nn.utils.spectral_norm, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("use", [lambda model: model, used], ids=["new", "used"])
+def test_weights_that_are_made_of_other_tensors_are_not_prunable(hooked, use):
+    model = use(three(hooked(nn.Linear(8, 6))))
+    assert list(M.prunable(model)) == ["2"]
+    assert M.unprunable(model)
+    for scores in (baselines.snip_scores(model, batch()), grasp.scores(model, batch())):
+        assert list(scores) == ["2"]
+        assert scores["2"].any()
+    assert macs.count(model, (8,)) == {"2": 18}
+    before = model(torch.ones(1, 8))
+    M.attach(model.eval(), {"2": torch.ones(3, 6, dtype=torch.bool)})
+    assert model(torch.ones(1, 8)).shape == before.shape
+
+
+@pytest.mark.parametrize(
+    "by_torch",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.ln_structured(layer, "weight", 0.5, 2, 0),
+        lambda layer: prune.custom_from_mask(layer, "weight", torch.ones(3, 6)),
+        lambda layer: [prune.random_unstructured(layer, "weight", 2) for _ in range(2)],
+    ],
+)
+def test_a_layer_that_torch_has_pruned_is_refused_before_anything_changes(by_torch):
+    model = three()
+    by_torch(model[2])
+    text = message(
+        "Layer '2' is pruned by torch.nn.utils.prune: call torch.nn.utils.prune.remove(layer, 'weight') first, which "
+        "leaves its zeros."
+    )
+    for f in (
+        M.prunable, M.density, M.attach, cs.attach, lambda m: lth.prune(m, 0.2), lambda m: macs.count(m, (8,)),
+        lambda m: grasp.scores(m, batch()), lambda m: baselines.erk(m, 0.5), lambda m: soft_threshold.attach(m, -5.0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            f(model)
+    assert not parametrize.is_parametrized(model[0])
+    left = int(model[2].weight.count_nonzero())
+    prune.remove(model[2], "weight")
+    assert M.density(model) == pytest.approx((48 + left) / 66)
+
+
+def test_pruning_a_bias_with_torch_is_no_matter():
+    model = three()
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    assert list(M.prunable(M.attach(model))) == ["0", "2"]
+
+
+def test_lazy_layers_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^Layer '0' is lazy and has no weight yet: run the model on a batch first\.$"
+    ):
+        M.attach(nn.Sequential(nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize("part", ["all", "one layer"])
+def test_a_model_without_values_is_refused(part):
+    model = three()
+    theta = M.state(model)
+    (model if part == "all" else model[2]).to("meta")
+    for f in (
+        lambda: M.attach(model), lambda: M.restore(model, theta), lambda: M.density(model), lambda: cs.attach(model),
+        lambda: soft_threshold.attach(model, -5.0), lambda: lth.prune(model, 0.5),
+        lambda: baselines.synflow(model, (8,), 0.5), lambda: M.top_k(effective(model), 0.5),
+        lambda: baselines.magnitude_scores(model),
+        lambda: macs.effective(model, (8,)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"meta device"):
+            f()
+    assert not any(parametrize.is_parametrized(layer) for layer in model)
+    with pytest.raises(ValueError, match=r"^Cannot restore '0.weight' on the meta device"):
+        M.restore(three(), {name: t.to("meta") for name, t in theta.items()})
+    assert sum(macs.count(model.to("meta"), (8,)).values()) == 66
+
+
+# One thing that prunes ------------------------------------------------------------------------------------------------
+
+
+PRUNERS = {
+    "Mask": M.attach,
+    "Gate": lambda model: cs.attach(model, 0.1),
+    "SoftThreshold": lambda model: soft_threshold.attach(model, -2.0),
+    "TopK": dynamic.DNW(0.5).attach,
+    "HardConcrete": stochastic.L0().attach,
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [pair for pair in itertools.permutations(PRUNERS, 2) if pair != ("Mask", "SoftThreshold")]
+)
+def test_a_weight_carries_one_thing_that_prunes(first, second):
+    model = PRUNERS[first](three())
+    before = [type(p).__name__ for p in model[0].parametrizations.weight]
+    with pytest.raises(
+        ValueError, match=r"^Layer '\w+' (is pruned by a \w+ already|has another parametrization): call"
+    ):
+        PRUNERS[second](model)
+    assert [type(p).__name__ for p in model[0].parametrizations.weight] == before
+    M.bake(model)
+    PRUNERS[second](model)
+
+
+def test_thresholds_above_a_mask_leave_what_both_leave():
+    masks = {"0": torch.rand(6, 8) < 0.5, "2": torch.rand(3, 6) < 0.5}
+    model = PRUNERS["SoftThreshold"](M.attach(three(), masks))
+    alpha = torch.sigmoid(torch.tensor(-2.0))
+    left = {name: masks[name] & (M.original(layer).abs() > alpha) for name, layer in M.prunable(model).items()}
+    assert same(M.remaining(model), left)
+    assert M.density(model) == sum(int(m.sum()) for m in left.values()) / 66 < M.density(masks)
+    assert same(M.read(model), masks)
+
+
+def test_what_remains_is_what_is_not_zero_when_a_mask_is_not_alone():
+    class Threshold(nn.Module):
+        def forward(self, w):
+            return w * (w.abs() > 0.15)
+
+    masks = {"0": torch.rand(6, 8) < 0.5, "2": torch.ones(3, 6, dtype=torch.bool)}
+    first, last = three(), M.attach(three(), masks)
+    parametrize.register_parametrization(first[0], "weight", Threshold())
+    M.attach(first, masks)  # a mask after it
+    parametrize.register_parametrization(last[0], "weight", Threshold())
+    for model in (first, last):
+        left = (M.original(model[0]).abs() > 0.15) & masks["0"]
+        assert 0 < int(left.sum()) < int(masks["0"].sum())
+        assert same(M.remaining(model), {"0": left, "2": masks["2"]})
+        assert M.density(model) == (int(left.sum()) + 18) / 66
+        assert macs.effective(model, (8,)) == {"0": pytest.approx(int(left.sum())), "2": 18.0}
+
+
+def test_a_hardened_gate_counts_its_mask():
+    model = cs.attach(three(), 0.1)
+    with torch.no_grad():
+        model[0].parametrizations.weight[0].s[:3] = -1.0
+    cs.harden(model)
+    with torch.no_grad():
+        M.original(model[0])[5, 5] = 0.0  # kept, and zero by chance
+    assert M.density(model) == (24 + 18) / 66
+    assert macs.effective(model, (8,)) == {"0": 24.0, "2": 18.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("prepare", [lambda model: model, PRUNERS["SoftThreshold"], PRUNERS["Gate"]])
+def test_the_density_of_a_diverged_network_is_an_error(value, prepare):
+    model = prepare(three())
+    with torch.no_grad():
+        M.original(model[2])[1, 1] = value
+    for f in (M.density, M.remaining, soft_threshold.budgets, lambda m: macs.effective(m, (8,))):
+        with pytest.raises(
+            ValueError, match=message("NaN or infinity in the weights of layer '2': the training diverged.")
+        ):
+            f(model)
+
+
+@pytest.mark.parametrize("density", [None, "0.5", True, [0.5], math.nan, torch.tensor([0.5])])
+def test_a_density_is_a_number(density):
+    text = message(f"Invalid density {density!r}: give a fraction of weights to keep, 0 < density <= 1.")
+    for f in (
+        lambda: M.top_k({"a": t(1, 2)}, density), lambda: baselines.uniform(three(), density),
+        lambda: baselines.synflow(three(), (8,), density, rounds=1), lambda: baselines.erk(three(), density),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            f()
+    kept = M.top_k({"a": t(1, 2, 4, 3)}, torch.tensor(0.5))
+    assert same(kept, M.top_k({"a": t(1, 2, 4, 3)}, 0.5))
+    assert same(kept, M.top_k({"a": t(1, 2, 4, 3)}, {"a": np.float32(0.5)}))

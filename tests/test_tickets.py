@@ -1,15 +1,20 @@
 """lottery.tickets: from the store and back from a file, bit for bit; what is no ticket is told in one line."""
 
 import concurrent.futures as futures
+import hashlib
 import json
 import re
+import struct
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lottery import data, experiments, models, tickets, training
+from lottery import lth as magnitude
 from lottery import masks as M
 from lottery.experiments import Store, lth
 
@@ -185,3 +190,78 @@ def test_a_ticket_of_a_network_with_convolutions(tmp_path):
     assert equal(back.theta, ticket.theta)
     assert equal(back.masks, masks)
     assert M.density(back.model()) == pytest.approx(M.density(masks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_the_hash_is_of_the_bytes_of_any_dtype(dtype):
+    a = {"w": torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to(dtype), "count": torch.tensor(3)}
+    b = {"count": torch.tensor(3), "w": a["w"].T.contiguous().T}  # other strides and order, equal values
+    assert tickets.digest(a) == tickets.digest(b)
+    assert tickets.digest(a) != tickets.digest({**a, "w": ~a["w"] if dtype == torch.bool else a["w"] + 1})
+
+
+def test_the_hash_stays_what_the_store_has():
+    theta = {"b": torch.tensor([1.0, -2.0]), "a": torch.tensor([[0.5]])}
+    expected = hashlib.sha256(struct.pack("<3f", 0.5, 1.0, -2.0)).hexdigest()
+    assert tickets.digest(theta) == expected
+
+
+def test_saving_into_no_folder_names_it(ticket, tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"No folder {tmp_path / 'none'}: make it first")):
+        tickets.save(ticket, tmp_path / "none" / "t.safetensors")
+
+
+@pytest.mark.parametrize("hashed", [True, False], ids=["hash kept", "as before there were hashes"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.long(),
+        lambda t: torch.full_like(t, float("nan")),
+        lambda t: t.index_fill(0, torch.tensor(0), float("inf")),
+    ],
+)
+def test_weights_that_are_no_numbers_are_no_ticket(ticket, tmp_path, change, hashed):
+    tickets.save(ticket, path := tmp_path / "t.safetensors")
+    with safe_open(path, "pt") as f:
+        facts = f.metadata()
+    tensors = load_file(path)
+    tensors["theta/fc2.weight"] = change(tensors["theta/fc2.weight"])
+    save_file(tensors, path, metadata=facts if hashed else {"spec": facts["spec"]})
+    with pytest.raises(ValueError, match="is no ticket"):
+        tickets.load(path)
+
+
+def test_a_finite_weight_or_a_mask_that_was_changed_is_no_ticket(ticket, tmp_path):
+    tickets.save(ticket, path := tmp_path / "t.safetensors")
+    with safe_open(path, "pt") as f:
+        facts = f.metadata()
+    for name, change in (("theta/fc1.bias", lambda t: t + 4e37), ("mask/fc3", torch.logical_not)):
+        tensors = load_file(path)
+        save_file(tensors | {name: change(tensors[name])}, other := tmp_path / "o.safetensors", metadata=facts)
+        with pytest.raises(ValueError, match="is no ticket"):
+            tickets.load(other)
+    assert tickets.load(path).bitwise
+
+
+def test_whether_it_is_bitwise_is_kept(ticket, tmp_path):
+    tickets.save(replace(ticket, bitwise=False), tmp_path / "t.safetensors")
+    assert tickets.load(tmp_path / "t.safetensors").bitwise is False
+
+
+def test_tied_weights_and_a_layer_alone_have_one_name_in_states_and_masks():
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    tied[1].weight = tied[0].weight
+    for net in (tied, nn.Linear(4, 4)):
+        theta, kept = M.state(net), magnitude.prune(net, 0.5)
+        [name] = kept
+        [values] = tickets.survivors(tickets.Ticket(theta, kept, {})).values()
+        assert torch.equal(values, net.get_parameter(M.weight_name(name))[kept[name]])
+        assert tickets.moves(theta, theta, kept)["growth"][name]["in"][40] == int(kept[name].sum())
+        drawn = magnitude.from_survivors(theta, kept)
+        assert set(drawn[M.weight_name(name)].flatten().tolist()) <= set(values.tolist())
+        noisy = magnitude.add_noise(theta, kept, 1.0)
+        assert (noisy[M.weight_name(name)] != theta[M.weight_name(name)]).all()
+        M.restore(net, drawn)
+    with pytest.raises(ValueError, match=r"^Unknown names in layers: 7; the state has 1\.$"):
+        tickets.survivors(tickets.Ticket(M.state(tied), {"7": torch.ones(5, 4, dtype=torch.bool)}, {}))
