@@ -51,6 +51,9 @@ def run(
     budget: Annotated[
         str | None, typer.Option(help="Such as 90s, 20m, 2h: starts nothing expected to end later.")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Train torch.compile of convolutional networks; needs a C++ compiler.")
+    ] = False,
     results_dir: ResultsDir = None,
 ):
     """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will."""
@@ -64,7 +67,7 @@ def run(
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell's script
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        experiments.run(runs, budget=seconds, store=store, device=device, threads=threads)
+        experiments.run(runs, budget=seconds, store=store, device=device, threads=threads, compiled=compiled)
     finally:
         after = len(experiments.load(runs, store))
         typer.echo(f"{len(runs)} runs: {before} were stored, {after - before} trained now, {len(runs) - after} left.")

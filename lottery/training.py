@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import shutil
 import time
 from dataclasses import dataclass, field
 
@@ -184,6 +186,11 @@ def _build(groups, recipe):
     return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
 
 
+def can_compile(device: str) -> bool:
+    """Whether `torch.compile` has what it needs: on a CPU a C++ compiler, which is looked for by its usual names."""
+    return device != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
+
+
 def _captures(device):
     """Whether training steps are captured as a CUDA graph, which needs lr as a tensor: a number would be baked in."""
     return device.type == "cuda"
@@ -355,8 +362,7 @@ def fit(
         opt: an `optimizer` that an earlier call has used, to go on with its momentum.
         graph: on a GPU the whole step is captured as a CUDA graph, if `opt` has its learning rate as a tensor; False
             for a model that cannot be captured, since it waits for the device or changes its ways from step to step.
-        compiled: train `torch.compile` of the model, which needs a C++ compiler on a CPU; networks that are trained by
-            hand have no use for it.
+        compiled: train `torch.compile` of the model, see `can_compile`; what is trained by hand has no use for it.
         loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy that is minimised; readings stay with it.
 
     Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration; a loss

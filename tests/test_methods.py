@@ -9,7 +9,7 @@ import torch
 from small_runs import message
 from torch import nn
 
-from lottery import cs, data, models, soft_threshold, training
+from lottery import cs, data, experiments, models, soft_threshold, training
 from lottery import masks as M
 from lottery.batches import Batches
 from lottery.experiments import Run, Store, load, work
@@ -324,3 +324,26 @@ def test_denormals_are_flushed_in_a_training_and_left_alone_outside(tmp_path):
         training.fit(lenet(), data.load("digits"), Recipe(iterations=2, eval_every=2), method=Look())
     assert seen[0] == [0.0, 0.0]
     assert (tiny * 1).item() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not training.can_compile("cpu"), reason="needs a C++ compiler")
+def test_a_compiled_training_is_the_plain_one(double):
+    """Gates change in place under a compiled step, and the last batch of an epoch is smaller: the same to rounding."""
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = cs.attach(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)), 0.02)
+        training.fit(net, data.load("digits"), SGD, seed=1, method=cs.CS(0.02, lam=1e-3), compiled=compiled)
+        trained.append(M.state(net))
+    for name in trained[0]:
+        torch.testing.assert_close(trained[0][name], trained[1][name], rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_compiler_a_sweep_trains_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "can_compile", lambda device: False)
+    run = Run(dataset="digits", recipe=Recipe(iterations=2, eval_every=2))
+    with pytest.warns(UserWarning, match=message("No C++ compiler is here: trained without torch.compile.")):
+        experiments.run([run], store=Store(tmp_path), compiled=True, progress=False)
+    [row] = load([run], Store(tmp_path)).to_dict("records")
+    assert json.loads(row["certificate"])["compile"] is False

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import time
+import warnings
 
 import torch
 
@@ -34,6 +35,9 @@ def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, p
     raised at the end.
     """
     check(device, threads)
+    if compiled and not training.can_compile(device):
+        warnings.warn("No C++ compiler is here: trained without torch.compile.", stacklevel=2)
+        compiled = False
     runs, store = list(runs), store or Store()
     store.dir.mkdir(parents=True, exist_ok=True)
     todo = missing(runs, store)
