@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from lottery.experiments import PAPERS
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
@@ -39,7 +41,7 @@ def kind_errors(command):
 @app.command()
 @kind_errors
 def run(
-    paper: Annotated[str, typer.Argument(help="lth or grasp.")],
+    paper: Annotated[str, typer.Argument(help=f"One of {', '.join(PAPERS)}.")],
     items: Annotated[
         list[str] | None,
         typer.Argument(help="fig3, table1, …, or claims by their ids, lth-fig4-accuracy-13, …; default: all figures."),
@@ -113,7 +115,7 @@ def merge(
 @app.command()
 @kind_errors
 def scorecard(
-    paper: Annotated[str | None, typer.Option(help="lth, grasp, …; default: all.")] = None,
+    paper: Annotated[str | None, typer.Option(help=f"One of {', '.join(PAPERS)}; default: all.")] = None,
     as_json: Json = False,
     results_dir: ResultsDir = None,
 ):
@@ -180,7 +182,7 @@ def _declare():
     from lottery.experiments import papers
 
     declared = []
-    for paper in papers.PAPERS:
+    for paper in PAPERS:
         module = papers.paper(paper)
         for scale in module.scales:
             for item in module.items:

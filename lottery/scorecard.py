@@ -698,9 +698,9 @@ def _chance(row):
 
 def _module(paper):
     """What is run for a paper, or None where nothing is."""
-    from lottery.experiments import papers
+    from lottery.experiments import PAPERS, papers
 
-    return papers.paper(paper) if paper in papers.PAPERS else None
+    return papers.paper(paper) if paper in PAPERS else None
 
 
 def _reported():

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lottery
 from lottery import cli, training
 from lottery.cli import app
-from lottery.experiments import Store, grasp, lth, papers
+from lottery.experiments import Store, grasp, lth
 
 ROOT = Path(lottery.__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -158,7 +158,7 @@ def queue_lines():
 
 
 def test_there_is_a_queue_of_each_paper():
-    assert {f"{paper}.txt" for paper in papers.PAPERS} == {name for name, _ in queue_lines()}
+    assert {f"{paper}.txt" for paper in PAPERS} == {name for name, _ in queue_lines()}
 
 
 @pytest.mark.parametrize(("file", "words"), queue_lines())

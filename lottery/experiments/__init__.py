@@ -10,8 +10,9 @@ Names load when they are first used: reading the store needs no PyTorch.
 
 import importlib
 
+PAPERS = {"lth": "lth", "grasp": "grasp", "str": "soft_threshold"}  # name → module here, in the order of the book
 FOUND_IN = {"Run": "runs", "Store": "store", "load": "store", "run": "engine"}
-__all__ = ["Run", "Store", "grasp", "load", "lth", "run", "soft_threshold"]
+__all__ = ["PAPERS", *FOUND_IN, *PAPERS.values()]
 
 
 def __getattr__(name):

@@ -1,4 +1,4 @@
-"""The papers of this book, and what the module of a paper offers. A further paper is one module and one line in PAPERS.
+"""The papers of this book, and what the module of a paper offers. A further paper is one module and a line in `PAPERS`.
 
 A module of `lottery.experiments` must have
 
@@ -32,9 +32,9 @@ import functools
 import importlib
 import sys
 
+from lottery.experiments import PAPERS
 from lottery.experiments.runs import chosen, preset
 
-PAPERS = {"lth": "lth", "grasp": "grasp", "str": "soft_threshold"}  # name → module, in the order of the book
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
 
 
