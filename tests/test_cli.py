@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lottery
 from lottery import cli, training
 from lottery.cli import app
-from lottery.experiments import Store, grasp, lth
+from lottery.experiments import PAPERS, Store, grasp, lth
 
 ROOT = Path(lottery.__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
