@@ -1,4 +1,4 @@
-.PHONY: help setup book notebooks test lint lock clean
+.PHONY: help setup book notebooks labs test lint lock clean
 unexport PYTHONHOME PYTHONPATH
 
 # The first Python on the path that fits, or the one named by `make PYTHON=/path/to/python3.12 book`.
@@ -10,6 +10,7 @@ RUN = .venv/bin/python
 
 help:
 	@echo "make book       re-run every notebook, compare with what is committed, build the book"
+	@echo "make labs       student copies, solutions and graders of the labs"
 	@echo "make test       run the tests and check the notebooks' outputs"
 	@echo "make notebooks  re-run every notebook and keep the new outputs"
 	@echo "make lint       ruff"
@@ -24,6 +25,9 @@ book: setup
 
 notebooks: setup
 	@$(RUN) book/rebuild.py notebooks
+
+labs: setup
+	@$(RUN) book/teaching/build.py
 
 test: setup
 	@$(RUN) -m pytest

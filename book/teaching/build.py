@@ -1,0 +1,57 @@
+"""Make the labs: `python book/teaching/build.py [--roster ROSTER.csv]`, which is `make labs`.
+
+Everything is written below book/_build/teaching, from the sources beside this file:
+
+    student/<lab>.ipynb       what is handed out; with a roster also student/<lab>/<student>.ipynb, each with its seed
+    solutions/<lab>.ipynb     for the lecturer; not in the book
+    autograder/<lab>.zip      the lab's source and the grader, for whoever marks: unpack beside a clone's `lottery`
+    pages/<lab>.md            the lab as a page of the book, practice with its solution
+
+ROSTER.csv has the columns student and seed; a student's submission carries the student's name.
+"""
+
+import argparse
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import nbformat
+import sources
+
+BUILD = sources.HERE.parent / "_build" / "teaching"
+GRADER = ("grade.py", "jail.py", "runner.py", "sources.py")
+
+
+def build(seeds: dict[str, int] | None = None, to: Path = BUILD) -> Path:
+    """Write all of it, anew."""
+    shutil.rmtree(to, ignore_errors=True)
+    for folder in ("student", "solutions", "autograder", "pages"):
+        (to / folder).mkdir(parents=True)
+    for lab in sources.LABS:
+        nb = sources.source(lab)
+        nbformat.write(sources.student(nb), to / "student" / f"{lab}.ipynb")
+        nbformat.write(sources.solved(nb), to / "solutions" / f"{lab}.ipynb")
+        (to / "pages" / f"{lab}.md").write_text(sources.page(nb, lab))
+        with zipfile.ZipFile(to / "autograder" / f"{lab}.zip", "w") as package:
+            for name in (f"{lab}.ipynb", *GRADER):
+                package.write(sources.HERE / name, name)
+        for student, seed in (seeds or {}).items():
+            (to / "student" / lab).mkdir(exist_ok=True)
+            nbformat.write(sources.student(nb, seed), to / "student" / lab / f"{student}.ipynb")
+    return to
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make student copies, solutions, autograders and pages of the labs.")
+    parser.add_argument("--roster", help="CSV with the columns student and seed: one copy a student as well")
+    given = parser.parse_args()
+    try:
+        to = build(sources.roster(given.roster) if given.roster else None)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    print(f"The labs are in {to}: student, solutions, autograder, pages.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The labs' sources, what is handed out, and the grader, on a lab of two tasks that needs no training.
+
+`book/teaching/check.py` does the same with the labs themselves; `.ci/run` runs it.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+TEACHING = Path(__file__).resolve().parents[1] / "book" / "teaching"
+sys.path.insert(0, str(TEACHING))
+
+import grade  # noqa: E402
+import jail  # noqa: E402
+import sources  # noqa: E402
+
+
+def cell(name, source, grade=False, solution=False, points=None, kind=new_code_cell, **metadata):
+    made = kind(source, id=name)
+    facts = {"grade_id": name, "grade": grade, "solution": solution, "locked": not solution, "schema_version": 3}
+    made.metadata = nbformat.from_dict({"nbgrader": facts | ({"points": points} if grade else {})} | metadata)
+    return made
+
+
+def task(name, answer, check, points):
+    return [
+        cell(name, f"### BEGIN SOLUTION\n{answer}\n### END SOLUTION", solution=True),
+        cell(f"{name}-check", check, grade=True, points=points),
+    ]
+
+
+def hidden(shown, asked):
+    return f"{shown}\n### BEGIN HIDDEN TESTS\n{asked}\n### END HIDDEN TESTS"
+
+
+@pytest.fixture
+def lab():
+    """Practice, a task whose answer depends on the seed, a function, an answer in words."""
+    twice = "def twice(x):\n    ### BEGIN SOLUTION\n    return 2 * x\n    ### END SOLUTION"
+    asked = (
+        "### BEGIN HIDDEN TESTS\nhand_in('double-check', [twice(student_seed), twice(0.5)], 1e-6)\n### END HIDDEN TESTS"
+    )
+    return new_notebook(cells=[
+        new_markdown_cell("# A lab", id="title"),
+        cell("student-seed", "student_seed = 0  # yours", tags=["parameters"]),
+        cell("setup", "base = 10"),
+        *task("warm-up", "four = 4", "assert four == 4", 0),
+        *task("sum", "total = base + student_seed", hidden("assert total", "hand_in('sum-check', total)"), 2),
+        cell("double", twice, solution=True),
+        cell("double-check", asked, grade=True, points=3),
+        cell("why", "### BEGIN SOLUTION\nBecause.\n### END SOLUTION", True, True, 4, new_markdown_cell),
+    ])  # fmt: skip
+
+
+# The sources and what is handed out ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lab", sources.LABS)
+def test_a_copy_that_is_handed_out_holds_no_answer_and_no_hidden_test(lab):
+    nb = sources.source(lab)
+    copy, text = sources.student(nb, 17), "\n".join(c.source for c in sources.student(nb, 17).cells)
+    assert "student_seed = 17" in text
+    assert not any(word in text for word in ("SOLUTION", "HIDDEN", "hand_in"))
+    answers = [part for c in nb.cells for part in sources.region(c.source, "SOLUTION")]
+    assert len(answers) >= 8
+    assert not [part for part in answers if part in text]
+    assert [c.id for c in copy.cells] == [c.id for c in nb.cells]
+    assert all(sources.STUB.splitlines()[1] in c.source for c in copy.cells
+               if sources.facts(c).get("solution") and c.cell_type == "code")  # fmt: skip
+
+
+@pytest.mark.parametrize("lab", sources.LABS)
+def test_a_lab_is_a_valid_notebook_without_outputs_worth_fifteen_points(lab):
+    nb = sources.source(lab)
+    nbformat.validate(nb)
+    assert not any(c.get("outputs") for c in nb.cells)
+    named = [sources.facts(c)["grade_id"] for c in nb.cells if sources.facts(c)]
+    assert len(named) == len(set(named))
+    assert all(sources.facts(c) for c in nb.cells if c.cell_type == "code")
+    assert sum(sources.points(nb).values()) == 10
+    assert sum(sources.by_hand(nb).values()) == 5
+    asked = {c.metadata.nbgrader.grade_id for c in nb.cells if sources.region(c.source, "HIDDEN TESTS")}
+    assert asked == set(sources.points(nb))
+
+
+@pytest.mark.parametrize("lab", sources.LABS)
+def test_the_page_has_the_solutions_of_practice_and_of_nothing_else(lab):
+    nb = sources.source(lab)
+    page = sources.page(nb, lab)
+    for c in nb.cells:
+        if sources.facts(c).get("solution"):
+            parts = sources.region(c.source, "SOLUTION")
+            published = c.cell_type == "code" and sources.is_practice(nb, c)
+            assert all((part.strip("\n") in page) == published for part in parts), c.id
+
+
+def test_regions_are_replaced_at_their_indentation():
+    text = "def f():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION\n\nx = 2"
+    assert sources.replaced(text, "SOLUTION", "pass\nreturn") == "def f():\n    pass\n    return\n\nx = 2"
+    assert sources.replaced(text, "SOLUTION", "") == "def f():\n\nx = 2"
+    assert sources.unmarked(text, "SOLUTION") == "def f():\n    return 1\n\nx = 2"
+    assert sources.region(text, "SOLUTION") == ["    return 1\n"]
+
+
+def test_a_roster_names_the_line_that_is_none(tmp_path):
+    file = tmp_path / "roster.csv"
+    file.write_text("student,seed\nada,1\nbo,2\n")
+    assert sources.roster(file) == {"ada": 1, "bo": 2}
+    for text in ("student,seed\nada,x\n", "student,seed\n../ada,1\n", "name\nada\n", "student,seed\nada,1\nada,2\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="roster"):
+            sources.roster(file)
+
+
+# Marks --------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_is_equal_in_type_and_within_the_tolerance():
+    assert grade.same([1, 2.0, {"a": "x"}], [1.0, 2.001, {"a": "x"}], 0.01)
+    assert not grade.same([1.0], [1.02], 0.01)
+    assert not grade.same(1, True, 0.0)
+    assert not grade.same(True, 1, 0.0)
+    assert not grade.same([1], [1, 2], 0.0)
+    assert not grade.same({"a": 1}, {"b": 1}, 0.0)
+    assert not grade.same(1.0, float("nan"), 1e9)
+    assert not grade.same("1", 1, 0.0)
+    assert not grade.same(1.0, None, 1.0)
+
+
+def test_only_answers_and_added_cells_of_a_submission_are_run(lab):
+    submission = sources.student(lab)
+    submission.cells[2].source = "base = 999"  # locked
+    submission.cells[4].source = "four = 5"  # a check is put after it, from the source
+    submission.cells.insert(3, new_code_cell("mine = 1"))
+    del submission.cells[-2]  # the check of the last task
+    job = grade.cells(lab, submission)
+    by_name = {part["name"]: part for part in job}
+    assert by_name["setup"]["code"] == "base = 10"
+    assert by_name["a cell of your own"]["code"] == "mine = 1"
+    assert by_name["warm-up"]["code"] == "four = 4" or "raise" in by_name["warm-up"]["code"]
+    assert job[-1]["name"] == "double-check"
+    assert "hand_in" in job[-1]["hidden"]
+    assert [part["name"] for part in job].index("setup") < [part["name"] for part in job].index("a cell of your own")
+
+
+def test_students_without_a_seed_are_named():
+    assert grade.seeds_of(["s12", "x7y8"], None) == {"s12": 12, "x7y8": 78}
+    with pytest.raises(ValueError, match="ada have no digits"):
+        grade.seeds_of(["ada", "s1"], None)
+    with pytest.raises(ValueError, match="bo are not in the roster"):
+        grade.seeds_of(["ada", "bo"], {"ada": 1})
+
+
+def test_a_file_that_is_no_notebook_is_said_to_be_none(tmp_path, lab):
+    for name, text in (("empty", ""), ("text", "hello"), ("list", "[]"), ("half", '{"cells": [')):
+        (tmp_path / f"{name}.ipynb").write_text(text)
+        submission, why = grade.read(tmp_path / f"{name}.ipynb")
+        assert submission is None
+        assert why.startswith("not a notebook")
+    nbformat.write(lab, tmp_path / "solution")
+    (tmp_path / "link.ipynb").symlink_to(tmp_path / "solution")
+    assert grade.read(tmp_path / "link.ipynb") == (None, "a link, not a file")
+
+
+def isolated():
+    try:
+        return jail.strength()
+    except RuntimeError as missing:
+        pytest.skip(str(missing))
+
+
+def test_a_folder_is_graded_and_nobody_sees_what_is_not_his(lab, tmp_path):
+    isolated()
+    folder = tmp_path / "submissions"
+    folder.mkdir()
+    secret = folder / "secret.txt"
+    secret.write_text("42")
+    made = {
+        student: sources.filled(sources.student(lab), lab) for student in ("right1", "copied2", "prying3", "empty4")
+    }
+    made["copied2"].cells[5].source = "total = 11"  # the answer of seed 1
+    look = f"raise RuntimeError([os.getuid(), *map(os.path.exists, {[str(secret), str(TEACHING)]})])"
+    made["prying3"].cells.append(new_code_cell(f"import os\n{look}"))
+    made["empty4"] = sources.student(lab)
+    for student, nb in made.items():
+        nbformat.write(nb, folder / f"{student}.ipynb")
+    (folder / "broken5.ipynb").write_text("no notebook")
+    out = tmp_path / "marks"
+    lines = grade.grade_folder(lab, folder, out, jobs=2, report=lambda _: None)
+    assert {line["student"]: line["sum"] for line in lines} == {
+        "broken5": 0, "copied2": 3, "empty4": 0, "prying3": 5, "right1": 5
+    }  # fmt: skip
+    with open(out / "marks.csv", newline="") as file:
+        assert [row["student"] for row in csv.DictReader(file)] == sorted([*made, "broken5"])
+    prying = (out / "feedback" / "prying3.md").read_text()
+    assert ", False, False]" in prying
+    assert os.geteuid() != 0 or f"[{jail.USER + sorted([*made, 'broken5']).index('prying3')}," in prying
+    assert "Because." in (out / "words.md").read_text()
+    assert "| sum-check | 0 | 2 |" in (out / "feedback" / "copied2.md").read_text()
+
+
+def test_a_cell_that_never_ends_costs_its_own_task(lab):
+    endless = sources.filled(sources.student(lab), lab)
+    endless.cells[5].source = "while True:\n    pass"
+    got = grade.run(lab, 3, endless, seconds=2, jailed=False)
+    assert [name for name, error in got.errors if error.startswith("TimeoutError")] == ["sum"]
+    assert set(got.values) == {"double-check"}
+
+
+def test_the_jail_has_no_network_no_other_files_and_no_way_back():
+    isolated()
+    probe = (
+        "ls / /root 2>&1; ls /sys/class/net 2>&1; cat /etc/passwd 2>&1; mount -t tmpfs x /tmp 2>&1; id -u; echo $HOME"
+    )
+    with jail.Folder() as root:
+        done = subprocess.run(jail.command(root, ["sh", "-c", probe]), capture_output=True, text=True, timeout=30)
+    assert "root" not in done.stdout.split("/root")[0].split()
+    assert done.stdout.count("No such file") >= 3
+    assert "permission denied" in done.stdout.lower() or "must be superuser" in done.stdout.lower()
+    assert done.stdout.split()[-1] == "/home"
+    if os.geteuid() == 0:
+        assert done.stdout.split()[-2] == str(jail.USER)
+
+
+def test_folders_inside_others_are_mounted_once():
+    assert jail.outermost(["/a/b", "/a", "/c/d", "/usr/local/x"], ["/usr"]) == ["/a", "/c/d"]
