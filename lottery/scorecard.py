@@ -167,6 +167,12 @@ def word(row):
     return row["verdict"] and row["verdict"].split(" (")[0].removesuffix(C.SIZE)
 
 
+def note(row):
+    """The remarks of the verdict: "size differs; setting unknown", or nothing."""
+    size, _, remark = (row["verdict"] or "").removeprefix(word(row) or "").partition(" (")
+    return "; ".join(filter(None, [size.removeprefix(", "), remark.removesuffix(")")]))
+
+
 def passes(row):
     """Whether the word is a positive one."""
     return word(row) in ("reproduced", "partly", "supports", "mixed")

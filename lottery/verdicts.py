@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from html import escape
 
-from lottery import names
+from lottery import names, scorecard
 from lottery.scorecard import interval, number, word
 
 # Verdicts in four kinds, each with its sign; the words themselves are `claims`'.
@@ -175,7 +175,7 @@ def _plain(title):
 
 def summary(row):
     """A tested claim as the row of a chapter's table, in Markdown."""
-    said = f"{SIGNS[kind(row)]} {row['verdict']}" + (f"; {row['stale']}" if row["stale"] else "")
+    said = f"{SIGNS[kind(row)]} {scorecard.said(row)}"
     return {
         "claim": f"{'★ ' * row['primary']}[{_plain(row['title'])}](scorecard.ipynb#{anchor(row)})",
         "item": row["item"],
@@ -438,9 +438,8 @@ def _line(row):
         nets, sets = (row[k].split(", ") for k in ("net", "data"))
         where = " and ".join(names.net(n, d) for n, d in itertools.product(nets, sets))
         basis.append(f"{row['trials']} trials{share}; {where}")
-    note = row["verdict"].removeprefix(word(row)).strip(" ()")
     changed = ", before that: ".join(filter(None, [row["stale"], row["was"]]))
-    notes = [n for n in (note, changed) if n]
+    notes = [n for n in (scorecard.note(row), changed) if n]
     more = [f"Rule: {row['rule']}.", f"Read: {row['quantity']}."]
     if every := row["all_trials"]:
         more.append(f"All {every['trials']} stored trials: {number(every['ours'])} {interval(every['interval'])}.")
@@ -463,8 +462,7 @@ def _line(row):
 
 def _untested(row):
     paper = "" if row["paper_value"] is None else f" <small>paper: {number(row['paper_value'])}</small>"
-    note = row["verdict"].removeprefix(word(row)).strip(" ()")
-    why = f" <small>{escape(note)}</small>" if note else ""
+    why = f" <small>{escape(note)}</small>" if (note := scorecard.note(row)) else ""
     command = f" <code>{escape(row['command'])}</code>" if row["command"] else ""
     return f"<li {_data(row)}>{_star(row)}{escape(row['title'])}{paper}{why}{command}</li>"
 

@@ -1155,6 +1155,14 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     assert table["claim"].tolist() == ["★ better", "faster", "weights"]
     assert table["ours"].tolist() == ["1.235 [0.5, 2]", "– ", "266,200 "]
     assert table["paper"].tolist() == ["1", "–", "266,000"]
+    remarks = {
+        "reproduced": "",
+        "supports, size differs": "size differs",
+        "reproduced, size differs (setting unknown)": "size differs; setting unknown",
+        "depends on the setting (norm (copy): supports)": "norm (copy): supports",
+    }
+    assert {verdict: scorecard.note({"verdict": verdict}) for verdict in remarks} == remarks
+    assert scorecard.word({"verdict": "supports, size differs (setting unknown)"}) == "supports"
     young = rows[2] | {"stale": "rule changed after run", "was": "partly"}
     assert scorecard.table([young])["verdict"][0] == "reproduced; rule changed after run, before that: partly"
 
