@@ -77,13 +77,15 @@ class Chapter:
 
     def scale(self, item):
         """The scale at which the item is shown. Raises Refused, with the command to run, where none is complete."""
-        complete = [name for name in self.scales if self.stored(item, name)[0] == len(self._runs(item, name))]
+        if not (here := [name for name in self.scales if self._runs(item, name)]):
+            raise Refused(f"{item} is no part of this: its network is not trained at scale {', '.join(self.scales)}.")
+        complete = [name for name in here if self.stored(item, name)[0] == len(self._runs(item, name))]
         for i, name in enumerate(complete):
             if all(self._cells(item, name) >= self._cells(item, lower) for lower in complete[i + 1 :]):
                 return name
         if self.exploration and item not in self.module.main:
             raise Refused(f"{item} is no part of an exploration: it varies the paper's own setting.")
-        name = self.scales[-1] if self.exploration else self.scales[-2:][0]  # the last is the digits', for a quick look
+        name = here[-1] if self.exploration else here[-2:][0]  # the last is the digits', for a quick look
         done, runs = self.stored(item, name)[0], self._runs(item, name)
         minutes = self._minutes(runs)
         how = "recompute='missing'" if self.exploration else f"lottery run {self.paper} {item} --scale {name}"
@@ -133,7 +135,10 @@ class Chapter:
             if self.store.get(r)
         ]
         frame = load([r for _, _, r in labels], self.store)
-        names = pd.DataFrame([(arm, point) for arm, point, _ in labels], columns=["arm", "point"])
+        arms = [
+            arm.removeprefix("lenet/").removeprefix("lenet@") for arm, _, _ in labels
+        ]  # until the notebook names nets
+        names = pd.DataFrame({"arm": arms, "point": [point for _, point, _ in labels]})
         return pd.concat([names, frame], axis=1)
 
     def badge(self, item, scale=None):

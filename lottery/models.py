@@ -33,19 +33,19 @@ def lenet_300_100(in_shape=(1, 28, 28), classes=10, hidden=(300, 100)):
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_dense(prod(in_shape), *hidden, classes)))
 
 
-def conv2(in_shape=(3, 32, 32), classes=10):
+def conv2(in_shape=(3, 32, 32), classes=10, width=64, dropout=0.0):
     """64, 64, pool; 256, 256, classes: 4,300,992 weights on CIFAR-10."""
-    return _conv([64], in_shape, classes)
+    return _conv([width], in_shape, classes, dropout)
 
 
-def conv4(in_shape=(3, 32, 32), classes=10):
+def conv4(in_shape=(3, 32, 32), classes=10, width=64, dropout=0.0):
     """64, 64, pool; 128, 128, pool; 256, 256, classes: 2,425,024 weights on CIFAR-10."""
-    return _conv([64, 128], in_shape, classes)
+    return _conv([width, 2 * width], in_shape, classes, dropout)
 
 
-def conv6(in_shape=(3, 32, 32), classes=10):
+def conv6(in_shape=(3, 32, 32), classes=10, width=64, dropout=0.0):
     """64, 64, pool; 128, 128, pool; 256, 256, pool; 256, 256, classes: 2,261,184 weights (the paper prints 1.7M)."""
-    return _conv([64, 128, 256], in_shape, classes)
+    return _conv([width, 2 * width, 4 * width], in_shape, classes, dropout)
 
 
 def resnet8(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
@@ -193,7 +193,10 @@ def create(name, seed=None, init=None, sigma=None, **options):
         classes: default 1000 for STR's networks, else 10.
         hidden: the two hidden layers of lenet_300_100, default (300, 100); the state of fastgrnn, default 100.
         factorised: of fastgrnn, see `LowRank`; default False.
-        width: filters of the first stage of resnet8, resnet20 and resnet32; default 16.
+        width: filters of the first stage of resnet8, resnet20 and resnet32, default 16, or of conv2, conv4 and conv6,
+            default 64.
+        dropout: of conv2, conv4 and conv6: the share of the outputs of each hidden fully connected layer that is set
+            to 0 in a training step, 0 <= dropout < 1; which layers LTH drops from is not stated. Default 0.
         shortcut: where widths change in resnet8, resnet20 and resnet32 there is a 1x1 convolution, followed by batch
             norm ("batch norm", the default: LTH, GraSP) or alone ("plain": the code of CS).
 
@@ -277,8 +280,10 @@ def _dense(*sizes):
     return layers
 
 
-def _conv(widths, in_shape, classes):
+def _conv(widths, in_shape, classes, dropout):
     """For each width two 3x3 convolutions and a 2x2 max-pool; then fully connected 256, 256, classes."""
+    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+        raise ValueError(f"Invalid dropout {dropout!r}: give a share of the outputs, 0 <= dropout < 1.")
     channels, height, width = in_shape
     shrink = 2 ** len(widths)
     if min(height, width) < shrink:
@@ -290,8 +295,10 @@ def _conv(widths, in_shape, classes):
             layers |= {f"conv{i}": nn.Conv2d(channels, n, 3, padding="same"), f"relu_conv{i}": nn.ReLU()}
             channels = n
         layers[f"pool{i}"] = nn.MaxPool2d(2)
-    features = channels * (height // shrink) * (width // shrink)
-    return nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), **_dense(features, 256, 256, classes)))
+    dense = _dense(channels * (height // shrink) * (width // shrink), 256, 256, classes)
+    if dropout:
+        dense = {n: nn.Sequential(m, nn.Dropout(dropout)) if isinstance(m, nn.ReLU) else m for n, m in dense.items()}
+    return nn.Sequential(OrderedDict(**layers, flatten=nn.Flatten(), **dense))
 
 
 def _vgg(repeats, in_shape, classes):

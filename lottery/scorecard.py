@@ -35,7 +35,7 @@ FINGERPRINTS = {  # `data.load(...).fingerprint` of the papers' data
 }
 # What may differ from the paper's Run: never mind · makes the evidence "reduced" · anything else is a stand-in.
 ALIKE = {"parent", "seed", "draw", "test_readings"}
-FEWER = {"images", "train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every"}
+FEWER = {"images", "train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every", "precision"}
 
 
 def claims(paper, reported_dir=None):

@@ -54,7 +54,7 @@ def level(level, seed=0, scale=None, store=None):
     store = store or Store()
     scales = [scale] if scale else lth.SCALES
     for name in scales:
-        at = lth.setting(name)
+        at = lth.setting(name).nets["lenet"]
         if 0 <= level <= at.rounds and (row := store.get(at.imp(seed, level)[0])):
             break
     else:

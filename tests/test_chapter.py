@@ -27,10 +27,14 @@ TINY = {"iterations": 20, "rounds": 1, "trials": 1}
 ITEMS = ("fig1", "fig3", "fig4", "fig11", "fig12", "fig14", "fig16", "fig19", "fig26")  # and one of each other kind
 
 
+def changed(at, **lenet):
+    return replace(at, nets={"lenet": replace(at.nets["lenet"], **lenet)})
+
+
 def presets():
     """The scales on the digits, with three rounds, one control round and seconds of training in all."""
     at = lth.override(lth.setting("smoke"), rounds=3, trials=1)
-    at = replace(at, control_rounds=(3,), one_shot=(0.825,))
+    at = changed(at, control_rounds=(3,), one_shot=(0.825,))
     recipes = {"paper": 40, "primary": 35, "laptop": 30, "smoke": 20}
     return {scale: lth.override(at, iterations=n) for scale, n in recipes.items()}
 
@@ -101,7 +105,7 @@ def test_best_is_the_highest_scale_that_is_complete(commit):
 
 
 def test_a_scale_with_fewer_controls_takes_no_figure_from_a_lower_one(commit, clone, monkeypatch):
-    primary = replace(presets()["primary"], trials=2, rounds=3, control_rounds=(2,))  # laptop's is at 3
+    primary = changed(replace(presets()["primary"], trials=2), rounds=3, control_rounds=(2,))  # laptop's is at 3
     monkeypatch.setitem(lth.SETTINGS, "primary", primary)
     runs = lth.runs("fig4", primary)
     last = [r for r in runs if r.seed == 1][-1]
@@ -122,9 +126,9 @@ def test_a_scale_with_fewer_controls_takes_no_figure_from_a_lower_one(commit, cl
     assert chapter.scale("fig4") == "laptop"
     assert set(chapter.trials("fig4", "primary")["seed"]) == {0, 1}
     assert chapter.trials("fig4", "paper") is None
-    monkeypatch.setitem(lth.SETTINGS, "primary", replace(primary, control_rounds=(2, 3)))
+    monkeypatch.setitem(lth.SETTINGS, "primary", changed(primary, control_rounds=(2, 3)))
     assert Chapter("lth").scale("fig4") == "laptop"  # one more network to train
-    monkeypatch.setitem(lth.ITEMS, "fig4", {"imp": None})
+    monkeypatch.setitem(lth.ITEMS, "fig4", {"lenet/imp": None})
     assert Chapter("lth").scale("fig4") == "primary"  # the tickets are all there, and more of them
 
 
@@ -187,7 +191,7 @@ def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
     commit([*lth.runs(None, "smoke"), *lth.runs("fig4", "paper")[:2]])
     device = Store("../results/ours").get(lth.runs("fig4", "smoke")[0])["device"]
     paper = lth.setting("paper")
-    monkeypatch.setitem(lth.SETTINGS, "paper", replace(paper, trials=5, one_shot=(0.825, 0.95)))
+    monkeypatch.setitem(lth.SETTINGS, "paper", changed(replace(paper, trials=5), one_shot=(0.825, 0.95)))
     assert Chapter("lth").badge("fig4").split(" · ") == [
         "the paper's network and data",  # as far as the presets of these tests go
         "50 % of the paper's steps",
@@ -197,13 +201,14 @@ def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
         "6 of 7 points of the paper's figure",
         f"2 of {len(lth.runs('fig4', 'paper'))} trainings stored of the paper's own setting",
     ]
-    monkeypatch.setitem(lth.SETTINGS, "paper", replace(paper, base=replace(paper.base, dataset="mnist")))
+    monkeypatch.setitem(lth.SETTINGS, "paper", changed(paper, base=replace(paper.nets["lenet"].base, dataset="mnist")))
     chapter = Chapter("lth")
     assert not chapter.stands_beside_paper("fig4")
     parts = chapter.badge("fig4").split(" · ")
     assert parts[:2] == ["stand-in: LeNet-300-100, the 8×8 digits", "20 iterations"]
-    half = replace(paper.base, recipe=replace(paper.base.recipe, precision="bfloat16"))
-    monkeypatch.setitem(lth.SETTINGS, "paper", replace(paper, base=half))
+    base = paper.nets["lenet"].base
+    half = replace(base, recipe=replace(base.recipe, precision="bfloat16"))
+    monkeypatch.setitem(lth.SETTINGS, "paper", changed(paper, base=half))
     assert Chapter("lth").badge("fig4").split(" · ")[2] == "float32"  # said where it is not the paper's
 
 

@@ -980,7 +980,7 @@ def test_the_runs_of_a_claim_are_those_that_its_verdict_rests_on():
     """13.5 % is level 9; the claim asks for ten trials, of which the laptop's scale has five."""
 
     def runs(scale, trials):
-        at = lth.setting(scale)
+        at = lth.setting(scale).nets["lenet"]
         return {r for seed in range(trials) for level in (0, 9) for r in at.imp(seed, level)}
 
     name = "lth-fig4-accuracy-13"

@@ -229,7 +229,7 @@ def test_status_names_every_item_of_every_scale(tmp_path):
     told = json.loads(call("status", "--json", "--results-dir", tmp_path / "none").stdout)
     assert told["schema"] == 1
     assert {(line["paper"], line["item"], line["scale"]) for line in told["items"]} == {
-        (name, i, s) for name, paper in (("lth", lth), ("grasp", grasp)) for i in paper.ITEMS for s in paper.SCALES
+        (name, i, s) for name, paper in (("lth", lth), ("grasp", grasp)) for i in paper.ITEMS for s in paper.SETTINGS
     }
     [line] = [line for line in told["items"] if (line["item"], line["scale"]) == ("fig14", "laptop")]
     assert (line["runs"], line["iterations"], line["stored"]) == (140, 2_100_000, 0)

@@ -259,7 +259,7 @@ def test_theta_k_lies_on_the_parents_own_way(trained, digits):
 
 
 def test_one_shot_has_the_density_of_round_10_within_one_weight(tmp_path, digits):
-    at = lth.Setting(base=DENSE)
+    at = lth.Net(base=DENSE)
     [dense], [pruned] = at.dense(0), at.oneshot(0, None)
     assert pruned.parent == dense
     assert (pruned.level, pruned.init) == (1, "reset")

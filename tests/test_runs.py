@@ -21,7 +21,7 @@ def test_golden_keys():
     """Published keys never change: results that are stored under them would be lost."""
     assert Run().key == "80bf7434e629f8318232e9b1"
     assert child(child(Run()), init="reinit").key == "8cc02c332516a9ac25644590"
-    assert lth.setting("laptop").dense(0)[0].key == "9585cfd6dd9bcbc87c9e0fc7"
+    assert lth.setting("laptop").nets["lenet"].dense(0)[0].key == "9585cfd6dd9bcbc87c9e0fc7"
 
 
 def test_key_is_the_hash_of_what_the_docstring_says():
@@ -143,7 +143,7 @@ def test_a_field_added_later_changes_no_key():
 def test_no_names_of_papers_figures_or_scales_in_a_spec():
     """One run serves many figures: the ones of figure 4 are those of figure 12 and more."""
     assert set(lth.runs("fig12", "laptop")) <= set(lth.runs("fig4", "laptop"))
-    spec = json.dumps(lth.setting("laptop").reinit(0, 3)[0].spec())
+    spec = json.dumps(lth.setting("laptop").nets["lenet"].reinit(0, 3)[0].spec())
     assert not re.search("lth|fig|laptop|paper|claim", spec)
 
 

@@ -25,7 +25,7 @@ SPARSE = {"fc1": 15_360, "fc2": 24_000, "fc3": 900}  # what one round keeps of 1
 def stored(tmp_path_factory):
     """The dense network and the first round of the digits' preset: 2 × 100 iterations."""
     folder = tmp_path_factory.mktemp("stored")
-    [run] = lth.setting("smoke").imp(0, 1)
+    [run] = lth.setting("smoke").nets["lenet"].imp(0, 1)
     with futures.ThreadPoolExecutor(1) as pool:
         assert experiments.run([run], pool, store=Store(folder), progress=False) == []
     return folder
@@ -75,7 +75,7 @@ def test_a_ticket_of_the_store_is_the_initialisation_and_the_mask(ticket, stored
     assert equal(ticket.theta, theta_0)
     assert {name: int(m.sum()) for name, m in ticket.masks.items()} == SPARSE
     assert ticket.density == pytest.approx(sum(SPARSE.values()) / 50_200)
-    [run] = lth.setting("smoke").imp(0, 1)
+    [run] = lth.setting("smoke").nets["lenet"].imp(0, 1)
     assert ticket.spec == run.spec()
     weights = load_file(Store(stored).artifact(run.parent.key))
     for name, m in ticket.masks.items():
@@ -134,7 +134,7 @@ def test_what_is_not_stored_is_told_in_one_line(stored):
 
 
 def test_another_initialisation_than_the_one_that_trained_is_not_called_the_same(stored, tmp_path):
-    [run] = lth.setting("smoke").imp(0, 1)
+    [run] = lth.setting("smoke").nets["lenet"].imp(0, 1)
     row = dict(Store(stored).get(run))
     certificate = json.loads(row["certificate"])
     row["certificate"] = json.dumps({**certificate, "theta0": "0" * 64}, sort_keys=True)
@@ -149,7 +149,7 @@ def test_no_file_is_told_in_one_line(tmp_path):
             tickets.load(path)
 
 
-SPEC = lth.setting("smoke").base.spec()
+SPEC = lth.setting("smoke").nets["lenet"].base.spec()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_ticket_of_a_network_with_convolutions(tmp_path):
     model = M.attach(models.create("conv2", seed=3, in_shape=(1, 8, 8)))
     generator = torch.Generator().manual_seed(1)
     masks = {name: torch.rand(m.shape, generator=generator) < 0.3 for name, m in M.read(model).items()}
-    run = replace(lth.setting("smoke").base, model="conv2", seed=3)
+    run = replace(lth.setting("smoke").nets["lenet"].base, model="conv2", seed=3)
     ticket = tickets.Ticket(M.state(model), masks, run.spec())
     tickets.save(ticket, tmp_path / "conv.safetensors")
     back = tickets.load(tmp_path / "conv.safetensors")

@@ -1,9 +1,11 @@
-"""What to run for the Lottery Ticket Hypothesis (arXiv 1803.03635v5), LeNet-300-100 on MNIST.
+"""What to run for the Lottery Ticket Hypothesis (arXiv 1803.03635v5), and for late rewinding (arXiv 1903.01611).
 
-A `Setting` is the experiment at one scale; its defaults are the paper's (figure 2, sections 1, 2, appendices B to G).
-An arm is what is trained of one trial: "imp", or with another recipe or network, a key of VARIANTS, "sgd-0.8/imp".
-The settings that the paper does not state: input scaling (ours: pixels in [0, 1]), Adam's β and ε (PyTorch's),
-the bias initialisation (zeros, as in the authors' code), the last incomplete minibatch (dropped).
+A `Setting` is the experiment at one scale, one `Net` a network in it; the paper's are in NETS (figure 2, sections 1, 2
+and 4, appendices B to I). An arm is what is trained of one trial: "lenet/imp", or with another recipe, a name of
+VARIANTS, "lenet@sgd-0.8/imp"; its points are rounds of pruning, or the fraction removed in one shot.
+The settings that the paper does not state: input scaling (ours: pixels in [0, 1] of MNIST, standardised ones of
+CIFAR-10), Adam's β and ε (PyTorch's), the bias initialisation (zeros, as in the authors' code), the last incomplete
+minibatch (dropped).
 """
 
 import dataclasses
@@ -11,9 +13,11 @@ import functools
 import itertools
 from dataclasses import dataclass, field
 
+import torch
+
 from lottery import data, masks, models
 from lottery.experiments.papers import Paper
-from lottery.experiments.runs import INITS, Run, chosen, preset, rates
+from lottery.experiments.runs import INITS, Run, rates
 from lottery.training import Recipe
 
 NETWORKS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # by the paper's names; its "Resnet-18" has 20 layers
@@ -22,19 +26,17 @@ GUESSED = ("input scaling", "Adam β, ε", "bias initialisation", "incomplete la
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One experiment at one scale.
+class Net:
+    """The trainings of one network at one scale.
 
-    base: the dense Run of the first trial. trials: seeds base.seed … base.seed + trials − 1. rounds: of IMP.
-    control_rounds: rounds at which the controls run. draws: random reinitialisations per ticket; random_draws: random
-    sparse networks per trial. probe_rounds: rounds at which the appendix's controls run, once per ticket.
-    sweep_rounds: of the appendix's sweeps; far_rounds: of the one that the paper follows below 1 %.
-    one_shot: fractions p to remove in one step (None: the IMP density of round 10, or of the last one before).
-    init: what the tickets of the "imp" arm start from; anything but "reset" is an exploration, not the paper.
+    base: the dense Run of trial 0. rounds: of IMP. control_rounds: rounds at which the controls run. draws: random
+    reinitialisations per ticket; random_draws: random sparse networks per trial. probe_rounds: rounds at which the
+    appendix's controls, and the controls of VARIANTS, run. sweep_rounds: of VARIANTS; far_rounds: of the one that the
+    paper follows below 1 %. one_shot: fractions p to remove in one step (None: the IMP density of round 10, or of the
+    last one before). init: what the tickets of the "imp" arm start from; anything but "reset" is an exploration.
     """
 
     base: Run = field(default_factory=lambda: Run(recipe=Recipe(test_readings="all")))
-    trials: int = 5
     rounds: int = 20
     control_rounds: tuple[int, ...] = tuple(range(1, 21))
     draws: int = 3
@@ -46,9 +48,8 @@ class Setting:
     init: str = "reset"
 
     def __post_init__(self):
-        for name in ("trials", "rounds", "draws", "random_draws", "sweep_rounds", "far_rounds"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
+        for name in ("rounds", "draws", "random_draws", "sweep_rounds", "far_rounds"):
+            _whole(name, getattr(self, name))
         if any(p is not None and not 0 < p < 1 for p in self.one_shot):
             raise ValueError(f"Invalid one_shot {self.one_shot}: give fractions to remove, 0 < p < 1.")
         if self.init not in INITS:
@@ -56,11 +57,7 @@ class Setting:
         if (self.init == "rewind") != (self.base.rewind_to > 0):
             raise ValueError(f"Invalid rewind_to {self.base.rewind_to} with init {self.init!r}: they go together.")
 
-    @property
-    def seeds(self):
-        return range(self.base.seed, self.base.seed + self.trials)
-
-    # The arms: what is trained of one trial at one level, as a list of Runs.
+    # The controls: what is trained of one trial at one level, as a list of Runs.
 
     def dense(self, seed, level=0):
         """The whole network; how it would be pruned is no part of it."""
@@ -74,6 +71,11 @@ class Setting:
     def continued(self, seed, level):
         """Strategy 2 of appendix B: training goes on between rounds, and only the ticket of the level is reset."""
         return self._pruned(seed, level, "continue", self._off_trunk)
+
+    def rewind(self, seed, level, k):
+        """The network after `level` rounds whose survivors go back to θ_k (1903.01611, algorithm 1)."""
+        base = dataclasses.replace(self.base, rewind_to=k)
+        return dataclasses.replace(self, base=base, init="rewind").imp(seed, level)
 
     def _pruned(self, seed, level, last, recipe):
         """The network that starts from `last`, below the chain of rounds that goes with it."""
@@ -122,17 +124,27 @@ class Setting:
         """The recipe where no figure draws curves: the test set is read at log-spaced iterations."""
         return dataclasses.replace(self.base.recipe, test_readings="log")
 
-    # Other recipes and networks.
+    # Other recipes.
 
-    def variant(self, name):
-        """The Setting of a sweep's point: pruned until as few weights are left as here after the sweep's rounds."""
-        change = dict(VARIANTS[name])
-        left = self.weights(getattr(self, change.pop("until", "sweep_rounds")))
-        recipe = {k: change.pop(k) for k in ("optimizer", "lr", "momentum", "batch_size") if k in change}
-        readings = "all" if name in WITH_MASKS else "log"
-        recipe = dataclasses.replace(self.base.recipe, **recipe, test_readings=readings)
+    def variant(self, change, share=1.0):
+        """The Net of a point of VARIANTS; share: what part of the paper's iterations one training has here.
+
+        It is pruned until as few weights are left as here after the sweep's rounds.
+        """
+        if not change:
+            return self
+        change = {"test_readings": "log"} | change
+        rounds, until = change.pop("rounds", None), change.pop("until", "sweep_rounds")
+        recipe = {k: change.pop(k) for k in RECIPE if k in change}
+        recipe["iterations"] = self.base.recipe.iterations * change.pop("longer", 1)
+        if "warmup" in recipe:
+            recipe["warmup"] = round(share * recipe["warmup"])
+        recipe = dataclasses.replace(self.base.recipe, **recipe)
+        if "options" in change:
+            change["options"] = tuple(sorted((dict(self.base.options) | change["options"]).items()))
         at = dataclasses.replace(self, base=dataclasses.replace(self.base, recipe=recipe, **change))
-        rounds = next(r for r in itertools.count() if at.weights(r) <= left)
+        left = self.weights(getattr(self, until))
+        rounds = getattr(self, rounds) if rounds else next(r for r in itertools.count() if at.weights(r) <= left)
         probes = tuple(r for r in self.probe_rounds if r <= rounds)
         return dataclasses.replace(at, rounds=max(1, rounds), control_rounds=probes, probe_rounds=probes)
 
@@ -140,7 +152,10 @@ class Setting:
 
     def weights(self, level):
         """How many weights are left after `level` rounds, by the counts that `lth.prune` keeps."""
-        return sum(_after(n, rate, level) for n, rate in self._sizes.values())
+        groups = list(self._sizes.values())
+        if self.base.scope == "global":
+            groups = [(sum(n for n, s in groups if s == rate), rate) for rate in {s for _, s in groups}]
+        return sum(_after(n, rate, level) for n, rate in groups)
 
     def density(self, level):
         """Fraction of all weights kept after `level` rounds."""
@@ -155,10 +170,12 @@ class Setting:
     @functools.cached_property
     def _sizes(self):
         """{layer: (weights, rate per round)}."""
-        shape = data.SETS[self.base.dataset].shape
-        model = models.create(self.base.model, seed=0, in_shape=shape, **dict(self.base.options))
-        each = rates(model, self.base)
-        return {name: (layer.weight.numel(), each[name]) for name, layer in masks.prunable(model).items()}
+        shape, options = data.SETS[self.base.dataset].shape, dict(self.base.options)
+        with torch.device("meta"):  # sizes without numbers
+            model = models.create(self.base.model, in_shape=shape, **options)
+        each, layers = rates(model, self.base), masks.prunable(model)
+        ranked = layers if self.base.layers is None else self.base.layers
+        return {name: (layer.weight.numel(), each[name] if name in ranked else 0) for name, layer in layers.items()}
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -177,73 +194,250 @@ def _after(n, rate, level):
     return n
 
 
+def _whole(name, value):
+    if type(value) is not int or value < 1:
+        raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All networks at one scale. nets: by the names of arms. trials: seeds seed … seed + trials − 1."""
+
+    nets: dict[str, Net]
+    trials: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        _whole("trials", self.trials)
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"Invalid seed {self.seed!r}: give a whole number from 0.")
+
+    @property
+    def seeds(self):
+        return range(self.seed, self.seed + self.trials)
+
+    def net(self, name):
+        """The Net "net" or "net@variant", or None where it is not here."""
+        net, _, variant = name.partition("@")
+        if net not in self.nets or (variant and variant not in VARIANTS[net]):
+            return None
+        return _variant(self.nets[net], net, variant) if variant else self.nets[net]
+
+    def share(self, net):
+        """What part of the paper's iterations one training of a network has here."""
+        return _share(self.nets[net.partition("@")[0]], net.partition("@")[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _variant(at, net, name):
+    return at.variant(VARIANTS[net][name], _share(at, net))
+
+
+def _share(at, net):
+    return at.base.recipe.iterations / NETS[net].base.recipe.iterations
+
+
 CONTROL_CURVES = (3, 7)  # levels at which figure 3 draws reinitialised networks reading by reading
+RECIPE = ("optimizer", "lr", "momentum", "batch_size", "warmup", "test_readings")
 
-# Points of the appendix's sweeps: what differs from the base Run and its recipe. until: which rounds of the base's say
-# how few weights are left at the end.
-VARIANTS = {
-    **{f"lr{lr}": {"lr": float(lr)} for lr in ("2.5e-5", "2e-4", "2e-3", "6.4e-3")},
-    **{f"sgd-{lr}": {"optimizer": "sgd", "lr": lr} for lr in (0.1, 0.4)},
-    "sgd-0.8": {"optimizer": "sgd", "lr": 0.8, "until": "far_rounds"},
-    **{f"momentum-{lr}": {"optimizer": "sgd", "momentum": 0.9, "lr": lr} for lr in (0.025, 0.1)},
-    "rate0.1": {"rate": 0.1, "rate_output": 0.05},
-    "rate0.4": {"rate": 0.4, "rate_output": 0.2, "until": "rounds"},
-    **{f"sigma{s}": {"options": (("init", "normal"), ("sigma", s))} for s in (0.03, 0.1, 0.3)},
-    **{f"hidden{n}-{n // 3}": {"options": (("hidden", (n, n // 3)),), "until": "rounds"} for n in (75, 150)},
-    "kaiming": {"options": (("init", "kaiming fan_in"),)},
+
+# The networks of the paper --------------------------------------------------------------------------------------------
+
+
+def conv(model, iterations, lr, rate_conv, rounds):
+    """Conv-2, -4 or -6 on CIFAR-10: Adam, batches of 60, layer-wise pruning."""
+    recipe = Recipe(lr=lr, iterations=iterations, inputs="standard", test_readings="log")
+    every = tuple(range(1, rounds + 1))
+    base = Run(model=model, dataset="cifar10", recipe=recipe, rate_conv=rate_conv)
+    return Net(base, rounds=rounds, control_rounds=every, probe_rounds=every, sweep_rounds=rounds)
+
+
+def deep(model, layers, batch_size, iterations, milestones, eval_every, rounds):
+    """The residual network or VGG-19 on CIFAR-10: SGD at 0.1, all convolutions of `layers` pruned together.
+
+    The test set is read after 15 or 12 stretches, of which a third and two thirds of the training are two: what
+    figures 7 and 8 draw.
+    """
+    recipe = Recipe(
+        optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, batch_size=batch_size, iterations=iterations,
+        milestones=milestones, eval_every=eval_every, inputs="standard", augment="flip-crop", test_readings="log",
+    )  # fmt: skip
+    every = tuple(range(1, rounds + 1))
+    base = Run(model=model, dataset="cifar10", recipe=recipe, scope="global", rate_output=None, layers=layers)
+    return Net(base, rounds=rounds, control_rounds=every, probe_rounds=every, sweep_rounds=rounds)
+
+
+def residual(blocks):
+    """The 3x3 convolutions of a residual network with so many blocks in each of three stages."""
+    places = itertools.product((1, 2, 3), range(blocks), (1, 2))
+    return ("conv1", *(f"layer{stage}.{block}.conv{conv}" for stage, block, conv in places))
+
+
+NETS = {
+    "lenet": Net(),
+    "conv2": conv("conv2", 20_000, 2e-4, 0.1, 18),
+    "conv4": conv("conv4", 25_000, 3e-4, 0.1, 21),
+    "conv6": conv("conv6", 30_000, 3e-4, 0.15, 21),
+    "resnet18": deep("resnet20", residual(3), 128, 30_000, (20_000, 25_000), 2_000, 15),
+    "vgg19": deep("vgg19", tuple(f"conv{i}" for i in range(1, 17)), 64, 112_480, (56_240, 84_360), 10_000, 20),
 }
-WITH_MASKS = ("sgd-0.8",)  # figures 16, 22 and 24 look at its masks
-GUESSED_POINTS = ("sigma0.03", "sigma0.3", "hidden75-25", "hidden150-50")  # the paper's own are not stated in its text
 
-LAPTOP = {
+# Points of the sweeps: what differs from a network's base Run and its recipe. until: which rounds of the base say how
+# few weights are left at the end; rounds: which give their number. longer: times the iterations.
+DROPOUT = {"longer": 3, "options": {"dropout": 0.5}}
+LAYERWISE = {"scope": "layer"}
+CONVS = {  # appendix H; which learning rates SGD had is not stated
+    "sgd": {"optimizer": "sgd", "lr": 0.01},
+    **{f"momentum-{lr}": {"optimizer": "sgd", "momentum": 0.9, "lr": lr} for lr in (0.001, 0.005, 0.008)},
+    "conv-only": {"rate": 0.0, "rate_output": 0.0, "rounds": "sweep_rounds"},
+    "fc-only": {"rate_conv": 0.0, "rounds": "sweep_rounds"},
+    **{f"conv{percent}": {"rate_conv": percent / 100, "rounds": "sweep_rounds"} for percent in (10, 15, 20)},
+}
+RATES = {"0.1": {}, "0.03": {"lr": 0.03}, "0.01": {"lr": 0.01}}  # of learning; warmup: to the paper's chosen lengths
+DEEP = {
+    "resnet18": RATES | {"warmup": {"lr": 0.03, "warmup": 20_000}, "warmup-5000": {"lr": 0.03, "warmup": 5_000}},
+    "vgg19": RATES | {"warmup": {"warmup": 10_000}, "warmup-5000": {"warmup": 5_000}},
+}
+VARIANTS = {
+    "lenet": {
+        **{f"lr{lr}": {"lr": float(lr)} for lr in ("2.5e-5", "2e-4", "2e-3", "6.4e-3")},
+        **{f"sgd-{lr}": {"optimizer": "sgd", "lr": lr} for lr in (0.1, 0.4)},
+        # figures 16, 22 and 24 look at its masks
+        "sgd-0.8": {"optimizer": "sgd", "lr": 0.8, "until": "far_rounds", "test_readings": "all"},
+        **{f"momentum-{lr}": {"optimizer": "sgd", "momentum": 0.9, "lr": lr} for lr in (0.025, 0.1)},
+        "rate0.1": {"rate": 0.1, "rate_output": 0.05},
+        "rate0.4": {"rate": 0.4, "rate_output": 0.2, "until": "rounds"},
+        **{f"sigma{s}": {"options": {"init": "normal", "sigma": s}} for s in (0.03, 0.1, 0.3)},
+        **{f"hidden{n}-{n // 3}": {"options": {"hidden": (n, n // 3)}, "until": "rounds"} for n in (75, 150)},
+        "kaiming": {"options": {"init": "kaiming fan_in"}},
+    },
+    "conv2": CONVS
+    | {"lr4e-4": {"lr": 4e-4}, "dropout": DROPOUT | {"lr": 3e-4}}
+    | {f"dropout-lr{lr}": DROPOUT | {"lr": float(lr)} for lr in ("1e-4", "2e-4", "4e-4")},
+    "conv4": CONVS | {"lr2e-4": {"lr": 2e-4}, "lr4e-4": {"lr": 4e-4}, "dropout": DROPOUT | {"lr": 2e-4}},
+    "conv6": CONVS
+    | {f"conv10-lr{lr}": CONVS["conv10"] | {"lr": float(lr)} for lr in ("2e-4", "4e-4")}
+    | {"dropout": DROPOUT | {"lr": 2e-4}},
+    **{
+        net: some | {f"{name}-layerwise": change | LAYERWISE for name, change in some.items()}
+        for net, some in DEEP.items()
+    },
+}
+# The paper's own points are not stated in its text.
+GUESSED_POINTS = ("sigma0.03", "sigma0.3", "hidden75-25", "hidden150-50", "sgd", "conv15", "conv20")
+
+
+# The scales -----------------------------------------------------------------------------------------------------------
+
+
+def smaller(net, iterations, eval_every, recipe=None, run=None, **changes):
+    """A network of the paper trained for less, its milestones at the same fractions, with other changes."""
+    base = NETS[net].base
+    share = iterations / base.recipe.iterations
+    given = {"iterations": iterations, "eval_every": eval_every} | (recipe or {})
+    given |= {"milestones": tuple(round(share * t) for t in base.recipe.milestones)}
+    base = dataclasses.replace(base, recipe=dataclasses.replace(base.recipe, **given), **(run or {}))
+    return dataclasses.replace(NETS[net], base=base, **changes)
+
+
+ONCE = {"draws": 1, "random_draws": 1}
+LAPTOP = ONCE | {
     "rounds": 15,
     "control_rounds": (3, 7, 9, 10, 12, 15),
-    "draws": 1,
-    "random_draws": 1,
     "probe_rounds": (7, 12, 15),
     "sweep_rounds": 7,
     "far_rounds": 21,
     "one_shot": (0.825, None, 0.95),
 }
 SMOKE = LAPTOP | {"rounds": 7, "control_rounds": (3, 7), "probe_rounds": (7,), "sweep_rounds": 1, "far_rounds": 7}
-SETTINGS = {  # highest scale first
-    "paper": Setting(),
-    # The paper's trainings that decide the primary claims, with twice its trials: figure 4 is 180 runs.
-    "primary": Setting(
-        trials=10, rounds=15, control_rounds=(7,), draws=1, probe_rounds=(7,), sweep_rounds=7, one_shot=(None,)
+BFLOAT16 = {"precision": "bfloat16"}
+# Written down, with n = 5 trials and these levels, before any of them ran. Conv-2 trains for a quarter of the paper's
+# iterations, which covers every minimum of the validation loss: PILOT.
+LAPTOP_CONV = {
+    "conv2": smaller(
+        "conv2", 5_000, 100, BFLOAT16,
+        rounds=15, control_rounds=(3, 7, 15), probe_rounds=(7, 15), sweep_rounds=7, **ONCE,
     ),
-    "laptop": Setting(Run(recipe=Recipe(iterations=15_000, test_readings="all")), **LAPTOP),
+    "conv4": smaller(
+        "conv4", 6_250, 125, BFLOAT16, rounds=12, control_rounds=(3, 12), probe_rounds=(12,), sweep_rounds=7, **ONCE
+    ),
+    "conv6": smaller(
+        "conv6", 7_500, 150, BFLOAT16, rounds=10, control_rounds=(3, 10), probe_rounds=(10,), sweep_rounds=7, **ONCE
+    ),
+    "resnet18": smaller(  # the stand-in for the residual network: a fifth of its iterations
+        "resnet18", 6_000, 400, BFLOAT16, {"model": "resnet8", "dataset": "cifar10_16", "layers": residual(1)},
+        rounds=10, control_rounds=(2, 4, 6, 8, 10), probe_rounds=(8,), sweep_rounds=8, **ONCE,
+    ),
+}  # fmt: skip
+FEW = ONCE | {"rounds": 2, "control_rounds": (2,), "probe_rounds": (2,), "sweep_rounds": 1}
+QUICK = {"batch_size": 20}
+NARROW = {"dataset": "digits", "options": (("width", 4),)}
+SMOKE_CONV = {net: smaller(net, 15, 5, QUICK, NARROW, **FEW) for net in ("conv2", "conv4", "conv6")}
+SMOKE_CONV["resnet18"] = smaller(
+    "resnet18", 30, 2, QUICK,
+    NARROW | {"model": "resnet8", "layers": residual(1)}, **FEW,
+)  # fmt: skip
+SETTINGS = {  # highest scale first
+    "paper": Setting(NETS),
+    # The paper's trainings that decide LeNet's primary claims, with twice its trials: figure 4 is 180 runs.
+    "primary": Setting(
+        {"lenet": Net(rounds=15, control_rounds=(7,), draws=1, probe_rounds=(7,), sweep_rounds=7, one_shot=(None,))},
+        trials=10,
+    ),
+    "laptop": Setting(
+        {"lenet": Net(Run(recipe=Recipe(iterations=15_000, test_readings="all")), **LAPTOP)} | LAPTOP_CONV
+    ),
     "smoke": Setting(
-        Run(dataset="digits", recipe=Recipe(iterations=100, eval_every=10, test_readings="all")), trials=2, **SMOKE
+        {
+            "lenet": Net(
+                Run(dataset="digits", recipe=Recipe(iterations=100, eval_every=10, test_readings="all")), **SMOKE
+            )
+        }
+        | SMOKE_CONV,
+        trials=2,
     ),
 }
 SCALES = tuple(SETTINGS)
 
-# What each figure draws: arm → levels (None: all that the setting has). MAIN: of the main text, and 14.
+
+# What each figure draws: arm → levels (None: all that the setting has) ------------------------------------------------
+
+
+def arms(nets, *controls):
+    """Every control of every network, or net@variant, at all levels."""
+    return {f"{net}/{control}": None for net in nets for control in controls}
+
+
+def variants(net, *names):
+    return [f"{net}@{name}" for name in names]
+
+
+# MAIN: LeNet's of the main text, and 14.
 MAIN = ("fig1", "fig3", "fig4", "fig11", "fig12", "fig14")
+CURVES = {"lenet/imp": (0, 3, 7, 12, 15, 18), "lenet/reinit": (3, 7)}
+SGD = ["lenet@sgd-0.8"]
 ITEMS = {
-    "fig1": {"imp": None, "random": None},
-    "fig3": {"imp": (0, 3, 7, 12, 15, 18), "reinit": (3, 7)},
-    "fig4": {"imp": None, "reinit": None, "oneshot": None},
-    "fig11": {"imp": (0, 3, 7, 12, 15, 18), "reinit": (3, 7)},
-    "fig12": {"imp": None, "reinit": None},
-    "fig14": {"imp": None, "reinit": None, "random": None},
-    "fig9": {"imp": None, "continued": None},
-    "fig15": {"imp": None},
-    "fig16": {"sgd-0.8/imp": None},
-    "fig17": {"imp": None, "reinit": None, "dm-reinit": None}
-    | {f"sgd-0.8/{control}": None for control in ("imp", "reinit", "dm-reinit")},
-    "fig18": {"imp": None, "reinit": None, "prune-at-init": None},
-    "fig19": {"dm-reinit": None},  # whose rows hold what is drawn, see work._moves
-    "fig20": {"dm-reinit": None},
-    "fig21": {"imp": None},
-    "fig22": {"sgd-0.8/imp": None},
-    "fig23": {"imp": None},
-    "fig24": {"sgd-0.8/imp": None},
-    "fig25": {"imp": None, "reinit": None} | {f"noise-{c}": None for c in (0.5, 1, 2, 3)},
+    "fig1": arms(["lenet"], "imp", "random"),
+    "fig3": CURVES,
+    "fig4": arms(["lenet"], "imp", "reinit", "oneshot"),
+    "fig11": CURVES,
+    "fig12": arms(["lenet"], "imp", "reinit"),
+    "fig14": arms(["lenet"], "imp", "reinit", "random"),
+    "fig9": arms(["lenet"], "imp", "continued"),
+    "fig15": arms(["lenet"], "imp"),
+    "fig16": arms(SGD, "imp"),
+    "fig17": arms(["lenet", *SGD], "imp", "reinit", "dm-reinit"),
+    "fig18": arms(["lenet"], "imp", "reinit", "prune-at-init"),
+    "fig19": arms(["lenet"], "dm-reinit"),  # whose rows hold what is drawn, see work._moves
+    "fig20": arms(["lenet"], "dm-reinit"),
+    "fig21": arms(["lenet"], "imp"),
+    "fig22": arms(SGD, "imp"),
+    "fig23": arms(["lenet"], "imp"),
+    "fig24": arms(SGD, "imp"),
+    "fig25": arms(["lenet"], "imp", "reinit", *(f"noise-{c}" for c in (0.5, 1, 2, 3))),
 }
 ITEMS |= {
-    item: dict.fromkeys(["imp", *(f"{name}/imp" for name in names)])
+    item: arms(["lenet", *variants("lenet", *names)], "imp")
     for item, names in {
         "fig26": ("lr2.5e-5", "lr2e-4", "lr2e-3", "lr6.4e-3"),
         "fig27": ("sgd-0.4", "sgd-0.8"),
@@ -256,26 +450,60 @@ ITEMS |= {
 }
 
 
-CONTROLS = {arm.split("/")[-1] for arms in ITEMS.values() for arm in arms} | {"dense", "oneshot-reinit"}
+def _convolutional(net):
+    """Conv-2, -4 or -6: an item for each figure and network, since one may be run without the others."""
+    rates = [name for name in VARIANTS[net] if name.startswith("conv") and "only" not in name]
+    also = {1: ["random"], 5: ["reinit"], 10: ["continued"], 13: ["reinit"], 14: ["reinit", "random"]}
+    names = {
+        6: ["dropout"],
+        32: [name for name in VARIANTS[net] if name.startswith("lr")],
+        33: ["sgd"],
+        34: [name for name in VARIANTS[net] if name.startswith("momentum")],
+        35: [name for name in rates if "lr" not in name],
+        36: [name for name in VARIANTS[net] if name.startswith("dropout")],
+        37: ["conv-only", "fc-only"],
+    }
+    if net == "conv6":  # which prunes 15 % of its convolutions a round everywhere else
+        names[32] = [name for name in rates if "lr" in name or name == "conv10"]
+    return {f"fig{n}-{net}": arms([net], "imp", *controls) for n, controls in also.items()} | {
+        f"fig{n}-{net}": arms([net, *variants(net, *some)], "imp") for n, some in names.items()
+    }
 
 
-def setting(scale):
-    """The preset of a scale. Raises ValueError for an unknown one."""
-    return preset(scale, SETTINGS)
+def _deep(net, first, without, k, level):
+    """The residual network or VGG-19; `first`: the number of its figure in the main text.
+
+    without: the variant without warmup. k, level: where survivors go back to, and how sparse figure 4 of "Stabilizing
+    the Lottery Ticket Hypothesis" is; its figures 3 and 5 are "rewinding".
+    """
+    three = variants(net, "0.1", "0.01", "warmup")
+    layerwise = [f"{name}-layerwise" for name in three]
+    shift = 0 if net == "vgg19" else 1  # figures 38 to 45 show the two in turn
+    return {
+        f"fig{first}": arms(three, "imp", "reinit"),
+        f"fig14-{net}": arms(three, "imp", "reinit", "random"),
+        f"fig{38 + shift}": arms([*three, *layerwise], "imp"),
+        f"fig{40 + shift}": arms(layerwise, "imp", "reinit"),
+        f"fig{43 - shift}": arms(variants(net, *RATES), "imp"),
+        f"fig{45 - shift}": arms(variants(net, without, "warmup-5000", "warmup"), "imp"),
+        f"rewinding-{net}": arms(three[:1], "imp", f"rewind-{k}", "reinit", "random"),
+        f"rewinding-to-{net}": dict.fromkeys(arms(three[:1], "imp", *(f"rewind-{k}" for k in REWIND)), (0, level)),
+    }
 
 
-def runs(items, at):
-    """All Runs of some items (None: all) at a Setting or scale, most decisive first: the trunks, then the controls."""
-    at = setting(at) if isinstance(at, str) else at
-    items = chosen(items, ITEMS, "lth")
-    cells = dict.fromkeys(cell for item in items for cell in cells_of(item, at))
-    return list(dict.fromkeys(r for arm, point in cells for seed in at.seeds for r in trial(arm, at, seed, point)))
+REWIND = (100, 500, 2000)  # in the paper's iterations
+for network in ("conv2", "conv4", "conv6"):
+    ITEMS |= _convolutional(network)
+ITEMS |= _deep("resnet18", 8, "0.03", 500, 8) | _deep("vgg19", 7, "0.1", 100, 17)
 
 
-def cells_of(item, at):
-    """The (arm, point) pairs of an item: the networks that one trial of it trains."""
+def cells(item, at):
+    """(arm, x, point): the networks of which one trial of an item consists; none where its networks are not here.
+
+    x is the density of the paper's network at the point; a stand-in stands in for it after as many rounds.
+    """
     return [
-        (arm, point)
+        (arm, _density(arm, at, point), point)
         for arm, levels in ITEMS[item].items()
         for point in points(arm, at)
         if levels is None or point in levels
@@ -284,65 +512,62 @@ def cells_of(item, at):
 
 def points(arm, at):
     """Where an arm has networks: levels, or fractions p for one-shot pruning."""
-    if "hidden" in arm and at.base.model != "lenet_300_100":
+    name, control = arm.split("/")
+    if "hidden" in name and at.nets["lenet"].base.model != "lenet_300_100":
         return ()
-    at, control = _of(arm, at)
+    if not (net := at.net(name)):
+        return ()
     if control.startswith("oneshot"):
-        return at.one_shot
-    every = {"dense": (0,), "imp": range(at.rounds + 1), "reinit": at.control_rounds, "random": at.control_rounds}
-    return every.get(control, at.probe_rounds)
+        return net.one_shot
+    levels = range(net.rounds + 1)
+    every = {"imp": levels, "reinit": net.control_rounds, "random": net.control_rounds}
+    return levels if control.startswith("rewind") else every.get(control, net.probe_rounds)
+
+
+def _density(arm, at, point):
+    (name, control), theirs = arm.split("/"), Setting(NETS).net(arm.split("/")[0])
+    net, pruning = at.net(name), ("rate", "rate_conv", "rate_output", "scope")
+    if all(getattr(net.base, field) == getattr(theirs.base, field) for field in pruning):
+        net = theirs
+    if control.startswith("oneshot"):  # p = 0.825 leaves 17.6 %: the output layer loses half as much
+        return net.density(10) if point is None else 1 - point / net.one_shot_rate(0)
+    return net.density(point)
 
 
 def trial(arm, at, seed, point):
     """The Runs of one arm and trial at one of its `points`."""
-    at, control = _of(arm, at)
-    if control.startswith("noise-"):
-        return at.noise(seed, point, float(control.removeprefix("noise-")))
-    return getattr(at, control.replace("-", "_"))(seed, point)
+    name, control = arm.split("/")
+    return list(_trial(at.net(name), at.share(name), control, seed, point))
 
 
-def _of(arm, at):
-    """The Setting and the control of an arm, "control" or "variant/control"."""
-    *variant, control = arm.split("/")
-    return (_variant(at, *variant) if variant else at), control
-
-
-@functools.lru_cache(maxsize=256)
-def _variant(at, name):
-    return at.variant(name)
-
-
-def arm(name, x, seed, scale):
-    """The Runs of an arm "net/control" for one trial at the density that the paper prints as `x` %, or None.
-
-    None: the arm or that density is not an experiment here. net: lenet, or lenet@variant. `x` may be up to 6 % off,
-    because printed densities are rounded.
-    """
-    net, control = name.split("/")
-    net, _, variant = net.partition("@")
-    if net != "lenet" or control not in CONTROLS or (variant and variant not in VARIANTS):
-        return None
-    at, paper = (_variant(s, variant) if variant else s for s in (setting(scale), SETTINGS["paper"]))
-    if control == "dense":
-        return at.dense(seed)
-    if control.startswith("oneshot"):  # p = 0.825 is printed as 17.6 %: the output layer loses half as much
-        density = {p: paper.density(10) if p is None else 1 - p / paper.one_shot_rate(0) for p in at.one_shot}
-    else:
-        density = {level: paper.density(level) for level in points(control, at)}
-    if not density:
-        return None
-    point = min(density, key=lambda p: abs(density[p] * 100 / x - 1))
-    return trial(control, at, seed, point) if abs(density[point] * 100 / x - 1) < 0.06 else None
+@functools.lru_cache(maxsize=100_000)
+def _trial(net, share, control, seed, point):
+    """Cached: many figures draw the same networks, and a key takes longer to compute than to compare."""
+    kind, _, number = control.partition("-")
+    if kind == "noise":
+        return net.noise(seed, point, float(number))
+    if kind == "rewind":
+        return net.rewind(seed, point, max(1, round(int(number) * share)))
+    return getattr(net, control.replace("-", "_"))(seed, point)
 
 
 def override(at, **given):
-    """A Setting with a notebook's parameters in place of its own; those that are None change nothing."""
+    """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
+
+    All but `trials` and `seed` are LeNet's: with any of them the other networks are left out.
+    """
     given = {name: value for name, value in given.items() if value is not None}
+    whole = {name: given.pop(name) for name in ("trials", "seed") if name in given}
+    at = dataclasses.replace(at, **whole)
+    return dataclasses.replace(at, nets={"lenet": _changed(at.nets["lenet"], given)}) if given else at
+
+
+def _changed(at, given):
     for name in ("iterations", "rounds"):
-        if name in given and (type(given[name]) is not int or given[name] < 1):
-            raise ValueError(f"Invalid {name} {given[name]!r}: give a whole number from 1.")
+        if name in given:
+            _whole(name, given[name])
     recipe = {name: given.pop(name) for name in ("iterations", "batch_size", "lr") if name in given}
-    in_base = ("model", "dataset", "seed", "train_fraction", "rate", "rate_output", "scope", "rewind_to")
+    in_base = ("model", "dataset", "train_fraction", "rate", "rate_output", "scope", "rewind_to")
     base = {name: given.pop(name) for name in in_base if name in given}
     if "iterations" in recipe:
         recipe["eval_every"] = min(at.base.recipe.eval_every, recipe["iterations"])
@@ -367,19 +592,5 @@ def _one_shot(at, densities):
     return rates
 
 
-def cells(item, at):
-    """(arm, density, point): the networks of which one trial of an item consists."""
-    return [(arm, _x(arm, at, point), point) for arm, point in cells_of(item, at)]
-
-
-def _x(arm, at, point):
-    at, control = _of(arm, at)
-    if control == "dense":
-        return 1.0
-    if control.startswith("oneshot"):
-        return at.density(10) if point is None else 1 - point / at.one_shot_rate(0)
-    return at.density(point)
-
-
 PAPER = Paper(__name__)
-PAPER.runs, PAPER.arm = runs, arm  # until its items name arms as claims do
+setting, runs, arm = PAPER.setting, PAPER.runs, PAPER.arm

@@ -52,14 +52,21 @@ class Paper:
         self.module = sys.modules[module]
         self.name = next((name for name, at in PAPERS.items() if module.endswith(f".{at}")), module)
         self.settings, self.scales = self.module.SETTINGS, tuple(self.module.SETTINGS)
-        self.items, self.guessed = tuple(self.module.ITEMS), self.module.GUESSED
+        self.guessed = self.module.GUESSED
         self.cells, self.trial, self.override = self.module.cells, self.module.trial, self.module.override
         self.measured_items = getattr(self.module, "MEASURED", ())
-        self.main = getattr(self.module, "MAIN", self.items)
         self.exact = getattr(self.module, "EXACT", {})
         self.reads = getattr(self.module, "READS", {})
         self.networks = getattr(self.module, "NETWORKS", {})
         self.prints = getattr(self.module, "PRINTS", "density")
+
+    @property
+    def items(self):
+        return tuple(self.module.ITEMS)
+
+    @property
+    def main(self):
+        return getattr(self.module, "MAIN", self.items)
 
     def setting(self, scale):
         """The preset of a scale. Raises ValueError for an unknown one."""
@@ -88,9 +95,11 @@ class Paper:
 
         None: the arm is no experiment here, or has no cell near enough.
         """
-        cells = self._points(scale).get(name, {})
-        if name.endswith("/dense"):
-            return next((self.trial(name, self.setting(scale), seed, point) for point in cells.values()), None)
+        points = self._points(scale)
+        if name.endswith("/dense"):  # an arm of its own, or where another arm of the network starts
+            name = next((arm for arm in points if arm.split("/")[0] == name.split("/")[0] and 1.0 in points[arm]), name)
+            x = 100 if self.prints == "density" else 0
+        cells = points.get(name, {})
         if not cells or x is None:
             return None
         at = self.density(x)

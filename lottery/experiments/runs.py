@@ -248,11 +248,17 @@ def preset(scale, settings):
 
 
 def chosen(items, known, paper):
-    """A list of items: one by its name, some, or all for None. Raises ValueError for one that the paper has not."""
-    items = list(known) if not items else [items] if isinstance(items, str) else list(items)
-    if unknown := [item for item in items if item not in known]:
-        raise ValueError(f"Unknown item {unknown[0]!r} of {paper}: choose from {', '.join(known)}.")
-    return items
+    """A list of items: one by its name, some, or all for None. Raises ValueError for one that the paper has not.
+
+    What several names begin with stands for all of them: "fig5" for "fig5-conv2", "fig5-conv4", …
+    """
+    found = []
+    for item in list(known) if not items else [items] if isinstance(items, str) else list(items):
+        parts = [item] if item in known else [name for name in known if name.startswith(f"{item}-")]
+        if not parts:
+            raise ValueError(f"Unknown item {item!r} of {paper}: choose from {', '.join(known)}.")
+        found += parts
+    return found
 
 
 def _fields(spec, all):

@@ -41,7 +41,7 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         how = {"start": start(r), "method": given[0].method, "compiled": compiled}
         if len(runs) == 1:
             [net], [order] = nets, orders
-            histories = [training.fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, **how)]
+            histories = [_fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, **how)]
         else:
             histories = training.fit([net.model for net in nets], images, r.recipe, seed=orders, **how)
     keep_weights = keep_weights or [False] * len(runs)
@@ -52,6 +52,14 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         moves = _moves(r, images, net.model, store) if r.init == "survivors" else None
         store.put({**_row(r, images, net.model, history, certificate), "moves": moves})
     return sum(history.wall_s for history in histories)
+
+
+def _fit(model, images, recipe, seed, **how):
+    """`training.fit`; dropout draws from torch's own generator, so that is given the seed for as long."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        return training.fit(model, images, recipe, seed=seed, **how)
 
 
 @contextlib.contextmanager
@@ -186,7 +194,7 @@ def _values(r, m, create, source, images, device, generator):
     if r.init == "rewind" and r.rewind_to:  # θ_k of the training at the root, with what that one learns beside weights
         root = r.root.method.attach(create(seed=r.seed)).to(device)
         order = int(r.root.key[:15], 16)
-        training.fit(root, images, r.root.recipe, seed=order, stop=r.rewind_to, method=r.root.method)
+        _fit(root, images, r.root.recipe, seed=order, stop=r.rewind_to, method=r.root.method)
         return M.state(root)
     return theta_0
 
