@@ -46,7 +46,7 @@ def train(run, folder):
     """Train one Run and keep its weights; (row, what it leaves to its children)."""
     work.execute([run], folder, keep_weights=[True])
     [row] = load([run], store := Store(folder)).to_dict("records")
-    return row, work._load_artifact(store, run)[0]
+    return row, store.load_artifact(run.key)[0]
 
 
 def closest(a, b):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import DENSE, QUICK, edit, fake, message, seeds, shards, spool, train, tree
 
@@ -372,3 +372,105 @@ def test_masks_of_large_networks_are_not_stored():
     assert limit == 500_000
     assert store.pack_masks({"a": torch.ones(limit, dtype=torch.bool)})
     assert store.pack_masks({"a": torch.ones(limit, dtype=torch.bool), "b": torch.ones(1, dtype=torch.bool)}) is None
+
+
+# Two results of one run -----------------------------------------------------------------------------------------------
+
+
+def other_result(run):
+    """The row of a run, with other images right than `fake` has."""
+    row = fake(run)
+    row["last_correct"] = bytes(255 - b for b in row["last_correct"])
+    row["last_test_acc"] = store.unpack(row["last_correct"], row["n_test"]).mean()
+    return row
+
+
+def test_a_merge_from_elsewhere_leaves_the_readers_own_result(tmp_path, capsys):
+    """In the spool or packed: the first stays, the other is named and stays where it is."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    spooled, packed = seeds(2)
+    pack(here, [packed])
+    Store(here).put(fake(spooled))
+    for run in (spooled, packed):
+        Store(there).put(other_result(run))
+    before = tree(there)
+    assert Store(here).merge(there) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(":")[0] for line in said) == sorted(
+        f"Two results of run {r.key}" for r in (spooled, packed)
+    )
+    assert all("; the first stays." in line and str(there) in line for line in said)
+    assert Store(here).merge() == 1
+    assert tree(there) == before
+    for run in (spooled, packed):
+        assert Store(here).get(run)["last_test_acc"] == fake(run)["last_test_acc"]
+
+
+def test_an_own_result_that_differs_from_a_packed_one_is_kept_aside(tmp_path, capsys):
+    there = tmp_path / "there"
+    pack(there, [DENSE])
+    Store(tmp_path).put(other_result(DENSE))
+    shard = next(there.glob("*.parquet"))
+    (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    assert Store(tmp_path).merge() == 0
+    assert "Two results of run" in capsys.readouterr().err
+    assert (tmp_path / ".spool" / f"{DENSE.key}.conflict").exists()
+    assert Store(tmp_path).merge() == 0
+    assert not capsys.readouterr().err
+    assert Store(tmp_path).get(DENSE)["last_test_acc"] == fake()["last_test_acc"]
+
+
+def test_a_shard_is_named_by_a_date_and_by_nothing_else_of_a_row(tmp_path):
+    mine = tmp_path / "mine"
+    Store(mine).put(fake(started="../../../x"))
+    assert Store(mine).merge() == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    [path] = mine.glob("*.parquet")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-f]{8}\.parquet", path.name)
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_come_back_as_they_were_saved(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 2),
+        "mask/a": torch.tensor([True, False]),
+        "n": torch.tensor(3),
+        "h": torch.ones(2).half(),
+    }
+    sha = Store(tmp_path).save_artifact("key", tensors)
+    loaded, again = Store(tmp_path).load_artifact("key")
+    assert (again, loaded.keys()) == (sha, tensors.keys())
+    assert all(torch.equal(loaded[name], t) and loaded[name].dtype == t.dtype for name, t in tensors.items())
+
+
+def test_weights_of_another_run_are_refused(tmp_path):
+    mine = Store(tmp_path)
+    for key in ("one", "two"):
+        mine.save_artifact(key, {"w": torch.randn(2)})
+    one, two = mine.artifact("one"), mine.artifact("two")
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    for key in ("one", "two"):
+        with pytest.raises(ValueError, match=r"^Damaged weights .*: set aside; run again, "):
+            mine.load_artifact(key)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_every_damaged_byte_of_weights_is_seen(tmp_path_factory, data):
+    """Any byte anywhere, header included: what loads is what was saved."""
+    mine = Store(tmp_path_factory.mktemp("weights"))
+    tensors = {"w": torch.arange(6.0).view(2, 3), "mask/w": torch.ones(2, 3, dtype=torch.bool)}
+    mine.save_artifact("key", tensors)
+    content = bytearray((path := mine.artifact("key")).read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        loaded, _ = mine.load_artifact("key")
+    except ValueError:
+        return
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], t) and loaded[name].shape == t.shape for name, t in tensors.items())

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -173,43 +174,78 @@ class Store:
         return self.dir / ".artifacts" / f"{key}.safetensors"
 
     def save_artifact(self, key, tensors):
-        """Write `{name: tensor}` by rename; returns the file's sha256."""
+        """Write `{name: tensor}` by rename, with its key and the digest of what it holds; returns the file's sha256."""
         from safetensors.torch import save
 
-        content, path = save(tensors), self.dir / ".artifacts" / f"{key}.safetensors"
+        path = self.dir / ".artifacts" / f"{key}.safetensors"
+        content = save(tensors, metadata={"run": f"{key} {_contents(tensors)}"})
         with _temporary(path) as temporary:
             temporary.write_bytes(content)
             _publish(temporary, path, replace=True)
         return hashlib.sha256(content).hexdigest()
 
+    def load_artifact(self, key):
+        """What `save_artifact` wrote, and the file's sha256.
+
+        Raises ValueError for weights that are damaged, or another run's: set aside, and trained again by the next call.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = self.artifact(key)
+        content = path.read_bytes()
+        with contextlib.suppress(SafetensorError, ValueError, KeyError, TypeError):
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            if header["__metadata__"] == {"run": f"{key} {_contents(tensors)}"}:
+                return tensors, hashlib.sha256(content).hexdigest()
+        path.rename(path.with_suffix(".damaged"))
+        raise ValueError(f"Damaged weights {path}: set aside; run again, and they are trained again.")
+
     def merge(self, source=None):
         """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.
 
-        A shard is complete before the spool files that it replaces are removed, so a kill loses nothing.
+        A shard is complete before the spool files that it replaces are removed, so a kill loses nothing. Where a run is
+        there with another result, the first stays: it is said on stderr, and the other file is kept, ours as .conflict.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.dir.mkdir(parents=True, exist_ok=True)
         with open(self.dir / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            folders = [self.dir / ".spool"] if source is None else [Path(source), Path(source) / ".spool"]
-            files = [path for folder in folders for path in sorted(folder.glob("*.parquet"))]
-            sound = {path: read(path) for path in files}
-            rows = {row["key"]: row for found in sound.values() for row in found}
-            packed = {row["key"] for path in self.dir.glob("*.parquet") for row in read(path, rows)}
-            rows = [rows[key] for key in sorted(rows.keys() - packed)]
-            for i in range(0, len(rows), SHARD):
-                part = rows[i : i + SHARD]
-                name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
-                path = self.dir / f"{max(row['started'] for row in part)[:10]}-{name}.parquet"
-                with _temporary(path) as temporary:
-                    pq.write_table(pa.Table.from_pylist(part, schema=schema()), temporary, compression="zstd")
-                    _publish(temporary, path, replace=True)
+            own = self.dir / ".spool"
+            folders = [own] if source is None else [Path(source), Path(source) / ".spool"]
+            sound = {path: read(path) for folder in folders for path in sorted(folder.glob("*.parquet"))}
+            keys = {row["key"] for found in sound.values() for row in found}
+            mine = [*self.dir.glob("*.parquet"), *(own.glob("*.parquet") if source else ())]
+            first = {row["key"]: row for path in mine for row in read(path, keys)}
+            rows, other = {}, set()
+            for path, row in ((path, row) for path, found in sound.items() for row in found):
+                if first.setdefault(row["key"], row) is row:
+                    rows[row["key"]] = row
+                elif said := _conflict(first[row["key"]], row):
+                    other.add(path)
+                    print(
+                        f"Two results of run {row['key']}: {said}, the latter in {path}; the first stays.",
+                        file=sys.stderr,
+                    )
+            self._pack([rows[key] for key in sorted(rows)])
             if source is None:
                 for path in (path for path, found in sound.items() if found):
-                    path.unlink()
+                    path.replace(path.with_suffix(".conflict")) if path in other else path.unlink()
         return len(rows)
+
+    def _pack(self, rows):
+        """Write rows as shards. Their names come from nothing that a row could choose but a date."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        for i in range(0, len(rows), SHARD):
+            part = rows[i : i + SHARD]
+            name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
+            dates = [row["started"][:10] for row in part if re.match(r"\d{4}-\d\d-\d\d", row["started"] or "")]
+            path = self.dir / f"{max(dates, default=now()[:10])}-{name}.parquet"
+            with _temporary(path) as temporary:
+                pq.write_table(pa.Table.from_pylist(part, schema=schema()), temporary, compression="zstd")
+                _publish(temporary, path, replace=True)
 
 
 def load(runs=None, store=None):
@@ -339,6 +375,27 @@ def _digest(row):
     content = {name: value.hex() if isinstance(value, bytes) else value for name, value in row.items()}
     content = {name: value for name, value in content.items() if value is not None and name != "payload_sha"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(tensors):
+    """sha256 of named tensors: names, types, shapes and values."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _conflict(one, other):
+    """In which result two rows of one run differ, or None; two copies of one training may differ in their times."""
+    results = (f"{r}_{what}" for r in ("early_stop", "last") for what in ("test_acc", "step", "correct"))
+    for name in ("status", *results, "values"):
+        if one[name] != other[name]:
+            both = ["others" if isinstance(row[name], bytes) else row[name] for row in (one, other)]
+            return f"{name} is {both[0]} and {both[1]}"
+    return None
 
 
 def _signed(table):

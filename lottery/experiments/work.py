@@ -171,7 +171,7 @@ def _source(r, create, store):
         M.check_names(names, M.prunable(net), "layers", "model", complete=False)
         ones = {name: torch.ones_like(net.get_submodule(name).weight, dtype=torch.bool) for name in names}
         return M.attach(net, ones), ones, {}, None
-    trained, sha = _load_artifact(store, r.parent)
+    trained, sha = store.load_artifact(r.parent.key)
     masks = _part(trained, "mask/")
     if masks:
         M.attach(net, masks)
@@ -243,7 +243,7 @@ def _moves(r, images, model, store):
 
     One run for each ticket holds it, that with new values from the survivors: nothing else needs dense weights as well.
     """
-    theta_J, _ = _load_artifact(store, r.root)
+    theta_J, _ = store.load_artifact(r.root.key)
     return json.dumps(tickets.moves(M.state(_create(r, images, r.seed)), theta_J, M.read(model)))
 
 
@@ -335,20 +335,6 @@ def _algorithms(r):
 @functools.lru_cache(maxsize=2)
 def _images(name, valid, balanced, split_seed):
     return data.load(name, valid=valid, balanced=balanced, split_seed=split_seed)
-
-
-def _load_artifact(store, parent):
-    """The final weights and masks of a parent, and the file's sha256; a damaged file is set aside by name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = store.artifact(parent.key)
-    content = path.read_bytes()
-    try:
-        return load(content), hashlib.sha256(content).hexdigest()
-    except SafetensorError:
-        path.rename(path.with_suffix(".damaged"))
-        raise ValueError(f"Damaged weights {path}: set aside; run again, and they are trained again.") from None
 
 
 def _part(tensors, prefix):
