@@ -19,6 +19,7 @@ Differs from the authors' code in:
 """
 
 import torch
+from torch import nn
 
 from lottery import grasp
 from lottery import masks as M
@@ -102,10 +103,11 @@ def synflow(model, input_shape, density, rounds=100, biases="none"):
 
     Returns `{layer: BoolTensor}`, exactly k kept over all layers. Warns of layer collapse, naming the layers.
 
-    Raises ValueError: nothing prunable, a bad density, rounds or biases, no flow from input to output.
+    Raises ValueError: nothing prunable, a bad density, rounds or biases, no flow from input to output, a network that
+    is not linear for positive inputs (ReLU6 and Hardtanh count as the ReLU that they clip).
     """
-    if rounds < 1:
-        raise ValueError(f"Invalid rounds {rounds}: give a whole number from 1.")
+    if type(rounds) is not int or rounds < 1:
+        raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
     if biases not in ("none", "absolute"):
         raise ValueError(f"Invalid biases {biases!r}: give 'none' or 'absolute'.")
     on = M.read(model)
@@ -113,7 +115,7 @@ def synflow(model, input_shape, density, rounds=100, biases="none"):
     masks = {name: on.get(name, torch.ones_like(v, dtype=torch.bool)) for name, v in w.items()}
     n = sum(v.numel() for v in w.values())
     M.kept(n, density)
-    start = M.density(masks)
+    density, start = float(density), M.density(masks)
     for k in range(1, rounds + 1):
         g = torch.autograd.grad(R(), list(w.values()), materialize_grads=True)
         score = {name: v.detach() * d for (name, v), d in zip(w.items(), g, strict=True)}
@@ -135,14 +137,30 @@ def _flow(model, input_shape, biases):
         if biases == "none" and name.endswith(("bias", "running_mean")):
             tensor.zero_()
     M.restore(net, state)
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Hardtanh) and child.min_val <= 0:
+                setattr(module, name, nn.ReLU())
     w = {name: layer.weight for name, layer in M.prunable(net).items()}
     ones = torch.ones(1, *input_shape, dtype=torch.float64, device=next(iter(w.values())).device)
 
     @torch.enable_grad()
-    def R():
-        return net(ones).sum()
+    def R(scale=1):
+        return net(scale * ones).sum()
 
+    _check_linear(net, R, affine=biases == "absolute")
     return R, w
+
+
+@torch.no_grad()
+def _check_linear(net, R, affine):
+    """Raise ValueError unless R(x) is proportional to positive x, with biases up to a constant."""
+    one, two, three = R(1), R(2), R(3)
+    differs = three - 2 * two + one if affine else two - 2 * one
+    if differs.abs() > 1e-6 * two.abs():  # False where something overflows, which is another error
+        names = {type(m).__name__ for m in net.modules() if type(m).__module__ == nn.ReLU.__module__}
+        at = f"; look at {', '.join(sorted(names - {'ReLU'}))}" if names - {"ReLU"} else ""
+        raise ValueError(f"SynFlow needs a network that is linear for positive inputs, with ReLU and the like{at}.")
 
 
 def _weights(model, layers=None):

@@ -23,11 +23,13 @@ Differs from the authors' code in:
     the batch: they halve it sorted by class and draw it from augmented images, `class_balanced(halves, augment)`.
 """
 
+import contextlib
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lottery import masks as M
 from lottery.data import flip_crop, moves
@@ -39,25 +41,36 @@ def scores(model, batches, temperature=200.0):
     """GraSP scores θ ⊙ Hg, the negative of the authors' S: higher = keep.
 
     Two passes over the chunks, with memory for one chunk's double backward whatever their number. What is scored
-    is a copy in training mode: the model's mode, buffers, gradients and torch's random state stay as they are.
+    is a copy in training mode: the model's mode, buffers, gradients and torch's random state stay as they are. Of a
+    model in half precision the copy is in float32, since T = 200 brings scores to 1e-9, which float16 has not.
 
     Args:
         model: maps x to logits [B, classes]. With masks on, the effective weights are scored as the authors' code
             sees them: zeros among the weights, g and H over all entries; a removed weight's score is 0.
-        batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]; read twice, so a list, not a generator.
+        batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]. Used twice: what is no list, such as a
+            DataLoader, is drawn once and kept; a generator is refused.
         temperature: T > 0, divides the logits.
 
-    Returns `{layer: tensor}` of the weights' shapes, dtype and device, summed over chunks (not averaged).
+    Returns `{layer: tensor}` of the weights' shapes and device and the copy's dtype, summed over chunks (not averaged).
 
-    Raises ValueError: nothing prunable, NaN in the batch, all-zero or non-finite gradients, a bad temperature.
+    Raises ValueError: nothing prunable, NaN in the batch, all-zero or non-finite gradients or scores, a bad
+    temperature, an operation without a second derivative.
     """
     net, theta = scored_copy(model)
-    w = list(theta.values())
-    with _same_rng(w[0]):
+    w, batches = list(theta.values()), _drawn(batches)
+    with _same_rng(w[0]), _twice_differentiable():
         g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
         _check_gradients(g)
         Hg = _sum(batches, w, lambda x, y: _hessian_product(net, w, g, x, y, temperature))
-    return {name: v.detach() * h for name, v, h in zip(theta, w, Hg, strict=True)}
+    found = {name: v.detach() * h for name, v, h in zip(theta, w, Hg, strict=True)}
+    if not all(v.isfinite().all() for v in found.values()):
+        raise ValueError("NaN or infinity in the scores: check the model's weights and the temperature.")
+    if not any(v.any() for v in found.values()):
+        raise ValueError(
+            "All GraSP scores are zero, so no weight ranks above another: are the weights zero, or is the temperature "
+            "too high?"
+        )
+    return found
 
 
 def prune(model, batches, density, temperature=200.0, reinit_linear=False):
@@ -115,10 +128,10 @@ def class_balanced(data, per_class, generator=None, halves=False, draws=1, augme
 
     Raises ValueError: per_class below 1 or no multiple of draws, or a class with fewer images.
     """
-    if per_class < 1:
-        raise ValueError(f"Invalid per_class {per_class}: give a whole number of images of each class, from 1.")
-    if draws < 1 or per_class % draws:
-        raise ValueError(f"Invalid draws {draws}: give a number that divides the {per_class} images of each class.")
+    if type(per_class) is not int or per_class < 1:
+        raise ValueError(f"Invalid per_class {per_class!r}: give a whole number of images of each class, from 1.")
+    if type(draws) is not int or draws < 1 or per_class % draws:
+        raise ValueError(f"Invalid draws {draws!r}: give a number that divides the {per_class} images of each class.")
     order = torch.randperm(len(data.train.y), generator=generator)
     labels = data.train.y[order]
     found = [order[labels == c][:per_class] for c in range(data.classes)]
@@ -140,7 +153,7 @@ def gradient_norm(model, batches, temperature=1.0):
     answer here, not an error. In training mode, on a copy; batch norm sees one chunk at a time.
     """
     net, theta = scored_copy(model)
-    w, on = list(theta.values()), M.read(model)
+    w, on, batches = list(theta.values()), M.read(model), _drawn(batches)
     with _same_rng(w[0]):
         g = _sum(batches, w, lambda x, y: [len(y) * v for v in _gradient(net, w, x, y, temperature)])
     kept = [v * on[name] if name in on else v for name, v in zip(theta, g, strict=True)]
@@ -157,8 +170,8 @@ def ntk(model, x):
     """
     net, theta = scored_copy(model)
     w, on = list(theta.values()), M.read(model)
-    with _same_rng(w[0]), torch.enable_grad():
-        Z = net(x.to(w[0].device)).flatten()
+    with _same_rng(w[0]), _twice_differentiable(), torch.enable_grad():
+        Z = net(_wide(x.to(w[0].device))).flatten()
         u = torch.zeros_like(Z, requires_grad=True)
         Ju = torch.autograd.grad(Z, w, u, create_graph=True, materialize_grads=True)  # Jᵀu is linear in u, hence:
         rows = []
@@ -186,7 +199,7 @@ def spectrum(theta, direction):
 def summed_gradient(model, batches, temperature=1.0):
     """(θ, g): the effective weights and Σ_c ∇CE(f(x_c)/T, y_c), as `{layer: tensor}`; see `scores`."""
     net, theta = scored_copy(model)
-    w = list(theta.values())
+    w, batches = list(theta.values()), _drawn(batches)
     with _same_rng(w[0]):
         g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
     _check_gradients(g)
@@ -194,17 +207,22 @@ def summed_gradient(model, batches, temperature=1.0):
 
 
 def scored_copy(model):
-    """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients."""
-    net = M.bake(M.unwrapped(model)).train().requires_grad_(False)
-    layers = M.prunable(net)
+    """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients.
+
+    What is in half precision is in float32 there.
+    """
+    layers = M.prunable(model)
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    M.check_values(layers)
+    net = M.bake(M.unwrapped(model)).train().requires_grad_(False)._apply(_wide)
+    layers = M.prunable(net)
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
 
 
 def _gradient(net, w, x, y, T, create_graph=False):
-    if not T > 0:
-        raise ValueError(f"Invalid temperature {T}: give a number above 0.")
+    if not (M.is_number(T) and T > 0):
+        raise ValueError(f"Invalid temperature {T!r}: give a number above 0.")
     with torch.enable_grad():
         loss = F.cross_entropy(net(x) / T, y)
         return torch.autograd.grad(loss, w, create_graph=create_graph, materialize_grads=True)
@@ -229,8 +247,6 @@ def _sum(batches, w, f):
 
 def _chunks(batches, like):
     """The chunks on the device of `like`, checked one by one."""
-    if iter(batches) is batches:
-        raise ValueError("Invalid batches: a generator can be read only once; give a list of chunks (x, y).")
     count = 0
     for count, chunk in enumerate(batches, start=1):
         if not (isinstance(chunk, tuple | list) and len(chunk) == 2):
@@ -238,9 +254,37 @@ def _chunks(batches, like):
         x, y = chunk
         if not x.isfinite().all():
             raise ValueError(f"NaN or infinity in the batch: chunk {count} of the inputs; check the data.")
-        yield x.to(like.device), y.to(like.device)
+        yield _wide(x.to(like.device)), y.to(like.device)
     if not count:
         raise ValueError("Invalid batches: there is no chunk; give a list of chunks [(x, y), ...].")
+
+
+def _drawn(batches):
+    """The chunks as a list: a DataLoader may draw others each time it is asked, in another order, augmented anew."""
+    if isinstance(batches, list | tuple):
+        return batches
+    if (drawing := iter(batches)) is batches:
+        raise ValueError("Invalid batches: a generator can be read only once; give a list of chunks (x, y).")
+    return list(drawing)
+
+
+def _wide(t):
+    """Half precision as float32, everything else as it is."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+@contextlib.contextmanager
+def _twice_differentiable():
+    """Attention by plain products, since fused kernels have no second derivative; who else has none is named."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise ValueError(
+            f"The model cannot be scored, it has an operation without second derivative: {error}."
+        ) from None
 
 
 def _check_gradients(g):

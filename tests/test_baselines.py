@@ -312,3 +312,41 @@ def test_layer_densities_of_some_layers():
     assert baselines.erk(net, 0.5, ["0", "2"]) == pytest.approx({"0": 11 / 30 * 27 / 21, "2": 10 / 24 * 27 / 21})
     with pytest.raises(ValueError, match=message("Unknown names in layers: 9; the model has 0, 2, 4.")):
         baselines.erk(net, 0.5, ["9"])
+
+
+def clipped(act, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), act(), nn.Conv2d(16, 8, 3, padding=1), act(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.Hardtanh, lambda: nn.Hardtanh(-0.5, 0.1), nn.LeakyReLU, nn.ELU])
+@pytest.mark.parametrize("biases", ["none", "absolute"])
+def test_synflow_sees_no_clipping(act, biases):
+    expected = baselines.synflow(clipped(nn.ReLU), (3, 8, 8), 0.1, rounds=7, biases=biases)
+    found = baselines.synflow(clipped(act), (3, 8, 8), 0.1, rounds=7, biases=biases)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Functional(nn.Linear):
+    def forward(self, x):
+        return nn.functional.hardtanh(super().forward(x), 0, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [
+        (clipped(nn.Sigmoid), "; look at Sigmoid."),
+        (clipped(nn.Hardswish), "; look at Hardswish."),
+        (nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.ReLU(), nn.Linear(4, 2)), "; look at GELU."),
+        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "and the like."),
+        (nn.Sequential(Functional(4, 4), nn.Linear(4, 2)), "and the like."),
+    ],
+)
+def test_synflow_refuses_what_is_not_linear_before_the_first_round(net, named):
+    shape = (3, 8, 8) if isinstance(net[0], nn.Conv2d) else (4,)
+    text = "SynFlow needs a network that is linear for positive inputs, with ReLU and the like"
+    with pytest.raises(ValueError, match=f"^{text}.*{re.escape(named.removeprefix('and the like'))}$"):
+        baselines.synflow(net, shape, 0.5)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lottery import data, grasp, models
+from lottery import baselines, data, grasp, models
 from lottery import masks as M
 
 
@@ -531,3 +532,114 @@ def test_batches_that_are_no_list_of_chunks(batches, text):
 def test_temperature_must_be_positive(T):
     with pytest.raises(ValueError, match=message(f"Invalid temperature {T}: give a number above 0.")):
         grasp.scores(mlp(), [batch()], T)
+
+
+# What people bring to it ----------------------------------------------------------------------------------------------
+
+
+def perceptron(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.ReLU(), nn.Linear(12, 4)).to(dtype)
+
+
+def pictures(dtype=torch.float32, n=24):
+    torch.manual_seed(1)
+    return [(torch.rand(n, 1, 6, 6).to(dtype), torch.arange(n) % 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_scored_as_its_float32_copy(dtype):
+    half = perceptron(dtype)
+    wide, batch = copy.deepcopy(half).float(), pictures(dtype)
+    exact = grasp.scores(wide, [(x.float(), y) for x, y in batch])
+    for name, score in grasp.scores(half, batch).items():
+        assert score.dtype == torch.float32
+        assert torch.equal(score, exact[name])
+    assert half[1].weight.dtype == dtype
+    torch.testing.assert_close(grasp.ntk(half, batch[0][0][:3]), grasp.ntk(wide, batch[0][0][:3].float()))
+    assert grasp.gradient_norm(half, batch) == grasp.gradient_norm(wide, [(x.float(), y) for x, y in batch])
+    snip = baselines.snip_scores(half, batch)
+    assert sum(float(s.sum()) for s in snip.values()) == pytest.approx(1)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """An image is another one each time that it is asked for."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        return pictures()[0][0][i] + torch.randn(1, 6, 6), i % 4
+
+
+@pytest.mark.parametrize("f", [grasp.scores, grasp.gradient_norm, lambda *a: grasp.summed_gradient(*a)[1]])
+def test_a_loader_is_drawn_once(f):
+    torch.manual_seed(5)
+    loader = torch.utils.data.DataLoader(Noisy(), 8, shuffle=True)
+    drawn = []
+    for batches in (loader, None):
+        torch.manual_seed(7)
+        torch.randint(2, (3,))
+        drawn.append(f(perceptron(), batches if batches is not None else list(loader)))
+    if isinstance(drawn[0], float):
+        assert drawn[0] == drawn[1]
+    else:
+        assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[1])
+
+
+def test_attention_has_second_derivatives():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(40, 3)).double()
+    x, y = torch.randn(4, 5, 8, dtype=torch.float64), torch.arange(4) % 3
+    with sdpa_kernel(SDPBackend.MATH):
+        inside = grasp.scores(net, [(x, y)])
+    outside = grasp.scores(net, [(x, y)])
+    assert all(torch.equal(outside[name], inside[name]) for name in inside)
+    eigenvalues = torch.linalg.eigvalsh(grasp.ntk(net, x[:2]))
+    assert eigenvalues.min() > -1e-9 * eigenvalues.max()
+
+
+@pytest.mark.parametrize("act", [nn.Hardsigmoid, nn.Hardswish])
+def test_an_operation_without_second_derivative_is_named(act):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 12), act(), nn.Linear(12, 4))
+    try:
+        grasp.scores(net, pictures())
+    except ValueError as error:
+        assert re.match("The model cannot be scored, it has an operation without second derivative: .*hard", str(error))
+        assert "\n" not in str(error)
+    else:
+        assert act is nn.Hardswish, "PyTorch has learnt a second derivative: name another activation here"
+
+
+def test_scores_that_are_all_zero_rank_nothing():
+    zeros = perceptron()
+    M.restore(zeros, {name: torch.zeros_like(t) for name, t in M.state(zeros).items()})
+    for net, temperature in ((zeros, 200.0), (perceptron(), 1e30)):
+        with pytest.raises(
+            ValueError, match=r"^All (GraSP scores|gradients) are zero, so no weight ranks above another"
+        ):
+            grasp.prune(net, pictures(), 0.5, temperature)
+
+
+@pytest.mark.parametrize("temperature", [None, "200", 0, -1.0, float("nan"), True])
+def test_a_temperature_is_a_number_above_0(temperature):
+    text = f"^Invalid temperature {re.escape(repr(temperature))}: give a number above 0\\.$"
+    with pytest.raises(ValueError, match=text):
+        grasp.scores(perceptron(), pictures(), temperature)
+
+
+@pytest.mark.parametrize("options", [{"per_class": 1.5}, {"per_class": True}, {"per_class": "2"}, {"per_class": 0}])
+def test_per_class_is_a_whole_number(options):
+    with pytest.raises(
+        ValueError, match=rf"^Invalid per_class {options['per_class']!r}: give a whole number of images"
+    ):
+        grasp.class_balanced(data.load("digits"), **options)
+
+
+def test_old_hooks_that_make_a_weight_leave_the_other_scores():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.spectral_norm(nn.Linear(36, 12)), nn.ReLU(), nn.Linear(12, 4))
+    batch = [(x.flatten(1), y) for x, y in pictures()]
+    net(batch[0][0])
+    assert list(grasp.scores(net, batch)) == ["2"]
