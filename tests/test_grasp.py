@@ -600,16 +600,11 @@ def test_attention_has_second_derivatives():
     assert eigenvalues.min() > -1e-9 * eigenvalues.max()
 
 
-@pytest.mark.parametrize("act", [nn.Hardsigmoid, nn.Hardswish])
-def test_an_operation_without_second_derivative_is_named(act):
-    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 12), act(), nn.Linear(12, 4))
-    try:
+def test_an_operation_without_second_derivative_is_named():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Hardsigmoid(), nn.Linear(12, 4))
+    text = r"^The model cannot be scored, it has an operation without second derivative: .*hardsigmoid.*\.$"
+    with pytest.raises(ValueError, match=text):
         grasp.scores(net, pictures())
-    except ValueError as error:
-        assert re.match("The model cannot be scored, it has an operation without second derivative: .*hard", str(error))
-        assert "\n" not in str(error)
-    else:
-        assert act is nn.Hardswish, "PyTorch has learnt a second derivative: name another activation here"
 
 
 def test_scores_that_are_all_zero_rank_nothing():
