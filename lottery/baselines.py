@@ -90,7 +90,7 @@ def erk(model, density, layers=None):
     return {name: 1.0 if name in whole else eps * raw[name] for name in w}
 
 
-def synflow(model, input_shape, density, rounds=100, biases="none"):
+def synflow(model, input_shape, density, rounds=100, biases="none", layers=None):
     """SynFlow's masks after `rounds` rounds of scoring and pruning, on an exponential schedule.
 
     Args:
@@ -100,6 +100,7 @@ def synflow(model, input_shape, density, rounds=100, biases="none"):
         density: fraction of all Linear and Conv weights to keep, 0 < density <= 1.
         rounds: n >= 1; after round k a fraction density^(k/n) is left.
         biases: "none" or "absolute", see above.
+        layers: names of the layers that are ranked and counted; default all. The others let all flow through.
 
     Returns `{layer: BoolTensor}`, exactly k kept over all layers. Warns of layer collapse, naming the layers.
 
@@ -111,7 +112,9 @@ def synflow(model, input_shape, density, rounds=100, biases="none"):
     if biases not in ("none", "absolute"):
         raise ValueError(f"Invalid biases {biases!r}: give 'none' or 'absolute'.")
     on = M.read(model)
-    R, w = _flow(model, input_shape, biases)
+    R, every = _flow(model, input_shape, biases)
+    M.check_names(layers or (), every, "layers", "model", complete=False)
+    w = {name: every[name] for name in (every if layers is None else layers)}
     masks = {name: on.get(name, torch.ones_like(v, dtype=torch.bool)) for name, v in w.items()}
     n = sum(v.numel() for v in w.values())
     M.kept(n, density)

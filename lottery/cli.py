@@ -1,4 +1,4 @@
-"""The command line: `lottery run | status | merge | scorecard | bench`."""
+"""The command line: `lottery run | status | merge | scorecard | bench | prune`."""
 
 import contextlib
 import hashlib
@@ -153,6 +153,88 @@ def bench(
     for found in workloads.run(names or [], workloads.Options(device, repeats, small), typer.echo):
         if json_file:  # after each benchmark, so that an interrupt loses only the one under way
             json_file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+@app.command()
+@kind_errors
+def prune(
+    model: Annotated[
+        str, typer.Argument(help="module:factory, a function or class without arguments, or a model here.")
+    ],
+    data: Annotated[str, typer.Option(help="A folder of images by class, a parquet file or folder, or a set: digits.")],
+    method: Annotated[str, typer.Option(help="lth, gmp, str, …; an unknown one is answered with the list.")] = "lth",
+    density: Annotated[float, typer.Option(help="Fraction of the weights to keep.")] = 0.1,
+    out: Annotated[Path, typer.Option(help="Folder for the model, the ticket and the report.")] = Path("pruned"),
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to start from: a state dict or safetensors.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels that images of a folder are resized to.")] = None,
+    grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="A layer to leave alone, or a pattern; repeat.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--option", help="name=value of the method; repeat.")] = None,
+    epochs: Annotated[int, typer.Option(help="Of one training.")] = 10,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of the order of examples and what the method draws.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked in onnxruntime.")] = False,
+):
+    """Prune a model of your own on data of your own to a density, train it, and write it without lottery in it."""
+    import dataclasses
+
+    from lottery import data as sets
+    from lottery import own
+    from lottery.experiments import engine
+
+    engine.check(device, 1)
+    pictures = {name: value for name, value in (("size", size), ("grey", grey)) if value}
+    examples = sets.of(data, **pictures)
+    net = _model(model, examples)
+    if checkpoint:
+        own.load(net, checkpoint)
+    default = own.default_recipe(examples)
+    recipe = dataclasses.replace(default, lr=lr, iterations=max(1, epochs * default.lr_every))
+    chosen = dict(_option(text) for text in options or ())
+    found = own.prune(
+        net.to(device), examples, method, density, recipe=recipe, skip=tuple(skip or ()), seed=seed, **chosen
+    )
+    found.save(out)
+    if onnx:
+        found.export(out / "model.onnx")
+    typer.echo(found)
+    typer.echo(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+
+
+def _model(name, examples):
+    """A model by `module:factory`, looked for from the working directory too, or by its name in `lottery.models`."""
+    import importlib
+
+    from torch import nn
+
+    from lottery import models
+
+    if name in models.MODELS:
+        return models.create(name, in_shape=tuple(examples.train.x.shape[1:]), classes=examples.classes)
+    module, _, factory = name.partition(":")
+    if not factory:
+        known = ", ".join(models.MODELS)
+        raise ValueError(f"Invalid model {name!r}: give module:factory, such as mynet:Net, or one of {known}.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"Invalid model {name!r}: {error}.") from None
+    finally:
+        sys.path.pop(0)
+    return found if isinstance(found, nn.Module) else found()
+
+
+def _option(text):
+    """'rounds=3' → ("rounds", 3): a number, true, false or a word."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"Invalid option {text!r}: give name=value, such as rounds=3.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _declared():

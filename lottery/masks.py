@@ -169,7 +169,7 @@ def attach(model, masks=None):
             if not mask_of(module)
         }
     check_masks(masks, {name: original(layer) for name, layer in layers.items()}, "masks", "model", complete=False)
-    check_free({name: layers[name] for name in masks}, Mask)
+    check_free({name: layers[name] for name in masks if not mask_of(layers[name])}, Mask)
     for name, mask in masks.items():
         if carried := on(layers[name], Mask):
             carried.mask.copy_(mask)

@@ -6,6 +6,7 @@
 >>> model = tickets.load("ticket.safetensors").model()
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from lottery import masks as M
 class Ticket:
     """theta: `{name: tensor}` as `masks.state` gives it; masks: `{layer: BoolTensor}`; spec: of the Run, JSON types.
 
+    Of a model of one's own (`lottery.prune`) the spec says what found the ticket, but cannot make the network.
+
     bitwise: whether θ₀ is that of the stored training to the last bit. Drawn on another kind of CPU it differs there.
     """
 
@@ -34,9 +37,10 @@ class Ticket:
         """Fraction of the masked layers' weights that is kept."""
         return M.density(self.masks)
 
-    def model(self):
-        """The network m ⊙ θ of the spec's architecture, with the masks attached, ready to train."""
-        return M.restore(M.attach(_create(self.spec), self.masks), self.theta)
+    def model(self, net=None):
+        """The network m ⊙ θ, with the masks attached, ready to train: the spec's architecture, or a copy of `net`."""
+        net = copy.deepcopy(net) if net is not None else _create(self.spec)
+        return M.restore(M.attach(net, self.masks), self.theta)
 
 
 def level(level, seed=0, scale=None, store=None):
@@ -91,8 +95,13 @@ def save(ticket, path):
     save_file(tensors, path, metadata=facts)
 
 
-def load(path):
-    """Read what `save` wrote. Raises ValueError for a file that is no ticket, FileNotFoundError for none."""
+def load(path, model=None):
+    """Read what `save` wrote.
+
+    model: for the ticket of a model of one's own, that model, which stays as it is: the file has no code in it.
+
+    Raises ValueError for a file that is no ticket or does not fit, FileNotFoundError for none.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -103,16 +112,27 @@ def load(path):
         spec, bitwise = json.loads(facts["spec"]), json.loads(facts.get("bitwise", "true"))
         if facts.get("sha256") not in (None, digest(tensors)):  # tickets that were saved earlier have none
             raise ValueError("the contents are not those that were saved")
-        model = _create(spec)  # safetensors sorts names; the model knows their order
-        theta = {name: tensors[f"theta/{name}"] for name in M.state(model)}
-        masks = {name: tensors[f"mask/{name}"] for name in M.prunable(model)}
-        for name, own in M.state(model).items():
-            if own.is_floating_point() != theta[name].is_floating_point() or not theta[name].isfinite().all():
+        own = spec.get("own")
+        if model is None and own:
+            raise _NeedsModel(f"{path} is the ticket of a {own} of one's own: give load(path, model=…) that model.")
+        net = _create(spec) if model is None else copy.deepcopy(model)  # safetensors sorts names; it knows their order
+        ranked = [name for name in M.prunable(net) if not own or f"mask/{name}" in tensors]
+        theta = {name: tensors[f"theta/{name}"] for name in M.state(net)}
+        masks = {name: tensors[f"mask/{name}"] for name in ranked}
+        for name, mine in M.state(net).items():
+            if mine.is_floating_point() != theta[name].is_floating_point() or not theta[name].isfinite().all():
                 raise ValueError(f"{name} is not a tensor of finite numbers")
-        M.restore(M.attach(model, masks), theta)
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} is no ticket: give a file that lottery.tickets.save wrote.") from None
+        M.restore(M.attach(net, masks), theta)
+    except _NeedsModel:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+        fits = "" if model is None else f", or none that fits {type(model).__name__}"
+        raise ValueError(f"{path} is no ticket{fits}: give a file that lottery.tickets.save wrote.") from None
     return Ticket(theta, masks, spec, bitwise)
+
+
+class _NeedsModel(ValueError):
+    """The network of a ticket cannot be made from its file."""
 
 
 def survivors(ticket):

@@ -325,3 +325,49 @@ def test_an_interrupted_run_keeps_what_is_under_way_and_goes_on_where_it_stopped
     # figure 12 draws every level, so its runs are those of figure 3 and their parents
     wanted = {path.stem for path in before} | {r.key for r in lth.runs("fig12", two)}
     assert set(Store(tmp_path).rows()) == {path.stem for path in after} == wanted
+
+
+NET = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+"""
+
+
+def test_prune(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    words = ["prune", "own_net:net", "--data", "digits", "--method", "gmp", "--density", "0.2", "--epochs", "1"]
+    result = call(*words, "--option", "budget=erk", "--skip", "3", "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert "Sequential by gmp: density 0.2 asked, 0.2000 got, 256 of 1,280 weights" in result.output
+    assert "left alone: 3 (skipped)" in result.output
+    assert "written: model.safetensors, report.json, ticket.safetensors in out" in result.output
+    assert json.loads((tmp_path / "out/report.json").read_text())["layers"]["1"]["kept"] == 256
+    again = call("prune", "own_net:net", "--data", "digits", "--epochs", "1", "--option", "rounds=1", "--checkpoint",
+                   "out/model.safetensors")  # fmt: skip
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "pruned/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["lenet", "--data", "digits"], "Invalid model 'lenet': give module:factory, such as mynet:Net, or one of"),
+        (["nothing:net", "--data", "digits"], "Invalid model 'nothing:net': No module named 'nothing'."),
+        (["json:net", "--data", "digits"], "Invalid model 'json:net': module 'json' has no attribute 'net'."),
+        (["lenet_300_100", "--data", "digits", "--method", "x"], "Unknown method 'x': choose one of magnitude, lth"),
+        (["lenet_300_100", "--data", "/none"], "No folder /none: give the folder that holds one folder of images"),
+        (["lenet_300_100", "--data", "digits", "--option", "rounds"], "Invalid option 'rounds': give name=value"),
+        (
+            ["lenet_300_100", "--data", "digits", "--option", "round=3"],
+            "Unknown option 'round' of lth: it takes rounds",
+        ),
+    ],
+)
+def test_prune_refuses_in_one_line(arguments, line):
+    result = call("prune", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"lottery: {line}")
+    assert result.stderr.count("\n") == 1

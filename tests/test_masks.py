@@ -892,3 +892,13 @@ def test_a_density_is_a_number(density):
     kept = M.top_k({"a": t(1, 2, 4, 3)}, torch.tensor(0.5))
     assert same(kept, M.top_k({"a": t(1, 2, 4, 3)}, 0.5))
     assert same(kept, M.top_k({"a": t(1, 2, 4, 3)}, {"a": np.float32(0.5)}))
+
+
+def test_a_mask_below_a_threshold_can_be_written():
+    """Early stop goes back to the masks of its iteration, whatever stands above them."""
+    net = M.attach(nn.Sequential(nn.Linear(4, 3)))
+    soft_threshold.attach(net, -5.0)
+    half = {"0": torch.arange(12).view(3, 4) % 2 == 0}
+    M.attach(net, half)
+    assert torch.equal(M.read(net)["0"], half["0"])
+    assert len(net[0].parametrizations.weight) == 2

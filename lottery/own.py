@@ -1,0 +1,707 @@
+"""Your own model, your own data: one call for every method of the book.
+
+>>> import lottery
+>>> found = lottery.prune(net, (images, labels), method="gmp", density=0.1)  # net stays as it was
+>>> print(found)                                                             # densities, accuracy, what was left alone
+>>> found.model                                                              # plain PyTorch, the zeros in its weights
+>>> found.save("pruned"), found.export("pruned.onnx")
+
+`METHODS` names the methods. One that chooses a mask (magnitude, random, SNIP, GraSP, SynFlow, LTH) or moves one to a
+density (GMP, DNW, SET, RigL) ends with exactly the weights that were asked for. CS and STR have no density among their
+numbers, only s0, and λ with s_init: these are searched for, with a training for each value that is tried, and the
+closest is kept. L0 keeps the likeliest weights.
+"""
+
+import copy
+import dataclasses
+import fnmatch
+import inspect
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from tqdm import tqdm
+
+from lottery import baselines, cs, data, dynamic, grasp, macs, soft_threshold, stochastic, tickets, training
+from lottery import masks as M
+from lottery.batches import normaliser
+from lottery.methods import NOTHING
+
+
+def prune(
+    model: nn.Module,
+    examples: Any,
+    method: str = "lth",
+    density: float = 0.1,
+    *,
+    recipe: training.Recipe | None = None,
+    skip: tuple[str, ...] = (),
+    train=None,
+    loss=None,
+    score=None,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
+) -> "Pruned":
+    """A model pruned to a density and trained, with a report; the given one stays as it was.
+
+    Args:
+        model: any module of a batch of examples → logits [B, classes], on its device and in its dtype.
+        examples: a `data.Data`, or whatever `data.of` takes: (x, y), a dataset or loader, a folder of images, a parquet
+            file, the name of a set. The test split is what accuracies are of, the validation split if that is empty.
+        method: one of `METHODS`. density: fraction of the weights of the layers that are pruned to keep.
+        recipe: of one training; default: SGD with momentum on a cosine, ten epochs.
+        skip: names of layers to leave alone, or patterns such as "head*". Frozen layers are left alone anyway.
+        train: a training loop of one's own, `train(model, hook)`, which trains the model in place; see `Hook`.
+        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy.
+        score: `score(model)` → a number, in the place of the accuracy.
+        seed: of the order of examples and of all that a method draws.
+        options: of the method: see its function in this module, such as `rounds` of `lth`.
+
+    Raises ValueError, before any training: an unknown method, option or layer, a density out of range, a model or data
+    that cannot be trained.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    known = _options(method)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"Unknown option {unknown[0]!r} of {method}: it takes {', '.join(known) or 'none'}.")
+    if method in ("dnw", "cs", "str", "l0") and M.read(model):
+        raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
+    examples = data.of(examples)
+    recipe = recipe or default_recipe(examples)
+    net, layers, left = _checked(model, examples, skip, plain=train is loss is score is None)
+    M.kept(sum(layer.weight.numel() for layer in layers.values()), density)
+    job = _Job(net, examples, recipe, density, list(layers), train, loss, score, seed)
+    began = time.perf_counter()
+    with tqdm(desc=method, unit="training", disable=None if progress else True, leave=False) as job.bar:
+        given = job.measure(net)
+        masks = METHODS[method](job, **options)
+        net = M.bake(job.net.eval())
+        measures = {"as given": given, **job.measures, "pruned": job.measure(net)}
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in net.named_modules():
+        module.training = modes.get(name, model.training)
+    seconds = time.perf_counter() - began
+    spec = {"own": type(model).__name__, "method": method, "asked": density, "seed": seed, "data": examples.name}
+    return Pruned(net, masks, job.theta, spec, measures, left, examples, job.trainings, seconds, job.notes)
+
+
+def default_recipe(examples: data.Data) -> training.Recipe:
+    """SGD with momentum, a cosine without warm-up, ten epochs of batches of at most 64."""
+    size = min(64, len(examples.train))
+    epoch = len(examples.train) // size
+    cosine = {"schedule": "cosine", "lr_every": epoch, "inputs": "standard"}
+    sgd = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    return training.Recipe(batch_size=size, iterations=10 * epoch, eval_every=epoch, **sgd, **cosine)
+
+
+class Hook:
+    """What a training loop of one's own has to call, so that masks move, temperatures rise and thresholds learn:
+
+    >>> def train(model, hook):
+    ...     optimizer = torch.optim.SGD(hook.groups(), lr=0.1)
+    ...     for t, (x, y) in zip(range(hook.iterations), batches):
+    ...         hook.before_step(t, optimizer, x, y)
+    ...         loss = F.cross_entropy(model(x), y) + hook.penalty()
+    ...         ...
+
+    A method whose mask stays (magnitude, LTH, GraSP, …) needs none of these. iterations: as many steps as the method
+    plans for, those of the recipe.
+    """
+
+    def __init__(self, model, method, recipe, seed):
+        self.iterations, self._model, self._method, self._seed = recipe.iterations, model, method, seed
+        self._step = SimpleNamespace(model=model, recipe=recipe, loss=nn.functional.cross_entropy, start=0)
+
+    def groups(self):
+        """The method's parameter groups, with weight decay as it needs it, for any optimiser of `torch.optim`."""
+        return self._method.param_groups(self._model, self._step.recipe)
+
+    def before_step(self, t, optimizer, x=None, y=None):
+        """To be called before the step that follows t finished ones; (x, y): its minibatch, as the model is fed."""
+        self._step.optimizer, self._step.batch = optimizer, (x, y)
+        self._step.generator = torch.Generator().manual_seed((self._seed * 1_000_003 + t) % 2**63)
+        self._method.before_step(t, self._step)
+
+    def penalty(self):
+        """The method's term of the loss, 0 if it has none."""
+        found = self._method.penalty(self._model)
+        return 0.0 if found is None else found
+
+
+@dataclass
+class _Job:
+    """One pruning under way: what the methods below read and write."""
+
+    net: nn.Module
+    data: data.Data
+    recipe: training.Recipe
+    density: float
+    layers: list[str]
+    own_train: Any = None
+    own_loss: Any = None
+    own_score: Any = None
+    seed: int = 0
+    trainings: int = 0
+    measures: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    bar: Any = None
+
+    def __post_init__(self):
+        self.theta = M.state(self.net)
+        M.attach(self.net, self.masks_now() | M.read(self.net))
+
+    def masks_now(self):
+        """Masks of ones on the layers to prune; those that are on the model stay."""
+        found, on = M.prunable(self.net), M.read(self.net)
+        ones = {name: torch.ones_like(found[name].weight, dtype=torch.bool) for name in self.layers}
+        return {name: on.get(name, mask) for name, mask in ones.items()}
+
+    def train(self, net, method=NOTHING, recipe=None, start=0):
+        """Train a network in place, by the user's loop or by `training.fit`."""
+        recipe, seed = recipe or self.recipe, self.seed + 1000 * self.trainings
+        if self.own_train:
+            before = method.masks(net)
+            self.own_train(net.train(), Hook(net, method, recipe, seed))
+            method.check(net, before, True)
+        else:
+            history = training.fit(net, self.data, recipe, seed, start, method=method, loss=self.own_loss)
+            if history.status == "diverged":
+                raise ValueError(f"The training diverged: lower the learning rate, {recipe.lr}, of the recipe.")
+        self.trainings += 1
+        self.bar.update()
+        return net
+
+    def measure(self, net):
+        """The score of a network: its accuracy on the test split."""
+        if self.own_score:
+            return float(self.own_score(net))
+        split = next((s for s in (self.data.test, self.data.valid) if len(s)), self.data.train)
+        like = next(net.parameters())
+        correct = training.evaluate(net, split, normaliser(self.data, self.recipe, like))[1]
+        return correct.float().mean().item()
+
+    def magnitudes(self, net):
+        found = M.prunable(net)
+        return {name: found[name].weight.detach().abs() for name in self.layers}
+
+    def chunks(self, per_class):
+        """A class-balanced batch for a score, on the network's device and in its dtype."""
+        counts = self.data.train.y.bincount(minlength=self.data.classes)
+        per_class = min(per_class, int(counts[counts > 0].min()))
+        like, generator = next(self.net.parameters()), torch.Generator().manual_seed(self.seed)
+        pairs = grasp.class_balanced(self.data, per_class, generator)
+        return [(x.to(like) if x.is_floating_point() else x.to(like.device), y.to(like.device)) for x, y in pairs]
+
+    def pruned_at_once(self, scores):
+        """Masks of the highest scores on the network as it was given, then one training."""
+        masks = M.top_k({name: scores[name] for name in self.layers}, self.density, within=self.masks_now())
+        self.train(M.attach(self.net, masks))
+        return masks
+
+
+def magnitude(job, rounds=1, pretrained=False):
+    """Train, remove the smallest weights of all layers, go on training; in `rounds` steps of equal ratio.
+
+    pretrained: the model has been trained already: the first training is left out.
+    """
+    _check_rounds(rounds)
+    if not pretrained:
+        job.train(job.net)
+        job.measures["dense, trained"] = job.measure(job.net)
+    for r in range(1, rounds + 1):
+        masks = M.top_k(job.magnitudes(job.net), job.density ** (r / rounds), within=job.masks_now())
+        job.train(M.attach(job.net, masks))
+    return masks
+
+
+def lth(job, rounds=5, rewind_to=0):
+    """Iterative magnitude pruning: train, remove, put the survivors back to their first values, `rounds` times; train.
+
+    rounds: 1 is one-shot. rewind_to: k, the values after k iterations in the place of the first ones (`lottery.lth`).
+    """
+    _check_rounds(rounds)
+    if not 0 <= rewind_to < job.recipe.iterations or (rewind_to and job.own_train):
+        raise ValueError(
+            f"Invalid rewind_to {rewind_to}: give 0 <= iteration < {job.recipe.iterations}, 0 with a loop of one's own."
+        )
+    if rewind_to:
+        training.fit(job.net, job.data, job.recipe, job.seed, stop=rewind_to, loss=job.own_loss)
+        job.theta = M.state(job.net)
+    for r in range(rounds + 1):
+        M.restore(job.net, job.theta)
+        job.train(job.net, start=rewind_to)
+        if r == 0:
+            job.measures["dense, trained"] = job.measure(job.net)
+        if r < rounds:
+            share = job.density ** ((r + 1) / rounds)
+            M.attach(job.net, M.top_k(job.magnitudes(job.net), share, within=job.masks_now()))
+    return job.masks_now()
+
+
+def random(job):
+    """Weights at random, at initialisation, in each layer as many as ERK says."""
+    masks = _sparse(job).masks_now()
+    job.train(job.net)
+    return masks
+
+
+def snip(job, per_class=10):
+    """SNIP at initialisation, on a batch with so many examples of each class (`baselines.snip_scores`)."""
+    return job.pruned_at_once(baselines.snip_scores(job.net, job.chunks(per_class)))
+
+
+def grasp_(job, per_class=10, temperature=200.0):
+    """GraSP at initialisation, on a batch with so many examples of each class (`grasp.scores`)."""
+    return job.pruned_at_once(grasp.scores(job.net, job.chunks(per_class), temperature))
+
+
+def synflow(job, rounds=100):
+    """SynFlow at initialisation: no data (`baselines.synflow`)."""
+    shape = tuple(job.data.train.x.shape[1:])
+    if job.data.train.x.dtype == torch.int64:
+        raise ValueError("SynFlow feeds ones in the place of data, which tokens cannot be: choose another method.")
+    masks = baselines.synflow(job.net, shape, job.density, rounds, layers=job.layers)
+    job.train(M.attach(job.net, masks))
+    return masks
+
+
+def gmp(job, **fields):
+    """Gradual magnitude pruning while training; options are the fields of `dynamic.GMP`."""
+    return _moved(job, dynamic.GMP(job.density, **{"every": _often(job), **fields}))
+
+
+def dnw(job, budget="uniform"):
+    """Discovering neural wirings (`dynamic.DNW`)."""
+    budgets = dynamic.budgets(job.net, job.density, budget, job.layers)
+    method = dynamic.DNW(tuple(budgets.items()))
+    job.train(method.attach(M.bake(job.net)), method)
+    masks = {name: mask for name, mask in method.masks(job.net).items() if name in job.layers}
+    _settled(job, masks)
+    return masks
+
+
+def set_(job, **fields):
+    """Sparse evolutionary training from random masks at ERK densities; options are the fields of `dynamic.SET`."""
+    return _moved(_sparse(job), dynamic.SET(**{"every": _often(job), **fields}))
+
+
+def rigl(job, **fields):
+    """RigL from random masks at ERK densities; options are the fields of `dynamic.RigL`."""
+    return _moved(_sparse(job), dynamic.RigL(**{"every": _often(job), **fields}))
+
+
+def cs_(job, s0=0.0, trials=10, tolerance=0.1, **fields):
+    """One round of Continuous Sparsification, then the masked weights are trained on; s0 is searched for.
+
+    trials: trainings at most; tolerance: the relative difference in density that is close enough. fields: of `cs.CS`.
+    """
+    make = lambda x: cs.CS(x, layers=tuple(job.layers), **{"schedule": "iteration", **fields})  # noqa: E731
+    masks = _search(job, make, "s0", s0, 0.01, trials, tolerance)
+    cs.harden(job.net)
+    job.train(job.net)
+    return masks
+
+
+def l0(job, lam=None, **fields):
+    """Stochastic L0 with a gate for each weight (`stochastic.L0`); the likeliest weights are kept and trained on.
+
+    Which gates end open is all or nothing within a few per cent of λ, so the weights with the highest log α are kept,
+    as many as asked for, rather than those with z > 0. lam: λ; None: half of what takes a gate that no data need to 0
+    at the end of a training by SGD. fields: of `stochastic.L0`.
+    """
+    if lam is None:
+        lr, momentum = (job.recipe.lr_at(t) for t in range(job.recipe.iterations)), job.recipe.momentum
+        lam = (
+            0.5 * 2.4 / (0.15 * sum(lr) / (1 - momentum))
+        )  # log α from 0 to log(−γ/ζ) = −2.4, at a slope of 0.14 to 0.2
+    method = stochastic.L0(tuple(job.layers), lam, **fields)
+    job.train(method.attach(M.bake(job.net)), method)
+    open_ = M.density(method.masks(job.net))
+    job.notes.append(f"λ = {lam:.4g}, at which {open_:.3g} of the gates ended open")
+    masks = M.top_k({name: gate.log_alpha.detach() for name, gate in stochastic.gates(job.net).items()}, job.density)
+    job.train(_settled(job, masks).train())
+    return masks
+
+
+def str_(job, s_init=-100.0, trials=10, tolerance=0.1, **fields):
+    """Soft Threshold Reparameterization; λ, then s_init, are searched for (`soft_threshold.reach`).
+
+    trials, tolerance: as of CS. fields: of `soft_threshold.STR`. It needs SGD.
+    """
+    if job.recipe.optimizer != "sgd":
+        raise ValueError(
+            f"Invalid optimizer {job.recipe.optimizer!r} with str: its thresholds need weight decay by 'sgd'."
+        )
+    start, found = M.bake(job.net), {}
+
+    def train(weight_decay, s_init):
+        method = soft_threshold.STR(s_init, layers=tuple(job.layers), **fields)
+        net = method.attach(copy.deepcopy(start))
+        job.train(net, method, replace(job.recipe, weight_decay=weight_decay))
+        masks = {name: layer.weight.detach() != 0 for name, layer in M.prunable(net).items() if name in job.layers}
+        got = M.density(masks)
+        if not found or abs(got - job.density) < abs(found["density"] - job.density):
+            found.update(density=got, net=net, masks=masks, values=(weight_decay, s_init))
+        return got
+
+    first = soft_threshold.decay_for(s_init, job.recipe)
+    soft_threshold.reach(job.density, train, first, s_init, tolerance * job.density, trials)
+    job.net = found["net"]
+    job.notes.append("λ = {:.4g}, s_init = {:.4g}".format(*found["values"]))
+    return found["masks"]
+
+
+METHODS = {
+    "magnitude": magnitude,
+    "lth": lth,
+    "random": random,
+    "snip": snip,
+    "grasp": grasp_,
+    "synflow": synflow,
+    "gmp": gmp,
+    "dnw": dnw,
+    "set": set_,
+    "rigl": rigl,
+    "cs": cs_,
+    "str": str_,
+    "l0": l0,
+}
+
+
+FIELDS = {
+    "gmp": dynamic.GMP,
+    "set": dynamic.SET,
+    "rigl": dynamic.RigL,
+    "cs": cs.CS,
+    "str": soft_threshold.STR,
+    "l0": stochastic.L0,
+}
+
+
+def _options(method):
+    """Names of a method's options: those of its function, and the fields of its `Method` where it takes them."""
+    names = [name for name in inspect.signature(METHODS[method]).parameters if name not in ("job", "fields")]
+    fields = [f.name for f in dataclasses.fields(FIELDS[method])] if method in FIELDS else []
+    return list(dict.fromkeys([*names, *(name for name in fields if name not in ("density", "layers"))]))
+
+
+def _check_rounds(rounds):
+    if not (isinstance(rounds, int) and rounds >= 1):
+        raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
+
+
+def _often(job):
+    """Updates of a mask in a short training: fifty, and at least every iteration."""
+    return max(1, min(100, job.recipe.iterations // 50))
+
+
+def _moved(job, method):
+    job.train(method.attach(job.net), method)
+    return job.masks_now()
+
+
+def _sparse(job):
+    """The job with random masks at ERK densities on its network."""
+    scores = baselines.random_scores(job.net, torch.Generator().manual_seed(job.seed))
+    erk = baselines.erk(job.net, job.density, job.layers)
+    M.attach(job.net, M.top_k({name: scores[name] for name in job.layers}, erk, within=job.masks_now()))
+    return job
+
+
+def _settled(job, masks):
+    """The network with what a method has learned in its plain weights, under the masks."""
+    return M.attach(M.bake(job.net.eval()), masks)
+
+
+def _search(job, make, name, x, step, trials, tolerance):
+    """Train `make(x)` for values of x, on which density rises, until it is near; the closest is the job's network.
+
+    Out in growing steps until two values enclose the density, then halfway between them.
+    """
+    start, found, low, high = job.net, {}, None, None
+    for _ in range(trials):
+        method = make(x)
+        net = job.train(method.attach(M.bake(copy.deepcopy(start))), method)
+        masks = method.masks(net)
+        got = M.density(masks)
+        if not found or abs(got - job.density) < abs(found["density"] - job.density):
+            found.update(density=got, net=net, masks=masks, x=x)
+        if abs(got - job.density) <= tolerance * job.density:
+            break
+        low, high = (x, high) if got < job.density else (low, x)
+        if low is None or high is None:
+            x, step = x + (step if high is None else -step), 2 * step
+        else:
+            x = (low + high) / 2
+    job.net = found["net"]
+    job.notes.append(f"{name} = {found['x']:.4g}")
+    return found["masks"]
+
+
+def _checked(model, examples, skip, plain):
+    """A copy of the model, its layers to prune, and what is left alone, `{name: why}`, unless it is refused."""
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(p):
+            raise ValueError(
+                f"Invalid model: {name!r} is lazy, without a shape; run one batch through the model first."
+            )
+        if p.is_meta:
+            raise ValueError(f"Invalid model: {name!r} is on the meta device, without values; materialise it first.")
+    if not len(examples.train):
+        raise ValueError("Invalid data: there is nothing to train on.")
+    M.prunable(model)  # what cannot be pruned is said before it cannot be copied
+    try:
+        net = copy.deepcopy(model)
+    except RuntimeError as error:  # a weight that a hook has computed
+        raise ValueError(f"The model cannot be copied ({str(error).splitlines()[0]}).") from error
+    found = M.prunable(net)
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    for pattern in patterns:
+        if not fnmatch.filter(found, pattern):
+            raise ValueError(f"Unknown layer {pattern!r} in skip: the model has {', '.join(found)}.")
+    left = {name: "skipped" for name in found if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    left |= {n: "frozen" for n, layer in found.items() if n not in left and not M.original(layer).requires_grad}
+    for name in M.unprunable(net):
+        owner = net.get_submodule(
+            name.rpartition(".")[0].split(".parametrizations")[0].removesuffix("parametrizations")
+        )
+        made = "its weight is made of other tensors"
+        left[name] = made if isinstance(owner, M.PRUNABLE) else f"{type(owner).__name__}: no Linear or Conv weight"
+    layers = {name: layer for name, layer in found.items() if name not in left}
+    if not layers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no Linear or Conv layer"
+        raise ValueError(f"Nothing prunable in {type(model).__name__} ({why}).")
+    if plain:
+        _check_output(net, examples)
+    return net, layers, left
+
+
+@torch.no_grad()
+def _check_output(net, examples):
+    """Refuse a model whose output on two examples is not [2, classes]."""
+    like = next(net.parameters())
+    x = normaliser(examples, default_recipe(examples), like)(examples.train.x[:2].to(like.device))
+    modes = {module: module.training for module in net.modules()}
+    try:
+        out = net.eval()(x)
+    except Exception as error:  # whatever a model raises
+        shape, why = tuple(examples.train.x.shape[1:]), str(error).strip().splitlines()[0] if str(error) else error
+        raise ValueError(f"The model does not take examples of shape {shape}, {like.dtype}: {why}") from error
+    for module, mode in modes.items():
+        module.training = mode
+    classes = examples.classes
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
+        found = f"shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ValueError(
+            f"The model gives {found} for two examples, the data have {classes} classes: it has to give "
+            f"[2, {classes}], or give a loss and a score of your own."
+        )
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` found.
+
+    model: plain, trained, with the zeros in its weights. masks: of the layers that were pruned. theta: the values that
+    the ticket starts from, `masks.state`. spec: method, density asked, seed. measures: the accuracies, or scores. left:
+    what was left alone and why. notes: values that were searched for.
+    """
+
+    model: nn.Module
+    masks: dict[str, torch.Tensor]
+    theta: dict[str, torch.Tensor]
+    spec: dict
+    measures: dict[str, float]
+    left: dict[str, str]
+    data: data.Data
+    trainings: int
+    seconds: float
+    notes: list[str]
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights kept, of the layers that were pruned."""
+        return M.density(self.masks)
+
+    @property
+    def example(self) -> torch.Tensor:
+        """One example as the model is fed, with a batch of one."""
+        like = next(self.model.parameters())
+        return normaliser(self.data, default_recipe(self.data), like)(self.data.train.x[:1].to(like.device))
+
+    @property
+    def layers(self):
+        """A table of the layers that were pruned: weights, kept, density, MACs for one example before and after."""
+        import pandas as pd
+
+        try:
+            work = macs.count(self.model, self.example)
+        except ValueError:
+            work = {}
+        rows = {
+            name: {
+                "weights": m.numel(),
+                "kept": int(m.sum()),
+                "density": int(m.sum()) / m.numel(),
+                "MACs": work.get(name, math.nan),
+                "MACs kept": work.get(name, math.nan) * int(m.sum()) / m.numel(),
+            }
+            for name, m in self.masks.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    def ticket(self) -> "tickets.Ticket":
+        """The start values and the masks."""
+        return tickets.Ticket(self.theta, self.masks, self.spec)
+
+    def __str__(self) -> str:
+        table, spec = self.layers, self.spec
+        kept, weights = int(table["kept"].sum()), int(table["weights"].sum())
+        found = f", {', '.join(self.notes)}" if self.notes else ""
+        lines = [
+            f"{spec['own']} by {spec['method']}: density {spec['asked']:g} asked, {self.density:.4f} got, "
+            f"{kept:,} of {weights:,} weights{found}",
+            "accuracy: " + ", ".join(f"{value:.4f} {name}" for name, value in self.measures.items()),
+            f"trainings: {self.trainings}, on {len(self.data.train):,} examples of {self.data.name}",
+        ]
+        if (work := table["MACs"].sum()) > 0:
+            lines.append(f"MACs of these layers: {work:,.0f} dense, {table['MACs kept'].sum():,.0f} without the zeros")
+        lines += [f"left alone: {name} ({why})" for name, why in self.left.items()]
+        return "\n".join([*lines, table.round(4).to_string()])
+
+    def plot(self):
+        """A bar for each layer: the density that is left of it. Returns the matplotlib figure."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 0.5 + 0.3 * len(self.masks)), layout="constrained")
+        axes, table = figure.subplots(), self.layers
+        axes.barh(table.index[::-1], table["density"][::-1])
+        axes.axvline(self.density, color="black", linestyle="--")
+        axes.set(xlim=(0, 1), xlabel="fraction of weights kept (dashed: of all)")
+        return figure
+
+    def save(self, folder) -> Path:
+        """Write `model.safetensors` (plain weights), `ticket.safetensors` (start values and masks), `report.json`."""
+        from safetensors.torch import save_model
+
+        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / "model.safetensors"))
+        tickets.save(self.ticket(), folder / "ticket.safetensors")
+        report = self.spec | {"density": self.density, "measures": self.measures, "left alone": self.left}
+        layers = json.loads(self.layers.to_json(orient="index"))
+        (folder / "report.json").write_text(
+            json.dumps(report | {"layers": layers}, indent=1, ensure_ascii=False) + "\n"
+        )
+        return folder
+
+    def export(self, path) -> Path:
+        """Write the model as ONNX, for examples as they are in the data, and check it in onnxruntime.
+
+        The data's normalisation is part of the file, so that it is fed uint8 pixels, floats or token numbers as
+        `data.train.x` holds them. The batch may be of any size.
+
+        Raises ImportError without onnxscript and onnxruntime; RuntimeError when onnxruntime computes something else.
+        """
+        return export(nn.Sequential(Inputs(self.data, self.model), self.model), self.data.train.x[:4], path)
+
+
+def load(model: nn.Module, checkpoint) -> nn.Module:
+    """Put the weights and masks of a checkpoint on a model, in place.
+
+    checkpoint: a state dict, or the path of one (PyTorch's, read without pickle's code, or safetensors), perhaps below
+    a key "state_dict" or "model". Read are plain ones; those of `torch.nn.utils.prune` (`weight_orig`, `weight_mask`);
+    of DataParallel, DistributedDataParallel and compiled models (`module.`, `_orig_mod.`); and of models with masks on.
+
+    Raises ValueError: a name or shape that does not fit, a file that holds no state dict.
+    """
+    state = {_plain(name): t for name, t in _state_dict(checkpoint).items()}
+    masks = {name.removesuffix("_mask"): t.bool() for name, t in state.items() if name.endswith("_mask")}
+    masks |= {name.removesuffix(".mask"): t.bool() for name, t in state.items() if name.endswith(".weight.mask")}
+    state = {name.removesuffix("_orig"): t for name, t in state.items() if not name.endswith(("_mask", ".weight.mask"))}
+    for name, mask in masks.items():
+        if name in state and not name.endswith("weight"):  # a bias that was pruned too
+            state[name] = state[name] * mask
+    tied = {_plain(name) for name in model.state_dict()} - set(own := M.tensors(model))
+    M.restore(model, {name: t for name, t in state.items() if name in own or name not in tied})
+    layers = {name.rpartition(".")[0]: mask for name, mask in masks.items() if name.endswith("weight")}
+    return M.attach(model, {name: m for name, m in layers.items() if name in M.prunable(model)}) if layers else model
+
+
+def _plain(name):
+    """A parameter's name without wrappers and parametrizations."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return re.sub(r"parametrizations\.(\w+)\.(?:original$|\d+(\.))", r"\1\2", name)
+
+
+def _state_dict(checkpoint):
+    if isinstance(checkpoint, str | Path):
+        from safetensors.torch import load_file
+
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise FileNotFoundError(f"No checkpoint at {path}.")
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle raises whatever it likes
+            why = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} is no checkpoint of tensors alone: save model.state_dict() ({why}).") from None
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    if not (isinstance(checkpoint, dict) and all(isinstance(t, torch.Tensor) for t in checkpoint.values())):
+        raise ValueError("Invalid checkpoint: give a state dict, names and tensors, or the path of one.")
+    return checkpoint
+
+
+class Inputs(nn.Module):
+    """Examples as the data hold them → as the model was fed: the normalisation as a layer of its own."""
+
+    def __init__(self, examples, model):
+        super().__init__()
+        like, x = next(model.parameters()), examples.train.x
+        self.tokens, self.like = x.dtype == torch.int64, like.dtype
+        shape = (-1, *[1] * (x.dim() - 2))
+        self.register_buffer("mean", (torch.tensor(examples.mean).double() * examples.scale).view(shape).to(like))
+        self.register_buffer("std", (torch.tensor(examples.std).double() * examples.scale).view(shape).to(like))
+
+    def forward(self, x):
+        return x if self.tokens else (x.to(self.like) - self.mean) / self.std
+
+
+def export(model: nn.Module, x: torch.Tensor, path) -> Path:
+    """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX needs {error.name}: pip install onnxscript onnxruntime.") from None
+    import warnings
+
+    model, path = copy.deepcopy(model).cpu().eval(), Path(path)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(
+            model, (x,), path, input_names=["x"], output_names=["logits"], dynamo=True, verbose=False,
+            dynamic_shapes=({0: batch},),
+        )  # fmt: skip
+        ours = model(x)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    [theirs] = session.run(None, {"x": x.numpy()})
+    if not torch.allclose(torch.from_numpy(theirs).to(ours), ours, rtol=1e-3, atol=1e-4):
+        worst = (torch.from_numpy(theirs).to(ours) - ours).abs().max().item()
+        raise RuntimeError(f"onnxruntime computes logits that differ by up to {worst:.2g}: {path} is not to be used.")
+    return path
