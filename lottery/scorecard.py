@@ -157,7 +157,7 @@ def totals(rows):
 def _after_holm(rows):
     """How many primary claims of one paper were tested, how many pass, and how many still do after Holm over them."""
     tested = [row for row in rows if row["evidence"] != "exact" and word(row) != "not tested"]
-    stay = C.holm([row["p"] for row in tested])
+    stay = C.holm([1.0 if row["p"] is None else row["p"] for row in tested])
     pairs = list(zip(map(passes, tested), stay, strict=True))
     return {"tested": len(tested), "pass": sum(p for p, _ in pairs), "after_holm": sum(p and s for p, s in pairs)}
 
@@ -475,18 +475,20 @@ class _At:
         if note:
             return replace(verdict, word="not tested", note=note), d, tested
         if claim["paper_value"] is not None:
-            size = 0 if kind.endswith("value") else self.unit(claim["paper_value"])
-            verdict = C.sized(verdict, kind, size, claim["error"] or 0)
+            size, error = claim["paper_value"], claim["error"] or 0
+            error = self.unit(size + error) - self.unit(size)
+            verdict = C.sized(verdict, kind, 0 if kind.endswith("value") else self.unit(size), error)
         return verdict, d, tested
 
     @property
     def _paper(self):
         """What differences are taken from: the paper's number, of "a value"."""
-        return self.claim["paper_value"] if self.claim["kind"].endswith("value") else 0
+        return self.unit(self.claim["paper_value"]) if self.claim["kind"].endswith("value") else 0
 
     def _ours(self, verdict):
         """[mean, low, high] in the unit of the claims' files."""
-        return [math.exp(v) if self.log else v + self._paper for v in (verdict.d, *verdict.interval)]
+        values = [v + self._paper for v in (verdict.d, *verdict.interval)]
+        return [math.exp(v) for v in values] if self.log else values
 
     def _judged(self, rows, evidence, dataset, diverged):
         claim, kind, margin = self.claim, self.claim["kind"], self.margin(dataset)

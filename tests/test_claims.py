@@ -722,6 +722,17 @@ def test_value_claims_need_the_full_recipe():
     assert row["quantity"] == "test accuracy at early_stop, %"
 
 
+def test_a_number_of_iterations_is_compared_as_a_ratio_with_the_papers():
+    """Ours 1,000 in every trial; the paper's is 900, and then 950 read off to within 60."""
+    lab = Invented()
+    stored = lab.store("paper", better, lambda *at: 1000, xs=[21.1])
+    c = claim(kind="value", arm_a="lenet/dense", arm_b="", x="", quantity="iterations", reading="last", margin=1.15)
+    row = judged(lab, stored, c | {"paper_value": 900.0})
+    assert (row["ours"], row["interval"], row["verdict"]) == (1000, [1000, 1000], "reproduced, size differs")
+    assert judged(lab, stored, c | {"paper_value": 950.0, "error": 60.0})["verdict"] == "reproduced"
+    assert judged(lab, stored, c | {"paper_value": 800.0})["verdict"] == "not reproduced"  # 1.25 > 1.15
+
+
 def test_repeats_inside_a_trial_are_averaged_first():
     lab = Invented()
     lab.draws = 3
