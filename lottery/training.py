@@ -10,13 +10,14 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lottery import masks as M
-from lottery import perceptron
+from lottery import perceptron, tensorfile
 from lottery.batches import Batches, normaliser, take  # noqa: F401 (the last two: where callers look for them)
 from lottery.methods import NOTHING, Method
 
@@ -348,6 +349,7 @@ def fit(
     graph=True,
     compiled=False,
     loss=None,
+    checkpoint=None,
 ):
     """Train the model in place and read it as the recipe says.
 
@@ -364,6 +366,8 @@ def fit(
             for a model that cannot be captured, since it waits for the device or changes its ways from step to step.
         compiled: train `torch.compile` of the model, see `can_compile`; what is trained by hand has no use for it.
         loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy that is minimised; readings stay with it.
+        checkpoint: a `Checkpoint` to go on from and to write now and then; small networks that are trained by hand have
+            done before one would be worth it.
 
     Returns a `History`, with several models a list of them. A model ends with the weights of the last iteration; a loss
     that is not finite at a reading stops its training with status "diverged". It is trained in training mode, but of a
@@ -399,63 +403,166 @@ def fit(
         opt = opt or optimizer(model, recipe, method.param_groups(model, recipe))
         _check_covered(model, opt.param_groups)
         step = Step(model, recipe, opt, method, batch, compiled, start, loss)
-    steps, test_steps = recipe.readings(start, stop)
-    steps, lr, first_losses, batch_loss, since = set(steps), None, {}, 0.0, start
-    smoothing = recipe.smoothing_at_readings
-    members = [_Member(each, data, recipe, batch.normalise, method) for each in models]
-    under_way = dict(enumerate(members))
+    loop = _Loop(models, data, recipe, method, step, batch, start, stop, graph)
+    loop.run(checkpoint if type(step) is Step else None)
+    histories = loop.histories((time.perf_counter() - began) / len(models))
+    return histories[0] if alone else histories
 
-    def iteration():
-        return step(*batch.gather())
 
-    tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
-    captures = graph and tensors and _captures(like.device)
-    launch = collections.defaultdict(lambda: Graph(iteration) if captures else iteration)  # by the batch's length
+class _Loop:
+    """The iterations of one training, and all that goes on from one to the next. `t`: how many are finished."""
 
-    def read(split):
+    def __init__(self, models, data, recipe, method, step, batch, start, stop, graph):
+        self.data, self.recipe, self.method, self.step, self.batch = data, recipe, method, step, batch
+        self.start, self.stop, self.t, self.lr = start, stop, start, None
+        self.loss, self.first_losses, self.batch_loss, self.since = None, {}, 0.0, start
+        self.steps, self.test_steps = (set(steps) for steps in recipe.readings(start, stop))
+        self.like, self.began = next(models[0].parameters()), time.perf_counter()
+        self.members = [_Member(each, data, recipe, batch.normalise, method) for each in models]
+        self.under_way = dict(enumerate(self.members))
+        tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
+        captures = graph and tensors and _captures(self.like.device)
+        iteration = functools.partial(Graph, self._iteration) if captures else lambda: self._iteration
+        self.launch = collections.defaultdict(iteration)  # by the batch's length
+
+    def run(self, checkpoint=None):
+        """All iterations that are left. checkpoint: a `Checkpoint` to go on from and to keep."""
+        if checkpoint:
+            checkpoint.load(self)
+        while self.t < self.stop and self.under_way:
+            self.iterate()
+            if self.t in self.steps:
+                self.read()
+                if checkpoint and self.under_way:
+                    checkpoint.offer(self)
+
+    def iterate(self):
+        """One step."""
+        self._set_lr(self.recipe.lr_at(self.t))
+        self.batch.choose(self.t)
+        if type(self.step) is Step:
+            self.step.t = self.t
+            self.method.before_step(self.t, self.step)
+        self.loss = self.launch[self.batch.length]()
+        self.batch_loss = self.batch_loss + self.loss
+        self.t += 1
+        if self.t - self.start in LOSS_STEPS:
+            self.first_losses[self.t] = self.loss.clone()
+
+    def _iteration(self):
+        return self.step(*self.batch.gather())
+
+    def _set_lr(self, lr):
+        if lr == self.lr:
+            return
+        self.lr = lr
+        for group in self.step.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def read(self):
+        """One reading of every network that is under way, the last one of those that end here."""
+        done, alone = self.t, len(self.members) == 1
         if alone:
-            return [evaluate(model, split, batch.normalise, smoothing=smoothing)]
-        return list(zip(*_evaluate(step.forward, like, split, batch.normalise, smoothing=smoothing), strict=True))
+            self.step.sync()
+        with autocast(self.recipe, self.like):
+            valid = self._evaluate(self.data.valid)
+            test = self._evaluate(self.data.test) if done in self.test_steps else None
+        losses = self.loss.view(-1).tolist()
+        curve = (self.batch_loss / (done - self.since)).view(-1).tolist()
+        self.batch_loss, self.since = (self.batch_loss, self.since) if test is None else (0.0, done)
+        for k, member in list(self.under_way.items()):
+            better, finite = member.read(done, losses[k], valid[k], test and test[k], curve[k])
+            if better or not finite or done == self.stop:
+                self.step.sync(k)
+            if better:
+                member.remember(done)
+            if not finite or done == self.stop:
+                self.under_way.pop(k).end(done, finite)
 
-    for t in range(start, stop):
-        if recipe.lr_at(t) != lr:
-            lr = recipe.lr_at(t)
-            for group in step.optimizer.param_groups:
-                if isinstance(group["lr"], torch.Tensor):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
-        batch.choose(t)
-        if not by_hand:
-            step.t = t
-            method.before_step(t, step)
-        loss = launch[batch.length]()
-        batch_loss += loss
-        done = t + 1
-        if done - start in LOSS_STEPS:
-            first_losses[done] = loss.clone()
-        if done in steps:
-            if alone:
-                step.sync()
-            with autocast(recipe, like):
-                valid, test = read(data.valid), read(data.test) if done in test_steps else None
-            losses, curve = loss.view(-1).tolist(), (batch_loss / (done - since)).view(-1).tolist()
-            batch_loss, since = (batch_loss, since) if test is None else (0.0, done)
-            for k, member in list(under_way.items()):
-                better, finite = member.read(done, losses[k], valid[k], test and test[k], curve[k])
-                if better or not finite or done == stop:
-                    step.sync(k)
-                if better:
-                    member.remember(done)
-                if not finite or done == stop:
-                    under_way.pop(k).end(done, finite)
-            if not under_way:
-                break
+    def _evaluate(self, split):
+        smoothing = self.recipe.smoothing_at_readings
+        if isinstance(self.step, perceptron.Population):
+            found = _evaluate(self.step.forward, self.like, split, self.batch.normalise, smoothing=smoothing)
+            return list(zip(*found, strict=True))
+        return [evaluate(self.members[0].model, split, self.batch.normalise, smoothing=smoothing)]
 
-    for k, member in enumerate(members):
-        member.history.train_loss = {t: loss.view(-1)[k].item() for t, loss in first_losses.items() if t <= member.done}
-        member.history.wall_s = (time.perf_counter() - began) / len(members)
-    return members[0].history if alone else [member.history for member in members]
+    def histories(self, wall_s):
+        """What each network's `History` is in the end."""
+        for k, member in enumerate(self.members):
+            first = {t: loss.view(-1)[k].item() for t, loss in self.first_losses.items() if t <= member.done}
+            member.history.train_loss, member.history.wall_s = first, member.history.wall_s + wall_s
+        return [member.history for member in self.members]
+
+
+class Checkpoint:
+    """Where one training is kept while it is under way, so that it goes on after a kill as if nothing had happened.
+
+    about: what the training is; a file of another one is not used. every: seconds between two writes, at readings.
+    In float64 the rest of the training is the same bit for bit.
+    """
+
+    def __init__(self, path: Path | str, about: dict, every: float = 60.0):
+        self.path, self.about, self.every, self.last = Path(path), about, every, time.monotonic()
+
+    def offer(self, loop: _Loop) -> None:
+        """Write where the loop is, if the last write is long enough ago."""
+        if time.monotonic() - self.last < self.every:
+            return
+        self.last, [member] = time.monotonic(), loop.members
+        parts = dict(zip(("now", "masks"), member.snapshot(), strict=True))
+        parts |= dict(zip(("best", "best masks"), member.best or ({}, {}), strict=True))
+        parts["optimizer"] = memory(loop.step.optimizer, member.model)
+        parts["losses"] = {str(t): loss for t, loss in loop.first_losses.items()}
+        parts["sum"] = {"": torch.as_tensor(loop.batch_loss)}
+        parts["random state"] = {"": torch.get_rng_state()}  # dropout's
+        best = {"step": member.best_step, "loss": member.best_loss}
+        history = dataclasses.asdict(member.history)
+        history["wall_s"] += time.perf_counter() - loop.began
+        about = {"is": self.about, "t": loop.t, "since": loop.since, "best": best, "history": history}
+        tensors = {f"{part}/{name}": t.contiguous() for part, some in parts.items() for name, t in some.items()}
+        tensorfile.write(self.path, tensors, about)
+
+    def load(self, loop: _Loop) -> None:
+        """Put the loop where the file says; one that is missing, damaged or another training's changes nothing."""
+        try:
+            tensors, about, _ = tensorfile.read(self.path)
+        except (FileNotFoundError, ValueError):
+            return
+        if about["is"] != self.about:
+            return
+        parts, [member] = collections.defaultdict(dict), loop.members
+        for name, t in tensors.items():
+            part, _, name = name.partition("/")
+            parts[part][name] = t
+        member.put((parts["now"], parts["masks"]))
+        member.best = (parts["best"], parts["best masks"]) if parts["best"] else None
+        member.best_step, member.best_loss = about["best"]["step"], about["best"]["loss"]
+        member.history = History(**about["history"])
+        remember(loop.step.optimizer, member.model, parts["optimizer"])
+        loop.first_losses = {int(t): loss for t, loss in parts["losses"].items()}
+        loop.t, loop.since, loop.batch_loss = about["t"], about["since"], parts["sum"][""].to(loop.like.device)
+        torch.set_rng_state(parts["random state"][""])
+
+    def remove(self) -> None:
+        """The training is kept elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+
+def memory(opt, model) -> dict[str, torch.Tensor]:
+    """What an optimiser remembers of each parameter: `{"<kind>/<parameter>": tensor}`."""
+    names = {id(t): name for name, t in M.tensors(model).items()}
+    return {f"{kind}/{names[id(p)]}": t.contiguous() for p, kept in opt.state.items() for kind, t in kept.items()}
+
+
+def remember(opt, model, memory: dict[str, torch.Tensor]) -> None:
+    """Give an optimiser of the same model what another one remembered."""
+    tensors = M.tensors(model)
+    for name, t in memory.items():
+        kind, parameter = name.split("/", 1)
+        opt.state[tensors[parameter]][kind] = t.to(tensors[parameter].device)
 
 
 class _Member:
@@ -488,26 +595,27 @@ class _Member:
         return val_loss < self.best_loss, math.isfinite(val_loss) or not len(self.data.valid.y)
 
     def remember(self, done):
-        self.best, self.best_step, self.best_loss = self._state(), done, self.history.val_loss[-1]
+        self.best, self.best_step, self.best_loss = self.snapshot(), done, self.history.val_loss[-1]
 
-    def _state(self):
+    def snapshot(self):
         """What early stop goes back to: masks move under some methods."""
         return M.state(self.model), M.read(self.model)
 
-    def _restore(self, state):
-        theta, masks = state
+    def put(self, snapshot):
+        """Go back to a `snapshot`."""
+        theta, masks = snapshot
         M.restore(self.model, theta)
         if masks:
             M.attach(self.model, masks)
 
     def end(self, done, finite):
         """Everything at the early stop and at the last iteration."""
-        self.done, h, final = done, self.history, self._state()
+        self.done, h, final = done, self.history, self.snapshot()
         with autocast(self.recipe, next(self.model.parameters())):
             if self.best is not None:
-                self._restore(self.best)
+                self.put(self.best)
                 h.early_stop = reading(self.model, self.data, self.normalise, self.best_step, self.smoothing)
-                self._restore(final)
+                self.put(final)
             h.last = reading(self.model, self.data, self.normalise, done, self.smoothing)
         if not finite or not math.isfinite(h.last.train_loss):  # the last step may have been one too many
             h.status = "diverged"

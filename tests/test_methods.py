@@ -111,7 +111,7 @@ def test_a_ticket_keeps_the_factor_of_its_search(tmp_path):
 def test_a_round_that_should_carry_momentum_needs_one(tmp_path):
     alone = replace(FIRST, method=replace(FIRST.method, carry=False))
     train(alone, tmp_path)
-    with pytest.raises(ValueError, match="No momentum is stored with the parent"):
+    with pytest.raises(ValueError, match=message("No momentum is stored with the parent")):
         work.execute([replace(FIRST, parent=alone, init="continue")], tmp_path)
 
 

@@ -173,32 +173,28 @@ class Store:
                 return path
         return self.dir / ".artifacts" / f"{key}.safetensors"
 
-    def save_artifact(self, key, tensors):
-        """Write `{name: tensor}` by rename, with its key and the digest of what it holds; returns the file's sha256."""
-        from safetensors.torch import save
+    def checkpoint(self, key):
+        """Where a training is kept while it is under way."""
+        return self.dir / ".checkpoints" / f"{key}.safetensors"
 
-        path = self.dir / ".artifacts" / f"{key}.safetensors"
-        content = save(tensors, metadata={"run": f"{key} {_contents(tensors)}"})
-        with _temporary(path) as temporary:
-            temporary.write_bytes(content)
-            _publish(temporary, path, replace=True)
-        return hashlib.sha256(content).hexdigest()
+    def save_artifact(self, key, tensors):
+        """Keep `{name: tensor}` under a run's key; returns the file's sha256."""
+        from lottery import tensorfile
+
+        return tensorfile.write(self.dir / ".artifacts" / f"{key}.safetensors", tensors, {"run": key})
 
     def load_artifact(self, key):
-        """What `save_artifact` wrote, and the file's sha256.
+        """What `save_artifact` kept, and the file's sha256.
 
         Raises ValueError for weights that are damaged, or another run's: set aside, and trained again by the next call.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
+        from lottery import tensorfile
 
         path = self.artifact(key)
-        content = path.read_bytes()
-        with contextlib.suppress(SafetensorError, ValueError, KeyError, TypeError):
-            tensors = load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            if header["__metadata__"] == {"run": f"{key} {_contents(tensors)}"}:
-                return tensors, hashlib.sha256(content).hexdigest()
+        with contextlib.suppress(ValueError):
+            tensors, about, sha = tensorfile.read(path)
+            if about == {"run": key}:
+                return tensors, sha
         path.rename(path.with_suffix(".damaged"))
         raise ValueError(f"Damaged weights {path}: set aside; run again, and they are trained again.")
 
@@ -375,17 +371,6 @@ def _digest(row):
     content = {name: value.hex() if isinstance(value, bytes) else value for name, value in row.items()}
     content = {name: value for name, value in content.items() if value is not None and name != "payload_sha"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _contents(tensors):
-    """sha256 of named tensors: names, types, shapes and values."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
-        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _conflict(one, other):

@@ -41,7 +41,8 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         how = {"start": start(r), "method": given[0].method, "compiled": compiled}
         if len(runs) == 1:
             [net], [order] = nets, orders
-            histories = [_fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, **how)]
+            kept = training.Checkpoint(store.checkpoint(r.key), {"run": r.key, "versions": versions()})
+            histories = [_fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, checkpoint=kept, **how)]
         else:
             histories = training.fit([net.model for net in nets], images, r.recipe, seed=orders, **how)
     keep_weights = keep_weights or [False] * len(runs)
@@ -51,6 +52,7 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         certificate |= {"compile": compiled, "group": [r.key for r in runs], "weights": weights, **net.hashes}
         moves = _moves(r, images, net.model, store) if r.init == "survivors" else None
         store.put({**_row(r, images, net.model, history, certificate), "moves": moves})
+        store.checkpoint(r.key).unlink(missing_ok=True)
     return sum(history.wall_s for history in histories)
 
 
@@ -159,7 +161,11 @@ def initialise(r, images, store, device="cpu"):
     if r.method.carries:
         opt = training.optimizer(model, r.recipe, r.method.param_groups(model, r.recipe))
         if r.goes_on:
-            _remember(opt, model, memory)
+            if not memory:
+                raise ValueError(
+                    "No momentum is stored with the parent: its method carries none. Set carry=False here."
+                )
+            training.remember(opt, model, memory)
     return Net(model, opt, hashes)
 
 
@@ -212,25 +218,9 @@ def _artifact(r, net):
     """All that a child may need: θ, the masks that are on the model or else those it has learned, the momentum."""
     masks = M.read(net.model)
     learned = {} if masks else r.method.masks(net.model)
-    memory = _memory(net.optimizer, net.model) if net.optimizer else {}
+    memory = training.memory(net.optimizer, net.model) if net.optimizer else {}
     apart = {"mask/": masks, "learned/": learned, "optimizer/": memory}
     return M.state(net.model) | {prefix + name: t for prefix, part in apart.items() for name, t in part.items()}
-
-
-def _memory(opt, model):
-    """What an optimiser remembers of each parameter: `{"<kind>/<parameter>": tensor}`."""
-    names = {id(t): name for name, t in M.tensors(model).items()}
-    return {f"{kind}/{names[id(p)]}": t.contiguous() for p, kept in opt.state.items() for kind, t in kept.items()}
-
-
-def _remember(opt, model, memory):
-    """Give a new optimiser what one of the same method remembered."""
-    if not memory:
-        raise ValueError("No momentum is stored with the parent: its method carries none on. Set carry=False here too.")
-    tensors = M.tensors(model)
-    for name, t in memory.items():
-        kind, parameter = name.split("/", 1)
-        opt.state[tensors[parameter]][kind] = t.to(tensors[parameter].device)
 
 
 def _create(r, images, seed):
