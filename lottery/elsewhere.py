@@ -1,17 +1,16 @@
 """Data sets that nobody may pass on or that no library fetches, read from files that their owners lay out.
 
-| name | files under the data root | shape of an example |
-|---|---|---|
-| imagenet | `imagenet/train/<class>/*`, `imagenet/val/<class>/*`: images of any size that Pillow reads | 3x224x224 |
-| google12 | `google12/train.npy`, `google12/test.npy`, as EdgeML's scripts write them | 32 features, 99 steps |
-| har2 | `har2/train.npy`, `har2/test.npy`, likewise | 9 features, 128 steps |
-| har2_part | `uci_har/inertial_subset.npz`: a part of UCI HAR, with its six activities | 9 features, 128 steps |
+    name       files under the data root                                    an example
+    imagenet   imagenet/train/<class>/*, imagenet/val/<class>/*: images     3x224x224
+    google12   google12/train.npy and test.npy, as EdgeML's scripts write   32 features, 99 steps
+    har2       har2/train.npy and test.npy, likewise                        9 features, 128 steps
+    har2_part  uci_har/inertial_subset.npz, a part of UCI HAR               9 features, 128 steps
 
-Images are resized to 256 pixels along the shorter side and cut to the middle 224. Of the `.npy` tables a row is one
-example, its label first, then its steps one after the other. Sequences are stored as images of one column, features as
-channels, at 256 grey levels from a feature's smallest to its largest training value: the training loop keeps whole sets
-as bytes. What lies outside in the test set is clipped. HAR-2's classes are {sitting, laying, walking upstairs} and
-{standing, walking, walking downstairs}, as FastGRNN's authors group them.
+Images, of any size that Pillow reads, are resized to 256 pixels along the shorter side and cut to the middle 224. Of
+the `.npy` tables a row is one example, its label first, then its steps one after the other. Sequences are stored as
+images of one column, features as channels, at 256 grey levels from a feature's smallest to its largest training value:
+the training loop keeps whole sets as bytes. What lies outside in the test set is clipped. HAR-2's classes are {sitting,
+laying, walking upstairs} and {standing, walking, walking downstairs}, as FastGRNN's authors group them.
 """
 
 import numpy as np
