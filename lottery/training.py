@@ -422,8 +422,11 @@ class _Loop:
         self.under_way = dict(enumerate(self.members))
         tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
         captures = graph and tensors and _captures(self.like.device)
-        iteration = functools.partial(Graph, self._iteration) if captures else lambda: self._iteration
-        self.launch = collections.defaultdict(iteration)  # by the batch's length
+
+        def iteration():
+            return step(*batch.gather())
+
+        self.launch = collections.defaultdict(lambda: Graph(iteration) if captures else iteration)  # by its length
 
     def run(self, checkpoint=None):
         """All iterations that are left. checkpoint: a `Checkpoint` to go on from and to keep."""
@@ -448,9 +451,6 @@ class _Loop:
         self.t += 1
         if self.t - self.start in LOSS_STEPS:
             self.first_losses[self.t] = self.loss.clone()
-
-    def _iteration(self):
-        return self.step(*self.batch.gather())
 
     def _set_lr(self, lr):
         if lr == self.lr:
@@ -542,7 +542,7 @@ class Checkpoint:
         member.best_step, member.best_loss = about["best"]["step"], about["best"]["loss"]
         member.history = History(**about["history"])
         remember(loop.step.optimizer, member.model, parts["optimizer"])
-        loop.first_losses = {int(t): loss for t, loss in parts["losses"].items()}
+        loop.first_losses = {t: parts["losses"][str(t)] for t in sorted(map(int, parts["losses"]))}
         loop.t, loop.since, loop.batch_loss = about["t"], about["since"], parts["sum"][""].to(loop.like.device)
         torch.set_rng_state(parts["random state"][""])
 
