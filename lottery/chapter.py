@@ -107,7 +107,7 @@ class Chapter:
         """`frame` at a scale, of the trials of which every run is stored (None: there is none)."""
         at, runs = self.settings[scale], self._runs(item, scale)
         part = {r.seed for r in runs if not self.store.get(r)}
-        if part.issuperset(at.seeds):
+        if part.issuperset(self.module.seeds(item, at)):
             return None
         frame = self.frame(item, scale)
         return frame[~frame["seed"].isin(part)]
@@ -130,7 +130,7 @@ class Chapter:
         labels = [
             (arm, point, r)
             for arm, _, point in self.module.cells(item, at)
-            for seed in at.seeds
+            for seed in self.module.seeds(item, at)
             for r in self.module.trial(arm, at, seed, point)
             if self.store.get(r)
         ]

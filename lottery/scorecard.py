@@ -366,7 +366,7 @@ class _At:
         self.cells = [x for x in cells if self._runs(x, 0)]
         self.log = C.is_ratio(claim["quantity"])
         self.unit = math.log if self.log else float
-        ranged = not claim["kind"] or claim["kind"].startswith((C.ALL, "up to"))
+        ranged = not claim["kind"] or claim["kind"].startswith(C.RANGED)
         if len(self.cells) < len(cells) and not ranged:
             self.cells = []
         if _measured(claim) and self.cells:
@@ -411,8 +411,16 @@ class _At:
             for theirs in (self._arm(name, at, trial, scale) for scale in scales):
                 if theirs and keys <= (more := {r.key for r in theirs}):
                     keys = more
-            found.append([row for key in sorted(keys) if (row := self._stored(key))])
+            rows = [row for key in sorted(keys) if (row := self._stored(key))]
+            found.append(rows if _measured(self.claim) else self._shares(name, at, rows))
         return found
+
+    def _shares(self, name, x, rows):
+        """The rows that count for an arm at x, with their `share` of it; none where the paper's module says so."""
+        if not (shares := getattr(self.judge.experiment, "shares", None)):
+            return rows
+        each = shares(name, x, rows, self.claim["quantity"]) or [0] * len(rows)
+        return [row | {"share": share} for row, share in zip(rows, each, strict=True) if share]
 
     def all_trials(self, margin):
         """What all stored trials say, where there are more of them than the rule asks for, without a verdict."""
@@ -427,7 +435,8 @@ class _At:
     def result(self):
         """The fields that come from runs."""
         rows = self.rows(self.trials)
-        stored = list({row["key"]: row for cell in rows for trial in cell for arm in trial for row in arm}.values())
+        counted = {row["key"]: row for cell in rows for trial in cell for arm in trial for row in arm}
+        stored = list(({key: self._stored(key) for key in self.keys} | counted).values())
         evidence, steps = self.evidence()
         fields = {k: ", ".join(sorted({row[c] for row in stored})) for k, c in _COLUMNS.items()}
         fields |= {"evidence": evidence, "steps_fraction": steps, "trials": self.trials}
@@ -462,14 +471,12 @@ class _At:
         claim, kind = self.claim, self.claim["kind"]
         own = self.judge.experiment.reads.get(claim["quantity"])
         read = own or functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
-        late = [_censored(cell) if claim["reading"] == "early_stop" else 0 for cell in rows]
-        ranged = kind.startswith((C.ALL, "up to"))
-        tested = [cell for cell, share in zip(rows, late, strict=True) if not share]
-        if not tested or (not ranged and len(tested) < len(rows)):
-            said = f"{100 * max(late):.0f} % of an arm's minima lie in the last tenth of its training"
-            tested, note = rows, said
-        else:
-            note = ""
+        reasons = [self._untested(x, cell) for x, cell in zip(self.cells, rows, strict=True)]
+        tested = [cell for cell, reason in zip(rows, reasons, strict=True) if not reason]
+        note = "" if tested and (kind.startswith(C.RANGED) or not any(reasons)) else max(reasons)
+        if note and not all(arm for cell in rows for trial in cell for arm in trial):
+            return C.Verdict("not tested", note=note), np.zeros((0, len(rows[0]))), []
+        tested = rows if note else tested
         d = np.array([[contrast(arms, read) - self._paper for arms in cell] for cell in tested])
         verdict = C.judge(kind, d, self.unit(claim["delta"]) if claim["delta"] else None, margin, len(_cells(claim)))
         if note:
@@ -479,6 +486,14 @@ class _At:
             error = self.unit(size + error) - self.unit(size)
             verdict = C.sized(verdict, kind, 0 if kind.endswith("value") else self.unit(size), error)
         return verdict, d, tested
+
+    def _untested(self, x, cell):
+        """Why one cell, [trial][arm], is not tested, or ""."""
+        if out := sum(not all(arms) for arms in cell):
+            densities = " and ".join(f"{at:g} %" for at in dict.fromkeys(x))
+            return f"{densities} is out of reach in {out} of {len(cell)} trials"
+        share = _censored(cell) if self.claim["reading"] == "early_stop" else 0
+        return (share and f"{100 * share:.0f} % of an arm's minima lie in the last tenth of its training") or ""
 
     @property
     def _paper(self):
@@ -503,7 +518,7 @@ class _At:
         return {
             "ours": ours[0],
             "interval": ours[1:],
-            "interval_images": images(kind, d, tested, claim["reading"]) if seen else None,
+            "interval_images": images(kind, d, tested, claim["reading"]) if seen and tested else None,
             "p": plain.p,
             "all_trials": self.all_trials(margin),
             "rule": _rule(claim) + (f"; {diverged} diverged runs at chance" if diverged else ""),
@@ -575,8 +590,10 @@ def correct(row, at):
 
 
 def contrast(arms, read):
-    """A − B of one trial, (A − B) − (C − D), or A alone; repeats inside the trial are averaged first."""
-    a, *b = (np.mean([read(row) for row in arm], axis=0) for arm in arms)
+    """A − B of one trial, (A − B) − (C − D), or A alone; repeats are averaged first, as much as each has a `share`."""
+    a, *b = (
+        np.average([read(row) for row in arm], axis=0, weights=[row.get("share", 1) for row in arm]) for arm in arms
+    )
     return a - b[0] - (b[1] - b[2] if len(b) == 3 else 0) if b else a
 
 
@@ -598,7 +615,7 @@ def images(kind, d, rows, at):
     """The interval over trials × test images of what a verdict rests on; d: differences [cells, trials]."""
     if d.shape[1] < 2:
         return None
-    cells = C.leave_one_out(d)[1] if kind == "up to" else [0] * d.shape[1]
+    cells = C.leave_one_out(d)[1] if kind in C.CHOSEN else [0] * d.shape[1]
     if kind.startswith(C.ALL):
         cells = [C.worst(kind.removeprefix(C.ALL), d)] * d.shape[1]
     each = [contrast(rows[cell][trial], lambda row: correct(row, at)) for trial, cell in enumerate(cells)]

@@ -80,6 +80,10 @@ TABLE = [
     ("up to", [UP], {"delta": 6.1}, "partly"),
     ("up to", [DOWN], {"delta": 3.0}, "not reproduced (opposite)"),
     ("up to", [LEVEL], {"delta": 3.92}, "inconclusive"),
+    # best value: one level alone is that level's value
+    ("best value", [LEVEL], {"margin": 1.508}, "reproduced"),
+    ("best value", [LEVEL], {"margin": 1.0}, "inconclusive"),
+    ("best value", [DOWN], {"margin": 0.52}, "not reproduced"),
     # in all cells: UP passes, LEVEL is open, DOWN is negative. A cell is negative at 1 − 0.05/k: t(0.9875; 4) = 3.49541
     # for two cells, t(0.99167; 4) = 3.96079 for three, so half widths of 2.47163 and 2.80070
     ("in all cells: direction", [UP, UP], {"margin": 1.0}, "reproduced (2 of 2 pass)"),
@@ -137,7 +141,7 @@ def test_the_table_reaches_every_word_of_every_kind():
     two = words - {"partly"}
     assert reached == {
         **dict.fromkeys(("direction", "down to", "up to", "in all cells"), words),
-        **dict.fromkeys(("value", "same", "at least matches"), two),
+        **dict.fromkeys(("value", "same", "at least matches", "best value"), two),
     }
 
 
@@ -1179,7 +1183,7 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
 
 
 def test_bad_paper_and_missing_files_are_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of grasp, lth, str \([^\n]*\)\.$"):
+    with pytest.raises(ValueError, match=r"^Unknown paper 'lht': choose one of cs, grasp, lth, str \([^\n]*\)\.$"):
         scorecard.claims("lht", REPORTED)
     with pytest.raises(FileNotFoundError, match=r"^No claims in [^\n]*$"):
         scorecard.claims("lth", tmp_path)

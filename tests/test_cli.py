@@ -180,7 +180,7 @@ def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["run", "cs"], "Unknown paper 'cs': choose one of lth, grasp."),
+        (["run", "ttt"], "Unknown paper 'ttt': choose one of lth, cs, grasp, str."),
         (["run", "lth", "fig99"], "Unknown item 'fig99' of lth: choose from fig1, "),
         (["run", "lth", "fig3", "table1"], "Unknown item 'table1' of lth: "),
         (["run", "lth", "fig3", "lth-fig3"], "Unknown claim 'lth-fig3': "),

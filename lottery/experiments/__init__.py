@@ -10,7 +10,12 @@ Names load when they are first used: reading the store needs no PyTorch.
 
 import importlib
 
-PAPERS = {"lth": "lth", "grasp": "grasp", "str": "soft_threshold"}  # name → module here, in the order of the book
+PAPERS = {
+    "lth": "lth",
+    "cs": "cs",
+    "grasp": "grasp",
+    "str": "soft_threshold",
+}  # name → module here, in the order of the book
 FOUND_IN = {"Run": "runs", "Store": "store", "load": "store", "run": "engine"}
 __all__ = ["PAPERS", *FOUND_IN, *PAPERS.values()]
 

@@ -18,6 +18,9 @@ and may have
     EXACT       {quantity: function of an arm -> number} for claims that need arithmetic only
     READS       {quantity: function of a stored row -> number} for claims about what only this paper reads of its runs;
                 a quantity named "… ratio" returns a logarithm
+    shares(arm, x, rows, quantity) -> [share], or None     how much each stored row of a trial counts for an arm at what
+                the paper prints as x %; None where x is out of reach. Default: all alike
+    seeds(item, at) -> range    of the trials of an item; default: the Setting's
     NETWORKS    {net: name in `lottery.models`} for claims about the networks themselves
     PRINTS      "density" (default) or "sparsity": the percentage by which the paper names a network's size
 
@@ -58,6 +61,8 @@ class Paper:
         self.exact = getattr(self.module, "EXACT", {})
         self.reads = getattr(self.module, "READS", {})
         self.networks = getattr(self.module, "NETWORKS", {})
+        self.shares = getattr(self.module, "shares", None)
+        self.seeds = getattr(self.module, "seeds", lambda item, at: at.seeds)
         self.prints = getattr(self.module, "PRINTS", "density")
 
     @property
@@ -81,10 +86,15 @@ class Paper:
                 continue
             nets = {}
             for arm, _, point in self.cells(item, at):
-                nets.setdefault(arm.split("/")[0], {})[arm, point] = None
+                nets.setdefault(self.net(arm), {})[arm, point] = None
             for cells in nets.values():
-                found |= dict.fromkeys(r for seed in at.seeds for arm, p in cells for r in self.trial(arm, at, seed, p))
+                tried = [(arm, seed, p) for seed in self.seeds(item, at) for arm, p in cells]
+                found |= dict.fromkeys(r for arm, seed, p in tried for r in self.trial(arm, at, seed, p))
         return list(found)
+
+    def net(self, arm):
+        """The part of an arm of which all trials come before those of the next."""
+        return arm.split("/")[0]
 
     def density(self, x: float) -> float:
         """The density of what the paper prints as `x` %; inside, nothing else is used."""

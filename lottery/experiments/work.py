@@ -20,7 +20,7 @@ from lottery import masks as M
 from lottery.batches import take
 from lottery.experiments.runs import Measurement, rates
 from lottery.experiments.store import Store, now, pack_masks, versions
-from lottery.methods import NOTHING
+from lottery.methods import NOTHING, Method
 
 
 def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1, compiled=False):
@@ -152,7 +152,8 @@ def initialise(r, images, store, device="cpu"):
         if r.init == "random":
             m = lth.random_masks(m, torch.Generator().manual_seed(fresh))
         model = create(seed=r.seed)
-        if r.parent or r.density or r.layers:
+        learns_masks = type(r.method).masks is not Method.masks  # which then stand in the masks' place
+        if r.parent or r.density or (r.layers and not learns_masks):
             M.attach(model, m)
         r.method.attach(model)
         _restore(model, _values(r, m, create, source, images, device, torch.Generator().manual_seed(fresh)))
