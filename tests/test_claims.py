@@ -430,7 +430,23 @@ def test_claims_of_lth_are_well_formed(rules):
         ]
         assert cells[0][0] is None or all(0 < x <= 100 for cell in cells for x in cell), c["id"]
         assert c["kind"] != "down to" or cells[0] < cells[1], c["id"]
-        assert not c["alternative"] or c["alternative"] in set(tested["id"]), c["id"]
+
+
+@pytest.mark.parametrize("paper", scorecard.papers(REPORTED))
+def test_claims_of_every_paper_are_well_formed(paper):
+    rules = scorecard.claims(paper, REPORTED)
+    assert rules["id"].is_unique
+    assert rules["id"].str.startswith(f"{paper}-").all()
+    tested = rules[rules["kind"] != ""]
+    assert set(tested["kind"].str.removeprefix(claims.ALL)) <= set(claims.KINDS)
+    assert set(rules["alternative"]) <= {"", *tested["id"]}
+    alike = r"as (fast|good|well|accurate) as|no (better|worse|more)|little better"
+    for c in tested.to_dict("records"):
+        assert not (c["kind"].endswith("same") and re.search(alike, c["text"])), f"{c['id']}: at least matches"
+        assert c["arm_b"] == "" or not c["kind"].endswith("value"), c["id"]
+        assert not c["kind"].endswith("value") or not math.isnan(c["paper_value"]), c["id"]
+        assert not c["kind"].startswith(claims.ALL) or ";" in c["x"], f"{c['id']}: one cell alone is no range"
+        assert not c["alternative"] or c["unknown"], f"{c['id']}: which setting has two readings?"
 
 
 def test_margins_effects_and_trials_follow_the_rules(rules):
@@ -439,8 +455,6 @@ def test_margins_effects_and_trials_follow_the_rules(rules):
             continue
         mnist = c["arm_a"].startswith("lenet")
         default = claims.default_margin(c["quantity"], "mnist" if mnist else "cifar10")
-        alike = r"as (fast|good|well|accurate) as|no (better|worse|more)|little better"
-        assert not (c["kind"].endswith("same") and re.search(alike, c["text"])), c["id"]
         if c["id"] != "lth-fig7-lr0.01-within-1":  # the paper itself says "within 1 point"
             assert c["margin"] == default, c["id"]
         if c["kind"] in ("direction", "up to"):
