@@ -68,6 +68,7 @@ def run(
     before = len(experiments.load(runs, store))
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell's script
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a batch system or a container stops it
     try:
         experiments.run(runs, budget=seconds, store=store, device=device, threads=threads, compiled=compiled)
     finally:

@@ -68,7 +68,8 @@ CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batch
 FILES = {"MNIST": IDX, "FashionMNIST": IDX, "CIFAR10": CIFAR10_FILES, "CIFAR100": ["train", "test", "meta"]}
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 TIMEOUT = 10  # seconds without an answer after which a download counts as impossible
-CACHE_FORMAT = 1  # raise it when decoding changes
+CACHE_FORMAT = 2  # raise it when decoding changes
+EIGHT_BIT = ("1", "L", "P", "RGB", "YCbCr")  # Pillow's modes that are converted without loss
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
 
     Raises ValueError for a bad argument or damaged data and FileNotFoundError when the data cannot be had.
     """
-    if name not in SETS:
+    if name not in list(SETS):
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(SETS)}.")
     facts = SETS[name]
     if valid is None:
@@ -374,7 +375,7 @@ def _decoded(files, size, grey):
 
     def decode(file):
         try:
-            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("L" if grey else "RGB")
+            image = _eight_bit(Image.open(io.BytesIO(file) if isinstance(file, bytes) else file), grey)
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"Unreadable image: {_last_line(error)}; remove it.") from None
         return _tensor(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
@@ -457,8 +458,9 @@ def _root(root) -> Path:
     origin, given = ("root", root) if root is not None else ("LOTTERY_DATA", os.environ.get("LOTTERY_DATA"))
     if root is None and not given:
         return _user_cache() / "data"
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
+    with contextlib.suppress(RuntimeError):  # ~somebody who is not here
+        given = Path(given).expanduser()
+    if not (folder := Path(given)).is_dir():
         raise ValueError(f"Invalid {origin} {str(given)!r}: no such folder; give the folder that holds the data sets.")
     return folder
 
@@ -606,12 +608,27 @@ def _decode(shape, images):
 
     def decode(start):
         for i in range(start, min(start + 500, len(images))):
-            image = Image.open(io.BytesIO(images[i]["bytes"])).convert("L" if channels == 1 else "RGB")
+            image = _eight_bit(Image.open(io.BytesIO(images[i]["bytes"])), channels == 1)
+            if image.size != (width, height):
+                raise ValueError(f"image {i} has {image.size[0]} x {image.size[1]} pixels, not {width} x {height}")
             pixels[i] = np.asarray(image).reshape(pixels.shape[1:])
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(decode, range(0, len(images), 500)))
     return pixels.transpose(0, 3, 1, 2)
+
+
+def _eight_bit(image, grey):
+    """A Pillow image as grey or colour. Raises ValueError where the conversion would clip, or drop what is transparent.
+
+    Of 16 bits Pillow keeps some; alpha it leaves away, with all that is drawn in it.
+    """
+    alpha = image.getchannel("A").getextrema() if image.mode in ("LA", "RGBA") else (255, 255)
+    if "transparency" in image.info or alpha != (255, 255):
+        raise ValueError(f"an image is partly transparent (mode {image.mode}): save it on a background")
+    if image.mode not in (*EIGHT_BIT, "LA", "RGBA") or ";16" in str(image.tile):
+        raise ValueError(f"an image has more than 8 bits a channel, or other colours (mode {image.mode}): convert it")
+    return image.convert("L" if grey else "RGB")
 
 
 def _read_idx(file):

@@ -17,6 +17,7 @@ FastGRNN (Kusupati et al., NeurIPS 2018, arXiv 1901.02358), a recurrent network 
 rows of an image are the time steps of a sequence.
 """
 
+import inspect
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
@@ -205,8 +206,11 @@ def create(name, seed=None, init=None, sigma=None, **options):
 
     Raises ValueError: an unknown name or init, an in_shape that is too small, a number below 1.
     """
-    if name not in MODELS:
+    if name not in list(MODELS):
         raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}.")
+    known = list(inspect.signature(MODELS[name]).parameters)
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"Unknown option {unknown[0]!r} of {name}: it takes {', '.join(known)}.")
     if not _whole(*options.get("in_shape", (1, 1, 1)), n=3):
         raise ValueError(f"Invalid in_shape {options['in_shape']}: give (channels, height, width), all at least 1.")
     for option in {"classes", "width"} & options.keys():

@@ -99,19 +99,20 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
     if not layers:
         raise ValueError("Nothing prunable: the model has no Linear or Conv layer, or `layers` is empty.")
     M.check_names(layers, every, "layers", "model", complete=False)
-    M.check_free(
-        {name: every[name] for name in layers}, SoftThreshold, above=(M.Mask,)
-    )  # `read` sees the zeros of both
+    chosen = {name: every[name] for name in layers}
+    M.check_free(chosen, SoftThreshold, above=(M.Mask,))  # `read` sees the zeros of both
     if not M.is_number(s_init):
         raise ValueError(f"Invalid s_init {s_init!r}: give a finite number, far below 0 for a dense start.")
-    like = {name: M.original(every[name]) for name in layers}
+    like = {name: M.original(layer) for name, layer in chosen.items()}
     for name, weight in like.items():
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"Invalid dtype {weight.dtype} of layer {name!r}: thresholds need float32 or float64 weights; "
                 "for bfloat16 use torch.autocast."
             )
-    new = {n: SoftThreshold(torch.full(_shape(w, granularity), float(s_init)).to(w), g) for n, w in like.items()}
+        if math.isfinite(s_init) and abs(s_init) > torch.finfo(weight.dtype).max:
+            raise ValueError(f"Invalid s_init {s_init}: give a number that {weight.dtype} can hold, such as -3200.")
+    new = {n: SoftThreshold(w.new_full(_shape(w, granularity), float(s_init)), g) for n, w in like.items()}
 
     on = {name: p for name in layers if (p := _threshold(every[name]))}
     uses = Counter(id(p) for module in every.values() if (p := _threshold(module)))
@@ -380,11 +381,26 @@ def reach(density, train, weight_decay, s_init=-3200.0, tolerance=0.005, trials=
     Raises ValueError: an argument out of its range, before any training; `train` returns something else.
     """
     for name, value, ok, rule in (
-        ("density", density, 0 < density < 1, "a fraction of weights to keep, 0 < density < 1"),
-        ("weight_decay", weight_decay, 0 < weight_decay < math.inf, "a finite number above 0"),
-        ("s_init", s_init, -math.inf < s_init < 0, "a finite number below 0"),
-        ("tolerance", tolerance, 0 <= tolerance < 1, "a difference in density, 0 <= tolerance < 1"),
-        ("trials", trials, isinstance(trials, int) and trials >= 1, "a whole number from 1"),
+        (
+            "density",
+            density,
+            M.is_number(density) and 0 < density < 1,
+            "a fraction of weights to keep, 0 < density < 1",
+        ),
+        (
+            "weight_decay",
+            weight_decay,
+            M.is_number(weight_decay) and 0 < weight_decay < math.inf,
+            "a finite number above 0",
+        ),
+        ("s_init", s_init, M.is_number(s_init) and -math.inf < s_init < 0, "a finite number below 0"),
+        (
+            "tolerance",
+            tolerance,
+            M.is_number(tolerance) and 0 <= tolerance < 1,
+            "a difference in density, 0 <= tolerance < 1",
+        ),
+        ("trials", trials, type(trials) is int and trials >= 1, "a whole number from 1"),
     ):
         if not ok:
             raise ValueError(f"Invalid {name} {value}: give {rule}.")
@@ -392,7 +408,9 @@ def reach(density, train, weight_decay, s_init=-3200.0, tolerance=0.005, trials=
     while len(result.trials) < trials and not result.found:
         try:
             point = points.send(y)
-        except StopIteration:  # both brackets have closed without a density inside the tolerance
+        except (
+            StopIteration
+        ):  # both brackets have closed without a density inside the tolerance, or have left all sense
             break
         try:
             trained = train(*point)
@@ -425,16 +443,32 @@ def _density(trained):
 
 
 def _points(weight_decay, s_init):
-    """(λ, s_init) to try, one after the other; is sent log(density / target) of each."""
-    x, y = yield from _line(lambda x: (weight_decay * math.exp(x), s_init), 0.0, None, math.log(1.05))
-    yield from _line(lambda z: (weight_decay * math.exp(x), s_init * math.exp(-z)), math.log(2), (0.0, y), 1e-3)
+    """(λ, s_init) to try, one after the other, while they make sense; is sent log(density / target) of each."""
+    limit = max(1e3 * weight_decay, 1e4)  # λ · lr beyond 1 has long since set every weight to zero
+
+    def point(x, z=0.0):
+        found = weight_decay * math.exp(min(x, 700.0)), s_init * math.exp(min(-z, 700.0))
+        sensible = 1e-12 * weight_decay < found[0] <= limit and 1e-3 < -found[1] < math.inf
+        return found if sensible or x == z == 0 else None
+
+    try:
+        x, y = yield from _line(point, 0.0, None, math.log(1.05))
+        yield from _line(lambda z: point(x, z), math.log(2), (0.0, y), 1e-3)
+    except _Senseless:
+        return
+
+
+class _Senseless(Exception):
+    """A search has left the numbers that a training could use."""
 
 
 def _line(point, x, low, width):
     """Enclose y = 0 of a falling y(x), then regula falsi (Illinois), until the bracket is narrow; gives its low end."""
     high, step, last = None, math.log(2), None
     while low is None or high is None or high[0] - low[0] > width:
-        y = yield point(x)
+        if (trial := point(x)) is None:
+            raise _Senseless
+        y = yield trial
         if y > 0:
             low, high = (x, y), high and (high[0], high[1] / 2 if last == "low" else high[1])
             last = "low"

@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 import lottery
-from lottery import cli, training
+from lottery import cli, experiments, training
 from lottery.cli import app
 from lottery.experiments import PAPERS, Store, grasp, lth
 
@@ -371,3 +371,38 @@ def test_prune_refuses_in_one_line(arguments, line):
     assert result.exit_code == 2
     assert result.stderr.startswith(f"lottery: {line}")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_terminated_run_is_an_interrupted_one(tmp_path, monkeypatch):
+    """SIGTERM is what a batch system or a container sends; it goes to the parent alone."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(experiments, "run", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
+    try:
+        assert call("run", "lth", "fig3", "--scale", "smoke", "--results-dir", str(tmp_path)).exit_code == 130
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+WORKERS = """
+import os, sys, time
+from lottery.experiments import engine
+pool = engine._pool(2)
+pool.submit(os.getpid).result()
+print(*pool._processes, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_was_killed():
+    psutil = pytest.importorskip("psutil")
+    with subprocess.Popen([sys.executable, "-c", WORKERS], env=ENV, text=True, stdout=subprocess.PIPE) as parent:
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    _, left = psutil.wait_procs(workers, timeout=30)
+    alive = [worker for worker in left if worker.status() != psutil.STATUS_ZOMBIE]
+    for worker in alive:
+        worker.kill()
+    assert not alive

@@ -7,8 +7,10 @@ import os
 import pickle
 import re
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from urllib.error import URLError
 
@@ -704,3 +706,92 @@ def test_real_sets(name, sizes, labels, mean, std, monkeypatch):
     balanced = data.load(name, balanced=True)
     assert set(balanced.valid.y.bincount().tolist()) == {5_000 // d.classes}
     assert balanced.fingerprint == d.fingerprint
+
+
+# Images of other kinds ------------------------------------------------------------------------------------------------
+
+
+def with_image(root, image, name="mnist", kind="PNG", **options):
+    """A set in the hub's layout of which one training image is this one."""
+    parts = generate(name)
+    write_hub(root, name, parts)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    [path] = (root / name).glob("train-*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    column = next(c for c in rows[0] if c in ("image", "img"))
+    rows[3][column] = {"bytes": buffer.getvalue(), "path": "x"}
+    pq.write_table(pyarrow.Table.from_pylist(rows), path)
+    return parts
+
+
+def ramp(side=28):
+    return np.arange(side * side, dtype=np.uint16).reshape(side, side) % 251
+
+
+def alpha(value):
+    return Image.fromarray(np.dstack([ramp().astype(np.uint8)] * 3 + [value.astype(np.uint8)]))
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "text"),
+    [
+        (Image.fromarray(ramp() * 257), {}, "more than 8 bits a channel, or other colours (mode I;16)"),
+        (
+            Image.fromarray(ramp().astype(np.int32)),
+            {"kind": "TIFF"},
+            "more than 8 bits a channel, or other colours (mode I",
+        ),
+        (Image.fromarray(ramp().astype(np.float32)), {"kind": "TIFF"}, "or other colours (mode F)"),
+        (Image.fromarray(ramp().astype(np.uint8)).convert("CMYK"), {"kind": "TIFF"}, "or other colours (mode CMYK)"),
+        (alpha(ramp()), {}, "an image is partly transparent (mode RGBA)"),
+        (alpha(ramp()).convert("LA"), {}, "an image is partly transparent (mode LA)"),
+        (Image.fromarray(ramp().astype(np.uint8)), {"transparency": 3}, "an image is partly transparent (mode L)"),
+        (Image.fromarray(ramp().astype(np.uint8).reshape(14, 56)), {}, "image 3 has 56 x 14 pixels, not 28 x 28"),
+        (Image.fromarray(ramp(29).astype(np.uint8)), {}, "image 3 has 29 x 29 pixels, not 28 x 28"),
+    ],
+)
+def test_an_image_that_would_be_converted_with_a_loss_is_refused(tmp_path, image, options, text):
+    with_image(tmp_path, image, **options)
+    assert text in error_of(ValueError, "mnist", root=tmp_path, valid=20)
+
+
+def test_sixteen_bits_of_colour_are_refused(tmp_path):
+    """Pillow opens them as 8 bits a channel, of which it keeps the upper half."""
+    write_hub(tmp_path, "mnist", generate("mnist"))
+    raw = b"".join(b"\0" + bytes(28 * 6) for _ in range(28))
+    header = struct.pack(">IIBBBBB", 28, 28, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    png = b"".join(struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in chunks)
+    [path] = (tmp_path / "mnist").glob("train-*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["image"] = {"bytes": b"\x89PNG\r\n\x1a\n" + png, "path": "x"}
+    pq.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert "more than 8 bits a channel" in error_of(ValueError, "mnist", root=tmp_path, valid=20)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(ramp().astype(np.uint8)),
+        Image.fromarray(ramp().astype(np.uint8)).convert("P"),
+        alpha(np.full((28, 28), 255)),
+        Image.fromarray((ramp() > 99).astype(bool)),
+    ],
+    ids=["grey", "palette", "opaque", "one bit"],
+)
+def test_images_of_8_bits_or_less_are_read_exactly(tmp_path, image):
+    with_image(tmp_path, image)
+    expected = torch.from_numpy(np.asarray(image.convert("L")).copy())
+    loaded = data.load("mnist", root=tmp_path, valid=0)
+    assert (loaded.train.x[:, 0] == expected).flatten(1).all(1).sum() == 1
+
+
+@pytest.mark.parametrize("name", [["mnist"], None, 3, {}])
+def test_a_name_is_text(name):
+    assert error_of(ValueError, name).startswith(f"Unknown data set {name!r}: choose one of mnist, ")
+
+
+def test_a_home_that_is_nobodys():
+    text = "Invalid root '~nobody-of-this-name/x': no such folder; give the folder that holds the data sets."
+    assert error_of(ValueError, "mnist", root="~nobody-of-this-name/x", valid=20) == text

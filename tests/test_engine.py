@@ -251,6 +251,28 @@ def test_rewind_is_theta_k(trained, digits, name):
     assert row["step"] == ([20, 30, 40] if name == "rewind" else [10, 20, 30, 40])
 
 
+@pytest.mark.parametrize("name", ["rewind", "restart"])
+def test_a_rewound_training_goes_on_at_iteration_k(trained, digits, name):
+    """To the last bit: one step of the schedule or of the data order more or less gives other weights."""
+    model, row = start(trained, digits, name)
+    run = family()[name]
+    history = training.fit(model, digits, QUICK, seed=int(run.key[:15], 16), start=15 if name == "rewind" else 0)
+    assert row["val_loss"] == history.val_loss
+    assert row["last_correct"] == np.packbits(history.last.correct).tobytes()
+    assert json.loads(row["train_loss"]) == {str(t): loss for t, loss in history.train_loss.items()}
+    assert next(iter(history.train_loss)) == (16 if name == "rewind" else 1)
+
+
+def test_a_parents_weights_are_there_before_its_row_and_are_not_written_again(tmp_path, monkeypatch):
+    """A row without weights would have its training done twice; other weights than those that a child has named."""
+    done = []
+    for name in ("save_artifact", "put"):
+        method = getattr(Store, name)
+        monkeypatch.setattr(Store, name, lambda *a, m=method, n=name, **k: (done.append(n), m(*a, **k))[1])
+    train([child(DENSE)], tmp_path)
+    assert done == ["save_artifact", "put", "put"]
+
+
 def test_theta_k_lies_on_the_parents_own_way(trained, digits):
     """The dense network at iteration k is the one whose final weights were pruned, k iterations into its training."""
     dense = M.attach(models.create("lenet_300_100", seed=0, in_shape=(1, 8, 8)))

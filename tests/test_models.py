@@ -321,6 +321,8 @@ def test_lenet_of_other_sizes_and_with_one_deviation_for_all_layers():
         ("conv2", {"sigma": 0.2}, "Invalid sigma 0.2 with init 'glorot': it is the deviation of init 'normal'."),
         ("conv2", {"init": "normal", "sigma": 0}, "Invalid sigma 0: give a deviation above 0."),
         ("lenet_300_100", {"hidden": (300,)}, "Invalid hidden (300,): give two layer sizes, both at least 1."),
+        ("lenet_300_100", {"width": 3}, "Unknown option 'width' of lenet_300_100: it takes in_shape, classes, hidden."),
+        ("vgg16", {"dropout": 0.5}, "Unknown option 'dropout' of vgg16: it takes in_shape, classes."),
     ],
 )  # fmt: skip
 def test_bad_arguments(name, options, message):

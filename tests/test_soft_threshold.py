@@ -891,3 +891,28 @@ def test_a_frozen_budget_has_the_density_asked_for_and_keeps_it():
     assert all(torch.equal(m, kept[name]) for name, m in S.read(model).items())
     S.freeze(model, 0.9)  # what is gone does not come back
     assert all(torch.equal(m, kept[name]) for name, m in S.read(model).items())
+
+
+@pytest.mark.parametrize(
+    ("density", "train"),
+    [
+        (0.1, lambda decay, s: 1.0),  # s was left out of the decay: nothing is ever pruned
+        (0.9, lambda decay, s: 0.0),  # everything is
+        (0.5, lambda decay, s: float(decay < 0.02)),  # a cliff, whatever s is
+        (0.5, lambda decay, s: math.nan),
+    ],
+)
+def test_a_search_without_an_answer_ends_with_what_it_tried(density, train):
+    tried = []
+    result = S.reach(density, lambda *point: (tried.append(point), train(*point))[1], 0.01, trials=200)
+    assert str(result).startswith("Not reached")
+    assert [trial[:2] for trial in result.trials] == tried
+    assert len(tried) < 60
+    assert all(0 < decay <= 1e4 and -math.inf < s < 0 for decay, s in tried)
+
+
+@pytest.mark.parametrize("s_init", [-1e39, None, "-5", math.nan])
+def test_a_start_is_a_number_that_the_weights_dtype_holds(s_init):
+    with pytest.raises(ValueError, match=rf"^Invalid s_init .*{re.escape(str(s_init).lstrip('-')[:2])}"):
+        S.attach(nn.Sequential(nn.Linear(3, 2)), s_init)
+    S.attach(nn.Sequential(nn.Linear(3, 2)).double(), -1e39)

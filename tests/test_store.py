@@ -1,5 +1,7 @@
 """The store: round trips, shards, damage, and fields that are added later."""
 
+import concurrent.futures as futures
+import fcntl
 import json
 import random
 import re
@@ -187,6 +189,32 @@ def test_a_truncated_spool_file_is_named_kept_and_trained_again(tmp_path, capsys
     capsys.readouterr()
     assert len(load(runs, Store(tmp_path))) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_a_table_of_something_else_is_no_result(tmp_path, capsys, spooled):
+    Store(tmp_path).put(fake())
+    other = (tmp_path / ".spool" if spooled else tmp_path) / "pictures.parquet"
+    pq.write_table(pa.table({"image": [b"x"] * 7, "label": [1] * 7}), other)
+    before = other.read_bytes()
+    assert list(Store(tmp_path).keys()) == [fake()["key"]]
+    assert capsys.readouterr().err == f"{other} is no result: it has no column 'key'; it is passed over.\n"
+    assert Store(tmp_path).columns("status") == {fake()["key"]: ("finished",)}
+    assert Store(tmp_path).merge() == 1
+    assert other.read_bytes() == before
+    assert str(other) in capsys.readouterr().err
+
+
+def test_merges_wait_for_each_other(tmp_path):
+    Store(tmp_path).put(fake())
+    with open(tmp_path / ".lock", "w") as lock, futures.ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        merging = pool.submit(Store(tmp_path).merge)
+        assert not futures.wait([merging], timeout=1).done, "a merge does not wait for the lock"
+        assert len(spool(tmp_path)) == 1
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert merging.result(timeout=60) == 1
+    assert len(spool(tmp_path)) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all" * 50])

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import signal
+import threading
 import time
 import warnings
 
@@ -186,11 +187,19 @@ def _pool(slots):
         return _Here()
     from joblib.externals.loky import ProcessPoolExecutor
 
-    return ProcessPoolExecutor(slots, initializer=_worker)
+    return ProcessPoolExecutor(slots, initializer=_worker, initargs=(os.getpid(),))
 
 
-def _worker():
+def _worker(parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent):
+    """End this process when its parent has gone, killed without a word: nobody would, and it holds a GB."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _bar(total, progress):

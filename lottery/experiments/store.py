@@ -309,6 +309,9 @@ def _table(path, columns=None):
     try:
         with ParquetFile(path) as file:
             found = file.read(columns)
+        if "key" not in found.column_names:
+            print(f"{path} is no result: it has no column 'key'; it is passed over.", file=sys.stderr)
+            return schema().empty_table()
         wanted = [field for field in schema() if columns is None or field.name in columns]
         known = {f.name: found[f.name].cast(f.type) for f in wanted if f.name in found.column_names}
         columns = [known[f.name] if f.name in known else pa.nulls(len(found), f.type) for f in wanted]
