@@ -142,6 +142,8 @@ def check() -> None:
 def build() -> None:
     """Jupyter Book from the repository root; from nothing, since Sphinx does not see that a docstring changed."""
     shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
+    if call("-c", "import sys; sys.path.insert(0, 'book/teaching'); import build; build.build()"):
+        sys.exit("The labs' pages were not made.")
     start = "from jupyter_book.cli.main import main; main()"
     where = ("--config", "book/_config.yml", "--toc", "book/_toc.yml", "--path-output", "book")
     if call("-c", start, "build", ".", *where, "-W", "-n", "--keep-going", "--quiet"):

@@ -9,15 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("IPython")
+
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook  # noqa: E402
 
 TEACHING = Path(__file__).resolve().parents[1] / "book" / "teaching"
 sys.path.insert(0, str(TEACHING))
 
 import grade  # noqa: E402
 import jail  # noqa: E402
+import slides  # noqa: E402
 import sources  # noqa: E402
 
 
@@ -230,3 +234,35 @@ def test_the_jail_has_no_network_no_other_files_and_no_way_back():
 
 def test_folders_inside_others_are_mounted_once():
     assert jail.outermost(["/a/b", "/a", "/c/d", "/usr/local/x"], ["/usr"]) == ["/a", "/c/d"]
+
+
+# Slides -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_deck_has_the_question_the_goals_and_every_figure_of_the_main_text(tmp_path):
+    def figure(name, **metadata):
+        made = new_code_cell("draw()")
+        made.outputs = [nbformat.v4.new_output("display_data", {"image/svg+xml": f"<svg>{name}</svg>"})]
+        made.metadata = nbformat.from_dict({"mystnb": {"figure": {"name": name, "caption": f"See [{name}](a.md)."},
+                                                       "image": {"alt": f"alt of {name}"}}} | metadata)  # fmt: skip
+        return made
+
+    text = "# A paper\n\nIs it so? {cite:t}`a2020` say yes {cite:p}`b2021`.\n\n**Predict first.** Guess."
+    goals = "After this chapter you can\n\n1. do it;\n2. say why.\n\nYou need Python."
+    nb = new_notebook(cells=[
+        new_markdown_cell(text), new_markdown_cell(goals), new_markdown_cell("## Figure 1: a line"), figure("fig-1"),
+        figure("fig-2", tags=["in-fold"]), new_code_cell("no_figure()"),
+    ])  # fmt: skip
+    deck = slides.deck(nb, tmp_path)
+    assert deck.startswith("# A paper\n\nIs it so? The authors say yes.\n\n## Predict first\n\n Guess.")
+    assert "2. say why." in deck
+    assert "You need" not in deck
+    assert "## Figure 1: a line\n\n```{figure} fig-1.svg\n:alt: alt of fig-1" in deck
+    assert "See fig-1." in deck
+    assert "fig-2" not in deck
+    assert (tmp_path / "fig-1.svg").read_text() == "<svg>fig-1</svg>"
+
+
+def test_every_chapter_with_figures_has_a_deck():
+    decks = {path.stem for path in slides.chapters() if any(slides.pictures(nbformat.read(path, as_version=4)))}
+    assert {"lth", "grasp"} <= decks

@@ -6,6 +6,7 @@ Everything is written below book/_build/teaching, from the sources beside this f
     solutions/<lab>.ipynb     for the lecturer; not in the book
     autograder/<lab>.zip      the lab's source and the grader, for whoever marks: unpack beside a clone's `lottery`
     pages/<lab>.md            the lab as a page of the book, practice with its solution
+    slides/html/index.html    a deck for every chapter, see slides.py
 
 ROSTER.csv has the columns student and seed; a student's submission carries the student's name.
 """
@@ -17,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import nbformat
+import slides
 import sources
 
 BUILD = sources.HERE.parent / "_build" / "teaching"
@@ -50,7 +52,8 @@ def main() -> None:
         to = build(sources.roster(given.roster) if given.roster else None)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    print(f"The labs are in {to}: student, solutions, autograder, pages.")
+    slides.build(to / "slides")
+    print(f"The labs are in {to}: student, solutions, autograder, pages; the slides in {to / 'slides' / 'html'}.")
 
 
 if __name__ == "__main__":

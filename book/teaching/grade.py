@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -113,9 +112,7 @@ def _wait(command, seconds, **options) -> str:
         except subprocess.TimeoutExpired:
             process.kill()
             return f"stopped: too long, {seconds:g} s"
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return "stopped: too much time or memory"
-    return "finished" if code == 0 else f"ended early (status {code})"
+    return "finished" if code == 0 else f"ended early (status {code}: a crash, or out of time)"
 
 
 def _note(found: Run, line: bytes) -> None:
