@@ -34,6 +34,7 @@ MARGINS = {"mnist": 0.2, "fashion_mnist": 0.5, "cifar10": 0.5, "cifar100": 1.0} 
 RATIO = " ratio"  # a quantity so named, and those of LOG, are compared as logarithms
 FACTOR = 1.15  # the margin of iterations and epochs
 TRAIN = 0.05  # points, of train accuracy on any data
+STABLE = 2.0  # points of error on the line between two copies, below which arXiv 1912.05671 calls a network stable
 LATE = 0.9  # of the training: a minimum after it is censored
 MOST_CENSORED = 0.2
 SIZE = ", size differs"
@@ -304,6 +305,8 @@ def default_margin(quantity, dataset):
         return FACTOR
     if quantity == "train accuracy":
         return TRAIN
+    if quantity == "instability":
+        return STABLE
     if not quantity.endswith("accuracy") or dataset not in MARGINS:
         raise ValueError(f"No default margin of {quantity} on {dataset}: give one in the claim's row.")
     return MARGINS[dataset]

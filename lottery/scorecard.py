@@ -25,7 +25,7 @@ EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
 EXACT = ("weights", "conv weights", "fc share")  # quantities that need no training
 ACCURACIES = {"test accuracy": "test_acc", "validation accuracy": "val_acc", "train accuracy": "train_acc"}
 LOSSES = {"train loss": "batch_loss", "test loss": "test_loss"}  # of the last epoch's minibatches, of the test set
-READ = ("iterations", *ACCURACIES, *LOSSES)  # what a stored training can be asked for
+READ = ("iterations", "instability", *ACCURACIES, *LOSSES)  # what a stored training, or a pair, can be asked for
 NORMS = {"gradient norm": "gradient_norm", "gradient norm of the copy": "copy_gradient_norm"}  # and a measurement,
 DENSITY = "density of "  # which also has the density of each layer
 FINGERPRINTS = {  # `data.load(...).fingerprint` of the papers' data
@@ -369,10 +369,10 @@ class _At:
         ranged = not claim["kind"] or claim["kind"].startswith(C.RANGED)
         if len(self.cells) < len(cells) and not ranged:
             self.cells = []
-        if _measured(claim) and self.cells:
+        if self.cells:  # a network may have fewer trials than its scale, and what is measured has its own number
             n = next(t for t in range(n + 1) if t == n or not self._runs(self.cells[0], t))
-            fewer = self.default = n
-            trials = trials and min(trials, n)
+            fewer, self.default = (n, n) if _measured(claim) else (min(n, fewer), min(n, self.default))
+            trials = trials and (trials if self._runs(self.cells[0], trials - 1) else n)
         if trials or not any(self._declare(some) for some in (n, fewer)):
             self._declare(trials or self.default)
 
@@ -567,6 +567,8 @@ def reading(row, quantity, at):
     Points, the logarithm of iterations, or a loss of the last epoch; diverged is chance. What a measurement reads: the
     logarithm of a gradient norm, or a layer's density in %.
     """
+    if quantity == "instability":
+        return json.loads(row["values"])["instability"]
     if quantity in NORMS:  # zero where a layer is gone
         return math.log(max(json.loads(row["values"])[NORMS[quantity]], 1e-12))
     if quantity.startswith(DENSITY):

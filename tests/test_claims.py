@@ -402,8 +402,12 @@ PRIMARY = {  # verdicts.md, LTH
 NETS = ("lenet", "conv2", "conv4", "conv6", "resnet18", "vgg19")
 CONTROLS = (
     *("dense", "imp", "reinit", "random", "oneshot", "oneshot-reinit", "continued", "dm-reinit", "prune-at-init"),
-    *("noise-0.5", "noise-3", "rewind-100", "rewind-500"),
+    *("noise-0.5", "noise-3", "rewind-100", "rewind-500", "rewind-2000"),
+    *("instability-0", "instability-500", "instability-2000"),
 )
+ITEMS = {f"Figure {i}" for i in range(1, 46)}
+ITEMS |= {f"Rewinding (arXiv 1903.01611), Figure {i}" for i in (3, 4, 5)}
+ITEMS |= {f"Instability (arXiv 1912.05671), Figure {i}" for i in (3, 5)}
 ARM = re.compile(rf"({'|'.join(NETS)})(@[a-z0-9.-]+)?/({'|'.join(map(re.escape, CONTROLS))})")
 
 
@@ -420,7 +424,7 @@ def test_claims_of_lth_are_well_formed(rules):
     for c in tested.to_dict("records"):
         assert ARM.fullmatch(c["arm_a"]), c["id"]
         assert c["arm_b"] == "" or ARM.fullmatch(c["arm_b"]), c["id"]
-        assert c["quantity"] in (*scorecard.EXACT, *scorecard.ACCURACIES, "iterations"), c["id"]
+        assert c["quantity"] in (*scorecard.EXACT, *scorecard.ACCURACIES, "iterations", "instability"), c["id"]
         assert c["reading"] in (("",) if c["quantity"] in scorecard.EXACT else ("early_stop", "last")), c["id"]
         assert (c["arm_b"] == "") == c["kind"].endswith("value"), c["id"]
         assert not c["kind"].endswith("value") or c["paper_value"] >= 0, c["id"]
@@ -475,9 +479,10 @@ def test_primary_claims_are_those_of_the_rules(rules):
 
 
 def test_every_figure_has_a_row_and_ids_are_anchors(rules):
-    assert set(rules["item"]) == {f"Figure {i}" for i in range(1, 46)}
+    assert set(rules["item"]) == ITEMS
     for c in rules.to_dict("records"):
-        assert c["id"].startswith("lth-" + c["item"].lower().replace("figure ", "fig"))
+        short = re.sub(r" \(.*\), figure |figure ", lambda m: "-fig" if ")" in m[0] else "fig", c["item"].lower())
+        assert c["id"].startswith(f"lth-{short}") or c["id"].startswith("lth-instability-"), c["id"]
 
 
 RULE = ("kind", "arm_a", "arm_b", "quantity", "reading", "x", "delta", "margin", "n", "paper_value", "primary")
@@ -1073,7 +1078,7 @@ def whole(tmp_path_factory):
 def test_card_of_an_empty_store(whole):
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert (whole["schema"], set(whole)) == (1, {"schema", "rows", "totals"})
-    assert {row["item"] for row in whole["rows"]} == {f"Figure {i}" for i in range(1, 46)}
+    assert {row["item"] for row in whole["rows"]} == ITEMS
     assert {tuple(row) for row in whole["rows"]} == {scorecard.FIELDS}
     assert {row["evidence"] for row in whole["rows"]} == {"exact", "none"}
     anchors = [scorecard.anchor(row) for row in whole["rows"]]

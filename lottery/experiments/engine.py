@@ -106,8 +106,9 @@ def check(device, threads):
 
 def needs(r):
     """The runs whose final weights this one starts from or is measured against."""
-    needed = {r.parent, r.root} if getattr(r, "init", None) == "survivors" else {r.parent}
-    return needed - {None}
+    if isinstance(r, Measurement):
+        return set(r.trained)
+    return ({r.parent, r.root} if r.init == "survivors" else {r.parent}) - {None}
 
 
 def missing(runs, store):
@@ -127,8 +128,8 @@ def missing(runs, store):
         need(r)
     depth = dict.fromkeys(todo, 0)
     for r in reversed(list(todo)):
-        if r.parent in depth:
-            depth[r.parent] = max(depth[r.parent], depth[r] + 1)
+        for p in needs(r) & depth.keys():
+            depth[p] = max(depth[p], depth[r] + 1)
     return sorted(todo, key=lambda r: -depth[r])
 
 

@@ -209,10 +209,11 @@ class Measurement:
     """What is computed once and kept like a run, but trains nothing: the base of frozen dataclasses.
 
     Their fields determine the result. They have `model`, `dataset` and `seed`, the `versions` that they depend on, and
-    `measure(device)`, which returns columns of the store.
+    `measure(device, *artifacts)`, which returns columns of the store. trained: the Runs whose artifacts it is given.
     """
 
     parent = None
+    trained = ()
     work = 1
 
     @property

@@ -106,7 +106,7 @@ def start(r):
 
 def _measure(r, store, started, device, threads):
     began = time.perf_counter()
-    columns = r.measure(device)
+    columns = r.measure(device, *(store.load_artifact(p.key)[0] for p in r.trained))
     certificate = _certificate(r.versions, started, time.perf_counter() - began, device, threads)
     row = {name: getattr(r, name) for name in ("key", "model", "dataset", "seed")} | {"status": "finished"}
     row |= {name: certificate[name] for name in ("started", "device", "wall_s")}

@@ -1,0 +1,99 @@
+"""How far apart two copies of a network end: the error along the line between them (arXiv 1912.05671, section 2).
+
+Both start from the same θ_k and differ in the order of the data and its augmentation alone. *Instability* is the
+highest test error on the line between their final weights minus the mean of the two at its ends; the authors call a
+network stable below 2 points. Batch norm's statistics are taken anew at every point of the line, from training images,
+and once more as the mean of the two; which of them the authors did is not known to us.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lottery import data, lth, models, training
+from lottery import masks as M
+from lottery.batches import normaliser
+from lottery.experiments.runs import SCHEMA, Measurement, Run
+
+IMAGES = 2_000  # of the training set, for batch norm's statistics
+
+
+@dataclass(frozen=True)
+class Instability(Measurement):
+    """The test error at `points` places, ends included, between the final weights of two trainings of one network."""
+
+    one: Run
+    other: Run
+    points: int = 11
+
+    versions = ("lth", "training")
+
+    @property
+    def trained(self):
+        return self.one, self.other
+
+    model, dataset, seed, recipe, options, level = (  # what the two trainings share
+        property(operator.attrgetter(f"one.{name}"))
+        for name in ("model", "dataset", "seed", "recipe", "options", "level")
+    )
+
+    def spec(self):
+        """The trainings' common fields; which two they are stands in place of their parent."""
+        pair = [r.key for r in self.trained]
+        return {**self.one.spec(), "measurement": "Instability", "parent": pair, "points": self.points}
+
+    @functools.cached_property
+    def key(self):
+        text = json.dumps([SCHEMA, type(self).__name__, [r.key for r in self.trained], self.points])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def measure(self, device, one, other):
+        """The columns of the store; one, other: artifacts, `{name: tensor}`."""
+        images = data.load(self.dataset, valid=self.one.valid, split_seed=self.one.split_seed)
+        shape = tuple(images.train.x.shape[1:])
+        net = models.create(self.model, seed=0, in_shape=shape, classes=images.classes, **dict(self.options))
+        ends = [{n: t for n, t in end.items() if "/" not in n} for end in (one, other)]
+        kept = {n.removeprefix("mask/"): t.bool() for n, t in one.items() if n.startswith("mask/")}
+        net = M.attach(net, kept).to(device)
+        errors, mean_statistics = [], []
+        for alpha in np.linspace(0, 1, self.points):
+            M.restore(net, lth.between(*ends, float(alpha)))
+            mean_statistics.append(self._error(net, images))
+            errors.append(self._error(_recalibrated(net, images, self.recipe), images))
+        values = {"instability": lth.instability(errors), "errors": errors}
+        values |= {"with mean statistics": lth.instability(mean_statistics), "errors with them": mean_statistics}
+        return {
+            "values": json.dumps(values),
+            "fingerprint": images.fingerprint,
+            "level": self.level,
+            "n_test": len(images.test.y),
+            "density": M.density(kept),
+            "layers": json.dumps({name: [int(m.sum()), m.numel()] for name, m in kept.items()}),
+        }
+
+    def _error(self, net, images):
+        like = next(net.parameters())
+        with training.autocast(self.recipe, like):
+            _, correct = training.evaluate(net, images.test, normaliser(images, self.recipe, like))
+        return 100 * (1 - correct.float().mean().item())
+
+
+@torch.no_grad()
+def _recalibrated(net, images, recipe):
+    """A copy whose batch norm has the mean statistics of training images, not augmented, under its own weights."""
+    net, like = copy.deepcopy(net), next(net.parameters())
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+    normalise = normaliser(images, recipe, like)
+    net.train()
+    for x in images.train.x[:IMAGES].split(250) if norms else ():
+        net(normalise(x.to(like.device)))
+    return net.eval()
