@@ -1,12 +1,12 @@
 """What a paper's notebook shows: for every figure the best complete evidence, with its badge, or how to get it."""
 
-import ast
 import dataclasses
 import functools
 import inspect
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -287,11 +287,27 @@ def cell(value, digits=2):
     return str(value).replace("|", "\\|")
 
 
-def listing(function):
-    """The source of a function as it runs here, without its docstring."""
-    source = inspect.getsource(function).splitlines()
-    text = ast.parse("\n".join(source)).body[0].body[0]
-    return "\n".join(source[: text.lineno - 1] + source[text.end_lineno :])
+LISTED = 75  # columns, so that a listing needs no sideways scrolling in the book
+
+
+def listing(function, first, last, title=""):
+    """Some lines of a function as they run here, in Markdown, to be displayed.
+
+    first, last: how the first and the last of the lines begin, without their indentation. title: which step or equation
+    they are. Raises ValueError for lines that are not there, or too long for the book's column.
+    """
+    from IPython.display import Markdown
+
+    lines = inspect.getsource(function).splitlines()
+    found = [i for i, line in enumerate(lines) if line.strip().startswith(first)]
+    ends = [i for i, line in enumerate(lines) if line.strip().startswith(last) and found and i >= found[0]]
+    if not ends:
+        raise ValueError(f"{function.__name__} has no lines from {first!r} to {last!r}.")
+    text = textwrap.dedent("\n".join(lines[found[0] : ends[0] + 1]))
+    if long := [line for line in text.splitlines() if len(line) > LISTED]:
+        raise ValueError(f"Longer than {LISTED} columns, in {function.__name__}: {long[0]}")
+    head = f"*{title}*, `{function.__module__}.{function.__name__}`:"
+    return Markdown(f"{head}\n\n```python\n{text}\n```")
 
 
 def open_store(results_dir=None, anew=False):

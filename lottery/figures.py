@@ -163,6 +163,52 @@ def summary(frame, quantity, reading="early_stop", x="density"):
     return out.reset_index().drop(columns="point")
 
 
+def value(table, arm, level, column="mean"):
+    """What a `summary` has for an arm at a level."""
+    return table[(table["arm"] == arm) & (table["level"] == level)][column].iloc[0]
+
+
+def near(levels, wanted):
+    """Those of the wanted levels that there are, or the last one."""
+    return [level for level in wanted if level in set(levels)] or [max(levels)]
+
+
+def compared(frame, arms, levels, quantities=(("step", "early_stop"), ("test_acc", "early_stop"))):
+    """What a figure draws, as rows of a table: density, then each quantity of each arm, mean over trials.
+
+    levels: besides the dense network, 0. quantities: [(quantity, reading)].
+    """
+    import pandas as pd
+
+    words = {"step": "early stop", "test_acc": "test, %", "train_acc": "train, %", "val_acc": "validation, %"}
+    columns = {}
+    for quantity, reading in quantities:
+        found = summary(frame, quantity, reading)
+        for arm in arms:
+            part = found[(found["arm"] == arm) & found["level"].isin([0, *levels])].set_index("level")
+            columns.setdefault("weights left, %", part["density"])
+            mean = part["mean"].round().astype(int).astype(object) if quantity == "step" else part["mean"]
+            columns[f"{words[quantity]}: {names.arm(arm)}"] = mean
+    return pd.DataFrame(columns).sort_index()
+
+
+def at_steps(frame, quantity, arms, shares=(0.1, 0.3, 1.0), factor=100):
+    """What learning curves draw, as rows of a table: their means over trials after some shares of the training.
+
+    arms: [(arm, level)]. The readings are those of the trained length: a column says its iteration.
+    """
+    import pandas as pd
+
+    rows = []
+    for arm, level in arms:
+        part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
+        curve, steps = factor * np.array(part[quantity].to_list(), dtype=float).mean(0), part["step"].iloc[0]
+        picks = [max(0, round(share * len(steps)) - 1) for share in shares]
+        row = {"network": names.arm(arm) if level else "dense network", "weights left, %": 100 * part["density"].mean()}
+        rows.append(row | {f"iteration {steps[i]:,}": float(curve[i]) for i in picks})
+    return pd.DataFrame(rows)
+
+
 def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None, x="density"):
     """Mean over trials against density, bars from minimum to maximum, the dense network as a grey line.
 

@@ -57,12 +57,13 @@ def scores(model, batches, temperature=200.0):
     temperature, an operation without a second derivative.
     """
     net, theta = scored_copy(model)
-    w, batches = list(theta.values()), _drawn(batches)
+    w, batches, T = list(theta.values()), _drawn(batches), temperature
     with _same_rng(w[0]), _twice_differentiable():
-        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
+        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, T))
         _check_gradients(g)
-        Hg = _sum(batches, w, lambda x, y: _hessian_product(net, w, g, x, y, temperature))
-    found = {name: v.detach() * h for name, v, h in zip(theta, w, Hg, strict=True)}
+        Hg = _sum(batches, w, lambda x, y: _times_hessian(g, net, w, x, y, T))
+    theta_Hg = [v.detach() * h for v, h in zip(w, Hg, strict=True)]
+    found = dict(zip(theta, theta_Hg, strict=True))
     if not all(v.isfinite().all() for v in found.values()):
         raise ValueError("NaN or infinity in the scores: check the model's weights and the temperature.")
     if not any(v.any() for v in found.values()):
@@ -228,11 +229,11 @@ def _gradient(net, w, x, y, T, create_graph=False):
         return torch.autograd.grad(loss, w, create_graph=create_graph, materialize_grads=True)
 
 
-def _hessian_product(net, w, g, x, y, T):
+def _times_hessian(g, net, w, x, y, T):
     """H_c g = ∇(gᵀ g_c), g a constant. A function of its own: the chunk's graph is gone before the next is built."""
     with torch.enable_grad():
         g_c = _gradient(net, w, x, y, T, create_graph=True)
-        z = sum(torch.dot(a.flatten(), b.flatten()) for a, b in zip(g, g_c, strict=True))
+        z = sum(a.flatten() @ b.flatten() for a, b in zip(g, g_c, strict=True))
         return torch.autograd.grad(z, w, materialize_grads=True)
 
 
