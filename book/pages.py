@@ -213,7 +213,7 @@ def inline(text, alt, prefix):
     for old in sorted(set(re.findall(r' id="([^"]+)"', text)), key=len, reverse=True):
         text = re.sub(rf'( id="|href="#|url\(#){re.escape(old)}(["\)])', rf"\g<1>{prefix}-{old}\2", text)
     head, rest = text[text.index("<svg") :].split(">", 1)
-    head = re.sub(r' (xmlns(:xlink)?|data-height)="[^"]*"', "", head)
+    head = re.sub(r' (xmlns(:xlink)?|data-height|style)="[^"]*"', "", head)
     return f'{head} class="plot" role="img" aria-label="{html.escape(alt)}">{rest}', said
 
 

@@ -124,7 +124,7 @@ def svg(fig):
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width:g}pt" '
         f'height="{whole:g}pt" viewBox="0 0 {width:g} {whole:g}" data-height="{height:g}" fill="currentColor" '
-        'font-family="sans-serif" stroke-linejoin="round">'
+        'font-family="sans-serif" stroke-linejoin="round" style="color: black">'
     )
     body = re.sub(r">\s+<", "><", text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")].strip())
     return f"{head}{body}{below}</svg>\n"
