@@ -9,8 +9,8 @@ import io
 import json
 import re
 import textwrap
-from html import escape
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -98,7 +98,7 @@ def style():
 
 
 def svg(fig):
-    """A figure as SVG: text as text, black as the page's own colour, no date, two decimals, the badge below.
+    """A figure as SVG: text as text, black as the page's own colour, no date, one decimal, the badge below.
 
     The badge stands in a group of its own, below the height that `data-height` gives; the book cuts it off there and
     sets it as a line of text.
@@ -107,35 +107,64 @@ def svg(fig):
     none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lottery"}):
         fig.savefig(out, format="svg", metadata=none, transparent=True, bbox_inches="tight", pad_inches=0.03)
-    text = re.sub(
-        r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>",
-        "",
-        out.getvalue(),
-        flags=re.S,
-    )
-    used = set(re.findall(r"#([\w-]+)", text))
-    text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
-    text = re.sub(r"<[^>]+>", _short, text)
-    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups())
+    root = ElementTree.fromstring(out.getvalue())
+    used = set(re.findall(r"#([\w-]+)", out.getvalue()))
+    for node in root.iter():
+        _slim(node, used)
+    width, height = map(float, root.get("viewBox").split()[2:])
     lines = textwrap.wrap(getattr(fig, "badge", ""), int(width / 4.9))
-    below = "".join(f'<text x="2" y="{height + 14 + 12 * i:g}">{escape(line)}</text>' for i, line in enumerate(lines))
-    below = f'<g class="badge" style="font-size: 9px; fill: #737373">{below}</g>' if lines else ""
     whole = height + (12 * len(lines) + 6 if lines else 0)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width:g}pt" '
-        f'height="{whole:g}pt" viewBox="0 0 {width:g} {whole:g}" data-height="{height:g}" fill="currentColor" '
-        'font-family="sans-serif" stroke-linejoin="round" style="color: black">'
-    )
-    body = re.sub(r">\s+<", "><", text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")].strip())
-    return f"{head}{body}{below}</svg>\n"
+    root.attrib = {
+        "width": f"{width:g}pt", "height": f"{whole:g}pt", "viewBox": f"0 0 {width:g} {whole:g}",
+        "data-height": f"{height:g}", "fill": "currentColor", "font-family": "sans-serif", "stroke-linejoin": "round",
+        "style": "color: black",
+    }  # fmt: skip
+    if lines:
+        below = ElementTree.SubElement(root, f"{SVG}g", {"class": "badge", "style": "font-size: 9px; fill: #737373"})
+        for i, line in enumerate(lines):
+            ElementTree.SubElement(below, f"{SVG}text", x="2", y=f"{height + 14 + 12 * i:g}").text = line
+    ElementTree.register_namespace("", SVG.strip("{}"))
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _short(tag):
-    """A tag with two decimals at most, on one line, and black and white as the page has them."""
-    tag = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{round(float(m[0]), 2) + 0.0:g}", re.sub(r"\s+", " ", tag[0]))
-    tag = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", tag)
-    tag = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--pst-color-background, #fff)", tag)
-    return re.sub(r"font-family: .*?sans-serif; ?| transform=\"rotate\(-0[^\"]*\"", "", tag)
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+
+def _slim(node, used):
+    """A node of matplotlib's SVG without what a page can do without, black and white as the page has them."""
+    children = []
+    for child in node:  # a group that only groups is its children
+        while (
+            child.tag == f"{SVG}g"
+            and len(child) == 1
+            and not set(child.attrib) - {"id"}
+            and child.get("id") not in used
+        ):
+            child = child[0]
+        if child.tag in (f"{SVG}metadata", f"{SVG}style") or (child.tag == f"{SVG}defs" and not len(child)):
+            continue
+        if child.get("style") == "fill: none":  # no line, no filling
+            continue
+        children.append(child)
+    node[:] = children
+    node.tail = None
+    node.text = node.text.strip() or None if node.text else None
+    given = {name.replace(XLINK, ""): value for name, value in node.attrib.items()}
+    if given.get("id") not in used:
+        given.pop("id", None)
+    if node.tag == f"{SVG}use" and "style" in given:  # what it uses has the same style but for its filling
+        given["style"] = "; ".join(part for part in given["style"].split("; ") if part.startswith("fill"))
+    for name, value in given.items():
+        if name not in ("id", "href", "clip-path"):
+            value = re.sub(
+                r"-?\d+\.\d+", lambda m: f"{round(float(m[0]), 1) + 0.0:g}", re.sub(r"\s+", " ", value).strip()
+            )
+        value = re.sub(r"(fill|stroke): #000000", r"\1: currentColor", value)
+        value = re.sub(r"(fill|stroke): #ffffff", r"\1: var(--pst-color-background, #fff)", value)
+        given[name] = re.sub(r"font-family: .*?sans-serif; ?", "", value)
+    if given.get("transform", "").startswith("rotate(-0 ") or given.get("transform", "").startswith("rotate(0 "):
+        del given["transform"]
+    node.attrib = given
 
 
 def per_trial(frame, quantity, reading="early_stop", x="density"):

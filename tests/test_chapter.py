@@ -463,7 +463,7 @@ def test_a_figure_as_svg_is_the_same_from_run_to_run_and_takes_the_pages_colour(
     assert float(root.get("data-height")) < float(root.get("viewBox").split()[3])  # the badge is below the picture
     assert "#000000" not in first
     assert "currentColor" in first
-    assert max(len(n.split(".")[1]) for n in re.findall(r'[ "]-?\d+\.\d+', first)) <= 2
+    assert max(len(n.split(".")[1]) for n in re.findall(r'[ "]-?\d+\.\d+', first)) <= 2  # 1, and 2 in widths
     plt.close("all")
 
 
