@@ -270,7 +270,7 @@ class NotebookOutput(SphinxDirective):
 def settle(app, config):
     """Buttons that need the repository's address, where one is given; version and date in the footer."""
     options = config.html_theme_options
-    address = os.environ.get("LOTTERY_REPOSITORY") or config.lottery_repository
+    address = os.environ.get("BOOK_REPOSITORY") or config.lottery_repository
     if address:
         options |= {"repository_url": address.rstrip("/"), "repository_branch": "main", "path_to_docs": ""}
         options |= {"use_repository_button": True, "use_issues_button": True}
@@ -284,7 +284,7 @@ def settle(app, config):
     git = ("git", "-C", str(root), "log", "-1", "--format=%cs")
     date = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     options["extra_footer"] = f"<p>Version {version}" + (f", {date}" if date else "") + "</p>"
-    config.lottery_base = (os.environ.get("LOTTERY_ADDRESS") or config.html_baseurl).rstrip("/")
+    config.lottery_base = (os.environ.get("BOOK_ADDRESS") or config.html_baseurl).rstrip("/")
 
 
 EARLY = """document.documentElement.classList.add("js");
@@ -295,6 +295,10 @@ def around(app, pagename, templatename, context, doctree):
     """No scripts that a page has no use for; the lines that search engines and social networks read."""
     files = context.get("script_files", [])
     context["script_files"] = [f for f in files if "thebe" not in f"{f.filename} {f.attributes}".lower()]
+    if doctree is not None and 'class="widget"' in "".join(node["html"] for node in doctree.findall(Html)) + "".join(
+        node.astext() for node in doctree.findall(nodes.raw)
+    ):
+        app.add_js_file("widgets.js", defer="defer")
     title = html.escape(re.sub(r"<.*?>", "", context.get("title", "")))
     base = app.config.lottery_base
     tags = f'<meta property="og:title" content="{title}" /><meta property="og:type" content="article" />'
@@ -317,6 +321,29 @@ UNUSED = re.compile(
 )
 
 
+MENDED = (  # what the theme leaves unnamed or named otherwise than it reads, and what would be told twice
+    (r"<summary>(\s*<span class=\"toctree-toggle)", r'<summary aria-label="pages below">\1'),
+    (r'(<button[^>]*search-button-field[^>]*) aria-label="Search"', r"\1"),
+    (r'localStorage.getItem\("(mode|theme)"\) \|\| ""', r'localStorage.getItem("\1") || "auto"'),
+    (r'data-default-mode=""', 'data-default-mode="auto"'),
+    (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
+)
+
+
+def card(path, title):
+    """The picture that social networks show: the book's name and what it does."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    fig = Figure(figsize=(12, 6.3), facecolor="white")
+    fig.text(0.06, 0.62, title, fontsize=46, weight="bold")
+    fig.text(0.06, 0.44, "Four papers on sparse networks, repeated figure by figure:", fontsize=24)
+    fig.text(0.06, 0.34, "what was claimed, what came out, how sure we are.", fontsize=24)
+    for i, colour in enumerate(("#0072B2", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")):
+        fig.add_artist(Rectangle((0.06 + 0.06 * i, 0.14), 0.04, 0.076, color=colour))
+    fig.savefig(path, dpi=100, metadata={"Software": None})
+
+
 def finish(app, error):
     """Pages without what they do not use, and the site's map where its address is known."""
     if error or app.builder.format != "html":
@@ -326,13 +353,15 @@ def finish(app, error):
         if "_static" in path.parts:
             continue
         text = UNUSED.sub("", path.read_text(encoding="utf-8"))
-        text = re.sub(r"<summary>(\s*<span class=\"toctree-toggle\")", r'<summary aria-label="pages below">\1', text)
+        for old, new in MENDED:
+            text = re.sub(old, new, text)
         path.write_text(text, encoding="utf-8")
         pages.append(path.relative_to(out).as_posix())
     vendor = out / "_static/vendor/fontawesome"
     for path in sorted(vendor.rglob("*"), reverse=True) if vendor.exists() else ():
         path.unlink() if path.is_file() else path.rmdir()
     if base := app.config.lottery_base:
+        card(out / "_static/card.png", app.config.project)
         listed = "".join(f"<url><loc>{base}/{page}</loc></url>" for page in pages)
         head = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
         (out / "sitemap.xml").write_text(f"{head}{listed}</urlset>\n", encoding="utf-8")

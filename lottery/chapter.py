@@ -267,7 +267,7 @@ def table(rows, caption, digits=2, index=True):
     columns = [[cell(v, places.get(name, 2)) for v in frame[name]] for name in frame.columns]
     numeric = [all(re.fullmatch(r"[-−+–]?[\d,.]*( ?%)?( ±.*)?", v) for v in column) for column in columns]
     lines = [
-        [str(name) for name in frame.columns],
+        [cell(str(name)) for name in frame.columns],
         ["--:" if n else "---" for n in numeric],
         *zip(*columns, strict=True),
     ]

@@ -49,7 +49,8 @@ def prune(model, rate, scope="layer", masks=None):
     other shapes.
     """
     weights, m = _ranked(model, rate, masks)
-    k = _after({name: int(m[name].sum()) for name in m}, _rates(rate, weights, scope))
+    survivors = {name: int(m[name].sum()) for name in m}
+    k = _after(survivors, _rates(rate, weights, scope))
     found = M.keep({name: w.abs() for name, w in weights.items()}, k, within=m)
     M.warn_of_collapse(found)
     return found

@@ -403,7 +403,11 @@ def _item(item, claims, figures):
     """The lines of one figure or table: tested claims in a table, the others folded below."""
     here = claims[0]
     name = figure_name(here)
-    link = f' <a class="in-chapter" href="{here["paper"]}.html#{name}">in the chapter</a>' if name in figures else ""
+    link = (
+        f' <a class="in-chapter" href="{here["paper"]}.html#{name}">in the chapter</a>'
+        if name and name in figures
+        else ""
+    )
     tested = [row for row in claims if row["claim"] and kind(row) != "none"]
     others = [row for row in claims if row["claim"] and kind(row) == "none"]
     yield f'<section class="item" id="{item_anchor(here)}"><h3>{escape(item)}{link}</h3>'

@@ -43,7 +43,7 @@ BAD = {
 # One number of each figure that draws printed points, and one of the table of claims: the label of the figure or
 # section; file, start of the line, what becomes of the number.
 REPORTED = {
-    "fig-lth-4": ("lth.csv", "Figure 4,a/early stop,lenet/imp vs dense,21.1,", ",-38,", ",-48,"),
+    "fig-lth-4-long": ("lth.csv", "Figure 4,a/early stop,lenet/imp vs dense,21.1,", ",-38,", ",-48,"),
     "fig-lth-12": ("lth.csv", 'Figure 4,b/train accuracy/last,"lenet, all curves",5,', ",100,", ",90,"),
     "fig-lth-14": ("lth.csv", 'Figure 14,"test accuracy, reading point not stated",lenet/imp,', ",98.3,", ",97.3,"),
     "lth-claims": ("lth_claims.csv", "lth-fig4-accuracy-13,", ",5,0.3,,paper", ",5,0.4,,paper"),
@@ -179,8 +179,6 @@ def test_smoke_from_nothing_fills_every_figure(anew, capsys):
 
 
 def test_smoke_from_nothing_shows_what_it_trained(anew):
-    [line] = [line for line in anew.text.splitlines() if line.startswith("scale ")]
-    assert line == f"scale smoke: {', '.join(lth.ITEMS)}"
     assert not (anew.clone / "results/ours").exists()
     [store] = anew.results.iterdir()
     declared, trained = {r.key for r in lth.runs(None, "smoke")}, set(Store(store).rows())
