@@ -9,13 +9,11 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
 from lottery import cs, data, models, training
 from lottery import masks as M
@@ -514,43 +512,6 @@ def test_cuda_agrees_with_the_cpu():
         cs.restart(m)
         cs.harden(m)
     assert all(torch.equal(m.cpu(), M.read(model)[name]) for name, m in M.read(twin).items())
-
-
-def ddp_worker(rank, store, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = spread(cs.attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5).double()), 0.1))
-    torch.manual_seed(0)
-    M.restore(model, {**M.state(model), "1.weight": torch.randn(5, 16), "1.bias": torch.zeros(5)})
-    parallel = DistributedDataParallel(model)
-    opt = training.optimizer(parallel, SGD, cs.param_groups(parallel, SGD))
-    x, y = batch()
-    for t in range(3):
-        cs.set_beta(parallel, cs.temperature(t, 3))
-        opt.zero_grad()
-        (F.cross_entropy(parallel(x[rank::2]), y[rank::2]) + 0.01 * cs.penalty(parallel)).backward()
-        opt.step()
-    torch.save(M.state(model), f"{out}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(ddp_worker, (tmp_path / "store", tmp_path), nprocs=2)
-    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    model = spread(cs.attach(nn.Sequential(nn.Flatten(), nn.Linear(16, 5).double()), 0.1))
-    torch.manual_seed(0)
-    M.restore(model, {**M.state(model), "1.weight": torch.randn(5, 16), "1.bias": torch.zeros(5)})
-    opt = training.optimizer(model, SGD, cs.param_groups(model, SGD))
-    x, y = batch()
-    for t in range(3):
-        cs.set_beta(model, cs.temperature(t, 3))
-        opt.zero_grad()
-        loss_of(model, x, y, 0.01).backward()
-        opt.step()
-    for name, tensor in M.state(model).items():
-        assert torch.equal(a[name], b[name])
-        close(a[name], tensor)
 
 
 # The optimiser --------------------------------------------------------------------------------------------------------

@@ -314,21 +314,6 @@ def test_cuda():
     assert relative(flat(grasp.scores(model.cuda(), batches)).cpu(), exact) < 1e-10
 
 
-def _rank(rank, rendezvous):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    model, batches = mlp(), chunks(*batch(), 4)
-    expected = grasp.scores(model, batches)
-    scores = grasp.scores(nn.parallel.DistributedDataParallel(model), batches)
-    assert [*scores] == [f"module.{name}" for name in expected]
-    assert torch.equal(flat(scores), flat(expected))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_distributed_model(tmp_path):
-    torch.multiprocessing.spawn(_rank, (tmp_path / "rendezvous",), nprocs=2)
-
-
 # prune ----------------------------------------------------------------------------------------------------------------
 
 

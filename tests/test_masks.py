@@ -687,24 +687,6 @@ def test_autocast_keeps_what_is_pruned_at_zero():
     assert model[0].weight.dtype == torch.float32
 
 
-def ddp_worker(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    (x, y), model = examples(), masked_net()
-    trained(nn.parallel.DistributedDataParallel(model), x[rank::2], y[rank::2])
-    torch.save(M.state(model), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(ddp_worker, (tmp_path,), nprocs=2)
-    one = M.state(trained(masked_net(), *examples()))
-    for rank in (0, 1):
-        for name, tensor in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
-            torch.testing.assert_close(tensor, one[name])
-
-
 # Layers of other kinds ------------------------------------------------------------------------------------------------
 
 

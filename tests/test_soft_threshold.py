@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -532,36 +530,6 @@ def test_compiled(granularity):
         nn.functional.cross_entropy(net(x), y).backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-6)
-
-
-def _ddp(rank, path):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
-    for granularity in ("layer", "global"):
-        model = S.attach(small(dtype=torch.float64).eval(), -2.0, granularity=granularity)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        recipe = sgd(weight_decay=0.01)
-        opt = training.optimizer(model, recipe, S.param_groups(model, recipe))
-        x, y = (t[4 * rank : 4 * rank + 4] for t in batch(dtype=torch.float64))
-        for _ in range(3):
-            opt.zero_grad()
-            nn.functional.cross_entropy(parallel(x), y).backward()
-            opt.step()
-        torch.save(M.state(model), f"{path}/{granularity}{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
-def test_two_processes_train_like_one(tmp_path):
-    mp.spawn(_ddp, (str(tmp_path),), nprocs=2)
-    for granularity in ("layer", "global"):
-        one, two = (torch.load(tmp_path / f"{granularity}{rank}.pt", weights_only=True) for rank in (0, 1))
-        model = S.attach(small(dtype=torch.float64).eval(), -2.0, granularity=granularity)
-        alone = M.state(train(model, 3, sgd(weight_decay=0.01)))
-        for name, value in alone.items():
-            assert torch.equal(one[name], two[name])
-            assert torch.allclose(one[name], value, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
