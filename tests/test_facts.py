@@ -11,7 +11,7 @@ import pytest
 
 from lottery import figures, scorecard
 from lottery.chapter import Chapter
-from lottery.experiments import grasp_init
+from lottery.experiments import grasp_init, str_exact
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -284,6 +284,93 @@ def printed_tables(c):
     falls = all((part.dropna().diff().dropna() < 0).all() for _, part in arms.items())
     drop = {name: part.loc[98] - part.loc[95] for name, part in arms.items()}
     return falls and min(drop, key=drop.get) == "resnet32-c10/random"
+
+
+# What the STR chapter says about the paper's own numbers -----------------------------------------------------------
+
+
+def points(item, series):
+    """{x: value} of a method's printed points."""
+    paper = scorecard.reported("str").query("item == @item and series == @series")
+    return dict(sorted(zip(paper["x"], paper["value"], strict=True)))
+
+
+@states(
+    "str",
+    "STR's points lie within half a point of the best of the others' up to 95 percent, and three points or "
+    "more above gradual magnitude pruning and DNW at 98 and 99 percent",
+)
+def str_landing(_):
+    ours = points("Figure 4", "resnet50/str")
+    ours = {x: np.interp(x, list(ours), list(ours.values())) for x in (80, 90, 95, 98, 99)}
+    others = [points("Figure 4", f"resnet50/{name}") for name in ("gmp", "dnw", "rigl-erk")]
+    near = all(abs(ours[x] - max(other[x] for other in others if x in other)) < 0.5 for x in (80, 90, 95))
+    return near and all(ours[x] - other[x] >= 3 for x in (98, 99) for other in others[:2] if x in other)
+
+
+@states(
+    "str",
+    "Left: the paper’s points lie on the computed curve up to epoch 29 and below it afterwards, where the data "
+    "push back. Right: sparsity is zero up to the vertical line at epoch 28 and then rises steeply to 90 percent",
+)
+def str_figure_1(_):
+    law, drawn = str_exact.path("resnet50", "90.23"), [None, *str_exact.figure1()]
+    sparsity = points("Figure 2", "resnet50@90.23/str")
+    return (
+        all(abs(drawn[e] - law[e]) < 0.05 for e in range(25, 30))
+        and all(drawn[e] < law[e] for e in range(30, 101))
+        and abs(str_exact.onset("resnet50", "90.23") - 28) < 0.1
+        and sparsity[27] < 0.1 and sparsity[29] > 15 and round(sparsity[100]) == 90
+    )  # fmt: skip
+
+
+@states("str", "Thresholds are about 0.02 in the first stage, 0.002 in the last and 0.0002 in the classifier")
+def str_figure_3(_):
+    paper = scorecard.reported("str").query("item == 'Figure 3'")
+    stage = paper.groupby(paper["panel"].str.removeprefix("alpha of ").str.split(".").str[0])["value"].mean()
+    about = {"layer1": 0.02, "layer4": 0.002, "fc": 0.0002}
+    return all(0.75 < stage[name] / value < 1.33 for name, value in about.items())
+
+
+@states(
+    "str",
+    "ERK leaves many early layers dense, the global threshold is low in the first stage, STR is between 80 and "
+    "98 percent everywhere but for the first layer and the classifier. Right: summed MACs grow steepest for ERK and "
+    "least for STR",
+)
+def str_figure_6(_):
+    sparse = {b: 100 * (1 - np.array(list(str_exact.budgets("resnet50")[b].values()))) for b in ("erk", "gs", "90.23")}
+    macs = {b: str_exact.macs_left("resnet50", b) for b in ("90.23", "uniform", "erk", "gs")}
+    return (
+        (sparse["erk"][:11] < 5).sum() > 5
+        and sparse["gs"][:11].max() < sparse["gs"][12:].mean()
+        and 80 < sparse["90.23"][1:-1].min() <= sparse["90.23"][1:-1].max() < 98
+        and max(sparse["90.23"][[0, -1]]) < 80
+        and (max(macs, key=macs.get), min(macs, key=macs.get)) == ("erk", "90.23")
+    )
+
+
+@states(
+    "str",
+    "gradual pruning is at 90 percent in pointwise layers and zero elsewhere; STR is above it in the pointwise "
+    "layers and between 40 and 80 percent in the depthwise ones. Right: STR leaves fewer MACs in nearly all "
+    "layers, above all in the first",
+)
+def str_figure_8(_):
+    ours, gradual = (100 * (1 - np.array(list(str_exact.budgets("mobilenetv1")[b].values()))) for b in ("89.01", "gmp"))
+    fewer = [
+        there.macs - here.macs
+        for here, there in zip(*(str_exact.left("mobilenetv1", b).values() for b in ("89.01", "gmp")), strict=True)
+    ]
+    depthwise, pointwise = slice(1, 27, 2), slice(2, 27, 2)
+    return (
+        set(np.round(gradual[pointwise])) == {90}
+        and max(gradual[0], gradual[depthwise].max()) == 0
+        and ours[pointwise].min() > 90
+        and 40 < ours[depthwise].min() <= ours[depthwise].max() < 80
+        and sum(n > 0 for n in fewer) >= 26
+        and fewer[0] == max(fewer)
+    )
 
 
 def said(path):
