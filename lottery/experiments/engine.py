@@ -12,87 +12,162 @@ import warnings
 import torch
 
 from lottery import data, models, training
+from lottery.experiments.leases import Leases
 from lottery.experiments.runs import Measurement
 from lottery.experiments.store import Store
 from lottery.experiments.work import execute, start
 from lottery.methods import NOTHING
 
 TOGETHER = 64  # runs side by side on a GPU
+LOOK = 2.0  # seconds between two looks at what other processes are training
 
 
-def run(runs, executor=None, budget=None, store=None, device="cpu", threads=1, progress=True, compiled=False):
+def run(
+    runs,
+    executor=None,
+    budget=None,
+    store=None,
+    device="cpu",
+    threads=1,
+    progress=True,
+    compiled=False,
+    slots=None,
+):
     """Train what is missing of `runs` and of the parents they need; returns the runs left undone.
 
     Args:
         runs: Runs, most decisive first; long chains are kept busy before their side branches.
         executor: any `concurrent.futures.Executor` whose workers see the store's folder; default: one process per
             `threads` cores on the CPU, this process on a GPU or for a single run.
+        slots: how many trainings the executor is given at once; default: its own number of workers where it tells it.
         budget: seconds; no run starts that is expected to end after it.
         device, threads, compiled: of one training, see `training.fit`.
 
     On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
-    A run is kept the moment it ends. An interrupt waits for the trainings of other processes that are under way and is
-    then raised; a second one abandons them. A run that raises stops its own descendants only; the first such error is
-    raised at the end.
+    A run is kept the moment it ends. What another process is training in the same store is left to it, and trained here
+    only if that one dies. An interrupt waits for the trainings of other processes that are under way and is raised; a
+    second one abandons them. A run that raises stops its own descendants only; it is noted in the store's folder
+    `.failures`, and the first such error is raised at the end.
     """
     check(device, threads)
+    if slots is not None and (type(slots) is not int or slots < 1):
+        raise ValueError(f"Invalid slots {slots!r}: give a whole number from 1.")
     if compiled and not training.can_compile(device):
         warnings.warn("No C++ compiler is here: trained without torch.compile.", stacklevel=2)
         compiled = False
     runs, store = list(runs), store or Store()
     store.dir.mkdir(parents=True, exist_ok=True)
     todo = missing(runs, store)
-    parents = {p for r in (*todo, *runs) if not getattr(r, "budget", None) for p in needs(r)}
-    slots = getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
+    slots = slots or getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
     slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
-    clock, under_way, given_up, errors = _Clock(budget, store), {}, set(), []
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(len(todo), progress))
-        if own := executor is None:
-            executor = stack.enter_context(_pool(slots))
+        own = executor is None
+        executor = stack.enter_context(_pool(slots)) if own else executor
+        leases = stack.enter_context(contextlib.closing(Leases(store.leases)))
+        how = (device, threads, compiled)
+        sweep = _Sweep(runs, todo, store, executor, slots, leases, _Clock(budget, store), how, bar)
         try:
-            while todo or under_way:
-                for r in todo:  # parents stand before their children
-                    if given_up.intersection(needs(r)):
-                        given_up.add(r)
-                todo = _without(given_up, todo)
-                waiting = {*todo, *(r for group in under_way.values() for r in group)}
-                ready = [r for r in todo if not waiting.intersection(needs(r))]
-                while ready and len(under_way) < slots:
-                    group = [r for r in ready if _alike(r, device) == _alike(ready[0], device)][:TOGETHER]
-                    todo, ready = _without(group, todo), _without(group, ready)
-                    if clock.allows(group):
-                        keep = [r in parents for r in group]
-                        job = executor.submit(execute, group, store.dir, store.also, keep, device, threads, compiled)
-                        under_way[job] = group
-                    else:
-                        given_up.update(group)
-                if not under_way:
-                    if not todo:
-                        break
-                    continue
-                done, _ = futures.wait(under_way, return_when=futures.FIRST_COMPLETED)
-                for job in done:
-                    group = under_way.pop(job)
-                    if error := job.exception():
-                        errors.append(error)
-                        given_up.update(group)
-                    else:
-                        clock.finished(group, job.result())
-                    bar.update(len(group))
+            sweep.run()
         except KeyboardInterrupt:
-            if under_way:
-                n = sum(map(len, under_way.values()))
-                bar.write(f"Stopping: {n} trainings will be kept when they end; interrupt again to abandon.")
-            try:
-                futures.wait(under_way)
-            except KeyboardInterrupt:
-                if own:
-                    executor.shutdown(wait=False, kill_workers=True)
+            sweep.wait_or_abandon(own)
             raise
-    if errors:
-        raise errors[0]
+    if sweep.errors:
+        raise sweep.errors[0]
     return missing(runs, store)
+
+
+class _Sweep:
+    """One call of `run`: what is to do, what is under way, what was given up."""
+
+    def __init__(self, runs, todo, store, executor, slots, leases, clock, how, bar):
+        self.todo, self.store, self.executor, self.slots = todo, store, executor, slots
+        self.leases, self.clock, self.how, self.bar = leases, clock, how, bar
+        self.parents = {p for r in (*todo, *runs) if not getattr(r, "budget", None) for p in needs(r)}
+        self.under_way, self.given_up, self.elsewhere, self.errors = {}, set(), set(), []
+
+    def run(self):
+        while self.todo or self.under_way:
+            self._drop()
+            self._submit()
+            if self.under_way:
+                done, _ = futures.wait(self.under_way, LOOK if self.elsewhere else None, futures.FIRST_COMPLETED)
+                for job in done:
+                    self._finish(job)
+            elif self.elsewhere:
+                time.sleep(LOOK)
+            self._look()
+
+    def _drop(self):
+        """Give up what needs a run that was given up; parents stand before their children."""
+        for r in self.todo:
+            if self.given_up.intersection(needs(r)):
+                self.given_up.add(r)
+        self.todo = _without(self.given_up, self.todo)
+
+    def _submit(self):
+        """Fill the free slots with what is ready and nobody else's."""
+        waiting = {*self.todo, *(r for group in self.under_way.values() for r in group)}
+        ready = [r for r in self.todo if r not in self.elsewhere and not waiting.intersection(needs(r))]
+        while ready and len(self.under_way) < self.slots:
+            device = self.how[0]
+            group = [r for r in ready if _alike(r, device) == _alike(ready[0], device)][:TOGETHER]
+            ready = _without(group, ready)
+            if not self.clock.allows(group):
+                self.given_up.update(group)
+                self.todo = _without(group, self.todo)
+                continue
+            mine = self.leases.take([r.key for r in group])
+            self.elsewhere.update(r for r in group if r.key not in mine)
+            group = [r for r in group if r.key in mine]
+            if done := [r for r in group if self._is_done(r)]:  # by another process, before its lease ended
+                self._leave(done)
+                group = _without(done, group)
+            if group:
+                self.todo = _without(group, self.todo)
+                keep = [r in self.parents for r in group]
+                job = self.executor.submit(execute, group, self.store.dir, self.store.also, keep, *self.how)
+                self.under_way[job] = group
+
+    def _finish(self, job):
+        group = self.under_way.pop(job)
+        if error := job.exception():
+            self.errors.append(error)
+            self.given_up.update(group)
+            for r in group:
+                self.store.note_failure(r.key, error)
+        else:
+            self.clock.finished(group, job.result())
+            for r in group:
+                self.store.note_failure(r.key, None)
+        self.leases.release([r.key for r in group])
+        self.bar.update(len(group))
+
+    def _look(self):
+        """What was another process's and is stored now, or free again."""
+        self._leave([r for r in self.elsewhere if self._is_done(r)])
+        self.elsewhere.clear()
+
+    def _is_done(self, r):
+        return self.store.get(r) and (r not in self.parents or self.store.artifact(r.key).exists())
+
+    def _leave(self, done):
+        self.todo = _without(done, self.todo)
+        self.elsewhere.difference_update(done)
+        self.leases.release([r.key for r in done])
+        self.bar.update(len(done))
+
+    def wait_or_abandon(self, own):
+        """After an interrupt: wait for what is under way; after another one do not."""
+        if self.under_way:
+            n = sum(map(len, self.under_way.values()))
+            self.bar.write(f"Stopping: {n} trainings will be kept when they end; interrupt again to abandon.")
+        try:
+            futures.wait(self.under_way)
+        except KeyboardInterrupt:
+            if own:
+                self.executor.shutdown(wait=False, kill_workers=True)
+            raise
 
 
 def check(device, threads):

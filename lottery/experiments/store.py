@@ -173,6 +173,31 @@ class Store:
                 return path
         return self.dir / ".artifacts" / f"{key}.safetensors"
 
+    @property
+    def leases(self):
+        """The folder of what is being trained, see `leases`."""
+        return self.dir / ".leases"
+
+    def note_failure(self, key, error):
+        """Note why a run ended without a result, or with None that it has one now."""
+        path = self.dir / ".failures" / f"{key}.json"
+        if error is None:
+            path.unlink(missing_ok=True)
+            return
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+        with _temporary(path) as temporary:
+            temporary.write_text(json.dumps({"reason": said, "when": now()}))
+            _publish(temporary, path, replace=True)
+
+    def failures(self):
+        """`{key: {"reason", "when"}}` of the runs that ended without a result and have none since."""
+        found = {}
+        for path in sorted((self.dir / ".failures").glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                said = json.loads(path.read_text())
+                found[path.stem] = {"reason": str(said["reason"]), "when": str(said["when"])}
+        return {key: said for key, said in found.items() if key not in self.keys()}
+
     def checkpoint(self, key):
         """Where a training is kept while it is under way."""
         return self.dir / ".checkpoints" / f"{key}.safetensors"
