@@ -28,7 +28,16 @@ ARMS = {
     "magnitude": "magnitude at initialisation",
     "cs": "continuous sparsification",
     "str": "STR",
+    "str-global": "STR, one threshold for all layers",
+    "str-filter": "STR, a threshold for each filter",
+    "str-weight": "STR, a threshold for each weight",
+    "lowrank": "rank set before the training",
     "gmp": "gradual magnitude pruning",
+    "gmp-budget": "gradual magnitude pruning with STR's budget",
+    "dnw-budget": "DNW with STR's budget",
+    "dnw-erk": "DNW with ERK",
+    "rigl-erk": "RigL with ERK",
+    "set-erk": "SET with ERK",
     "dnw": "DNW",
     "set": "SET",
     "rigl": "RigL",
@@ -62,6 +71,9 @@ SETS = {
     "c100": "CIFAR-100",
     "tiny": "Tiny-ImageNet",
     "imagenet": "ImageNet",
+    "google12": "Google-12",
+    "har2": "HAR-2",
+    "har2_part": "a part of UCI HAR",
 }
 LAYERS = {"fc1": "first layer", "fc2": "second layer", "fc3": "output layer"}  # of LeNet-300-100
 SCALES = {

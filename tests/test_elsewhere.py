@@ -1,13 +1,16 @@
 """Sets that cannot be fetched: read from generated files in the layout of their owners."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import train
 
 from lottery import data, models
+from lottery.experiments import Store, soft_threshold
 from lottery.training import Recipe, fit
 
 
@@ -85,6 +88,19 @@ def test_the_part_of_har_has_two_classes_of_six_activities(root):
     x = parts["X_train"][:, 3]
     expected = np.round((parts["X_test"][0, 3] - x.min()) / (x.max() - x.min()) * 255).clip(0, 255)
     assert np.abs(d.test.x[0, 3, :, 0].numpy() - expected).max() <= 1
+
+
+def test_a_network_of_the_paper_trains_on_images_in_that_layout(root, monkeypatch):
+    """STR's MobileNetV1 by its own Run, but for the number of steps: thresholds decay, nothing is pruned yet."""
+    images(root)
+    monkeypatch.setenv("LOTTERY_DATA", str(root))
+    [r] = soft_threshold.trial("mobilenetv1/str", soft_threshold.setting("paper"), 0, "89.01")
+    short = {"batch_size": 4, "iterations": 3, "eval_every": 3, "lr_every": 1, "warmup": 1}
+    r = replace(r, recipe=replace(r.recipe, **short))
+    train([r], root / "ours")
+    row = Store(root / "ours").get(r)
+    assert (row["status"], row["model"], row["density"], row["n_test"]) == ("finished", "mobilenetv1", 1.0, 6)
+    assert -12800 < soft_threshold.numbers(row)["s/model.0.0"][-1] < -12790  # it has begun to decay
 
 
 @pytest.mark.parametrize("name", data.ELSEWHERE)
