@@ -173,8 +173,9 @@ def caption(table):
     if before < 0 or isinstance(table[0], nodes.title):
         return
     line = table.parent[before]
-    if isinstance(line, nodes.paragraph) and len(line) == 1 and isinstance(line[0], nodes.strong):
-        table.insert(0, nodes.title("", "", *line[0].children))
+    parts = [part for part in line.children if part.astext()]
+    if isinstance(line, nodes.paragraph) and len(parts) == 1 and isinstance(parts[0], nodes.strong):
+        table.insert(0, nodes.title("", "", *parts[0].children))
         table.parent.remove(line)
 
 

@@ -196,7 +196,7 @@ def random_masks(masks, generator=None):
 
 
 def between(one, other, alpha):
-    """(1 − α)·one + α·other of two `masks.state`s, entry by entry; what holds no floating-point numbers is one's."""
+    """(1 − α)·one + α·other of two states of `masks.state`, entry by entry; what holds no floats is one's."""
     return {name: torch.lerp(t, other[name], alpha) if t.is_floating_point() else t for name, t in one.items()}
 
 

@@ -79,7 +79,8 @@ def by_paper(card):
 def paragraph(rows, failures="all"):
     """Markdown: what came out of one paper's claims, primary ones and failures by name, each a link to its row.
 
-    failures: "all" names every secondary claim that failed, "full" those of them that failed with full evidence.
+    failures: "all" names every secondary claim that failed; "full" only those that failed in full, and the figures
+    and tables with numbers that arithmetic does not give.
     """
     claims = [row for row in rows if row["claim"]]
     primary = [row for row in claims if row["primary"]]
@@ -98,10 +99,14 @@ def paragraph(rows, failures="all"):
     if left := [row for row in primary if kind(row) == "none"]:
         said.append(f"Not run yet: {_items(left) if len(left) > 3 else '; '.join(map(_link, left))}.")
     bad = [row for row in claims if kind(row) == "bad" and not row["primary"]]
-    said += _named("**Not reproduced** among the secondary claims:", [r for r in bad if r["evidence"] in FULL])
+    exact = [row for row in bad if row["evidence"] == "exact"]
+    said += _named("**Not reproduced** among the secondary claims:", [r for r in bad if r["evidence"] == "full"])
     if failures == "all":
         shorter = [row for row in bad if row["evidence"] not in FULL]
         said += _named("**Contradicted** among them by shorter trainings or stand-ins:", shorter)
+        said += _named("**Printed numbers** that arithmetic does not give:", exact)
+    elif exact:
+        said.append(f"**Printed numbers** that arithmetic does not give: {_items(exact)}.")
     return " ".join(said)
 
 

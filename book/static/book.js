@@ -55,7 +55,8 @@
       const mine = box.id || "prediction" + number;
       const form = make("form", { class: "predict" });
       all("li", box).forEach((item, i) => {
-        const label = make("label", {}, make("input", { type: "radio", name: mine, value: i }), " ", ...item.childNodes);
+        const words = item.querySelector("p") || item;
+        const label = make("label", {}, make("input", { type: "radio", name: mine, value: i }), " ", ...words.childNodes);
         form.append(label);
       });
       const list = box.querySelector("ul, ol");
@@ -71,7 +72,7 @@
         const chosen = form.querySelector("input:checked");
         if (!chosen) { said.textContent = "Choose one first."; return; }
         show(true);
-        said.textContent = "Your guess: " + chosen.parentElement.textContent.trim() + ". Below is what came out.";
+        said.textContent = "Your guess: " + chosen.parentElement.textContent.trim().replace(/\.$/, "") + ". Below is what came out.";
         button.hidden = true;
         hidden[0].scrollIntoView({ block: "center" });
       });
