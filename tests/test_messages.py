@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lottery import baselines, cs, grasp, lth, masks, soft_threshold, training
+from lottery import baselines, cs, grasp, lth, masks, own, soft_threshold, training
 from lottery.methods import NOTHING
 
 PAGE = (Path(__file__).parents[1] / "book" / "messages.md").read_text()
@@ -53,7 +53,16 @@ def come_back():
     masks.top_k({"0": torch.arange(4.0)}, 0.75, within={"0": torch.tensor([True, True, False, False])})
 
 
+def pruned(outputs=3, lr=0.1):
+    recipe = training.Recipe(optimizer="sgd", lr=lr, batch_size=5, iterations=6, eval_every=6)
+    x = torch.rand(20, 6, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, outputs))
+    own.prune(model, (x, torch.arange(20) % 3), "random", 0.5, recipe=recipe, progress=False)
+
+
 SITUATIONS = {
+    "The model gives … for two examples": [lambda: pruned(outputs=2)],
+    "The training diverged": [lambda: pruned(lr=1e38)],
     "Nothing prunable": [
         lambda: masks.attach(nn.ReLU()),
         lambda: cs.attach(nn.ReLU(), 0.0),

@@ -247,6 +247,17 @@ def test_export_is_refused_when_onnxruntime_disagrees(tmp_path, monkeypatch):
         own.export(nn.Linear(3, 2), torch.randn(4, 3), tmp_path / "m.onnx")
 
 
+def test_sparse_copy_computes_the_same():
+    found = pruned("gmp", mlp().float())
+    fast = own.sparse(found.model)
+    assert [type(module).__name__ for module in fast[1::2]] == ["SparseLinear"] * 3
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(fast(x), found.model.eval()(x))
+    assert type(own.sparse(found.model, below=0.2)[1]) is nn.Linear
+    times = own.seconds({"dense": found.model, "CSR": fast}, x, repeats=3)
+    assert all(t > 0 for t in times.values())
+
+
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
