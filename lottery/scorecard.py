@@ -5,6 +5,8 @@ Nothing here is typed: evidence is what the runs' specs and data fingerprints sa
 
 import datetime
 import functools
+import hashlib
+import io
 import json
 import math
 import re
@@ -75,11 +77,23 @@ def read(paper, kind="", reported_dir=None):
     if not (path := folder / f"{paper}{kind}.csv").exists():
         raise FileNotFoundError(f"Missing {path}: restore it with git checkout.")
     numbers = "delta margin n trials_paper paper_value primary value error" + ("" if kind else " x")
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if kind == "_claims":
-        frame = frame.assign(**{name: "" for name in ("error", "alternative", "was") if name not in frame})
-    found = [name for name in numbers.split() if name in frame]
-    return frame.assign(**{name: pd.to_numeric(frame[name]) for name in found})
+    try:
+        frame = pd.read_csv(io.BytesIO(_undamaged(path)), dtype=str, keep_default_na=False)
+        if kind == "_claims":
+            frame = frame.assign(**{name: "" for name in ("error", "alternative", "was") if name not in frame})
+        found = [name for name in numbers.split() if name in frame]
+        return frame.assign(**{name: pd.to_numeric(frame[name]) for name in found})
+    except ValueError as error:
+        raise ValueError(f"Damaged {path}: {str(error).splitlines()[0]} `git checkout` restores it.") from None
+
+
+def _undamaged(path):
+    """The bytes of a file, which are those that SHA256SUMS beside it names, where there is one."""
+    content, sums = path.read_bytes(), path.with_name("SHA256SUMS")
+    known = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else None
+    if known is not None and known.get(path.name) != hashlib.sha256(content).hexdigest():
+        raise ValueError("it is not what SHA256SUMS says (`sha256sum *.csv > SHA256SUMS` there keeps a change).")
+    return content
 
 
 def papers(folder):

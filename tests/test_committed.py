@@ -1,6 +1,7 @@
 """What is committed below results/: every row of every shard is sound, and what is damaged is named."""
 
 import json
+import shutil
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,3 +42,40 @@ def test_every_committed_row_says_what_it_is(rows):
         assert row["status"] in ("finished", "diverged"), key
         for kept, n in json.loads(row["layers"]).values():
             assert 0 <= kept <= n, key
+
+
+def cut(text):
+    return text[: len(text) // 2]
+
+
+def without_a_row(text):
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[:1] + lines[2:])
+
+
+def another_number(text):
+    """The last figure of a file, one more."""
+    at = max(i for i, letter in enumerate(text) if letter in "12345678")
+    return text[:at] + str(int(text[at]) + 1) + text[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, without_a_row, another_number])
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("reported/*.csv")), ids=lambda path: path.stem)
+def test_a_damaged_file_of_printed_numbers_or_rules_is_named(path, damage, tmp_path):
+    shutil.copytree(path.parent, tmp_path, dirs_exist_ok=True)
+    paper, _, kind = path.stem.partition("_")
+    kind = f"_{kind}" if kind else ""
+    assert len(scorecard.read(paper, kind, tmp_path))
+    (tmp_path / path.name).write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=rf"^Damaged [^\n]*{path.name}: it is not what SHA256SUMS says [^\n]*$"):
+        scorecard.read(paper, kind, tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named_without_checksums_too(tmp_path):
+    shutil.copy(RESULTS / "reported/lth_claims.csv", tmp_path)
+    (tmp_path / "lth.csv").write_text('item,value\n"Figure 3,1\n')
+    with pytest.raises(ValueError, match=r"^Damaged [^\n]*lth\.csv: [^\n]*$"):
+        scorecard.reported("lth", tmp_path)
+    (tmp_path / "lth.csv").write_text("item,value\nFigure 3,1x\n")
+    with pytest.raises(ValueError, match=r"^Damaged [^\n]*lth\.csv: [^\n]*1x[^\n]*$"):
+        scorecard.reported("lth", tmp_path)
