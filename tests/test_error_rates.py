@@ -76,7 +76,7 @@ def test_the_guide_has_every_kind_and_no_rate_of_error_above_five_percent():
 
 @pytest.mark.parametrize(("kind", "n"), [(kind, n) for kind in KINDS for n in (5, 10)])
 def test_the_rates_of_the_guide_are_those_of_the_rules(kind, n):
-    draws = 100
+    draws = 80
     for here, there in zip(rates(kind, n, draws), printed()[kind, n], strict=True):
         assert abs(here - there) <= 0.02 + 4 * math.sqrt(max(there * (1 - there), 0.01) / draws)
 
