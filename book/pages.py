@@ -69,8 +69,9 @@ class Page(SphinxPostTransform):
 
     def run(self, **kwargs):
         self.figures = 0
-        for table in list(self.document.findall(nodes.table)):
+        for number, table in enumerate(list(self.document.findall(nodes.table)), start=1):
             caption(table)
+            table["ids"] = table["ids"] or [f"table-{number}"]  # Sphinx wants one where there is a caption
         for figure in list(self.document.findall(nodes.figure)):
             self.figure(figure)
         cells = [c for c in self.document.findall(nodes.container) if c.get("nb_element") == "cell_code"]

@@ -131,6 +131,7 @@ async function figures(page, name, size) {
 
 const weights = {};
 async function check(name) {
+  const begin = Date.now();
   counts.pages += 1;
   const context = await browser.newContext({ viewport: DESK, bypassCSP: true, reducedMotion: "reduce" });
   const { page, weight } = await open(name, context);
@@ -149,6 +150,7 @@ async function check(name) {
     await figures(page, name, PHONE);
   }
   await context.close();
+  if (process.env.VERBOSE) console.log(`${((Date.now() - begin) / 1000).toFixed(1)} s ${name}`);
 }
 
 const names = only.length ? only : Object.keys(texts).filter((name) => !["index.html", "search.html"].includes(name));
