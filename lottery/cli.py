@@ -7,12 +7,15 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lottery.experiments import PAPERS
+
+WATCH = 10  # seconds between two looks of `status --watch`
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -56,6 +59,11 @@ def run(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Train torch.compile of convolutional networks; needs a C++ compiler.")
     ] = False,
+    retry: Annotated[str | None, typer.Option(help="failed: only what ended without a result before.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option("--executor", help="local:4 processes, dask://host:port, or module:attribute, an Executor."),
+    ] = None,
     results_dir: ResultsDir = None,
 ):
     """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will."""
@@ -63,6 +71,11 @@ def run(
     from lottery.experiments import engine
 
     runs, store = _asked(paper, items, scale, trials), experiments.Store(results_dir)
+    if retry not in (None, "failed"):
+        raise ValueError(f"Invalid retry {retry!r}: give 'failed', or leave it out to train all that is missing.")
+    if retry:
+        runs = [r for r in runs if r.key in store.failures()]
+    executor, slots = _executor(where)
     seconds = None if budget is None else _seconds(budget)
     engine.check(device, threads)
     before = len(experiments.load(runs, store))
@@ -70,7 +83,8 @@ def run(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a batch system or a container stops it
     try:
-        experiments.run(runs, budget=seconds, store=store, device=device, threads=threads, compiled=compiled)
+        how = {"device": device, "threads": threads, "compiled": compiled}
+        experiments.run(runs, executor, budget=seconds, store=store, slots=slots, **how)
     finally:
         after = len(experiments.load(runs, store))
         typer.echo(f"{len(runs)} runs: {before} were stored, {after - before} trained now, {len(runs) - after} left.")
@@ -78,24 +92,69 @@ def run(
 
 @app.command()
 @kind_errors
-def status(as_json: Json = False, results_dir: ResultsDir = None):
-    """What is stored, per paper, item and scale."""
+def status(
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every ten seconds, until interrupted.")] = False,
+    results_dir: ResultsDir = None,
+):
+    """What is stored, under way, failed and missing, per paper, item and scale, and how long the rest would take."""
     from lottery.experiments import Store
 
-    store = Store(results_dir)
-    stored, lines = store.columns("status"), []
-    for line, keys in _declared():
-        found = [stored[key][0] for key in keys if key in stored]
-        lines.append({**line, "stored": len(found), "runs": len(keys), "diverged": found.count("diverged")})
-    if as_json:
-        typer.echo(json.dumps({"schema": 1, "stored": len(stored), "items": lines}))
-        return
-    typer.echo(f"{len(stored)} runs are stored in {store.dir}.")
-    for line in lines:
-        more = f", {line['diverged']} diverged" if line["diverged"] else ""
-        typer.echo(
-            f"{line['paper']} {line['item']:14} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs{more}"
+    while True:
+        told = _progress(Store(results_dir))
+        lines = [json.dumps(told)] if as_json else _progress_lines(told)
+        if watch and not as_json:
+            typer.clear()
+        typer.echo("\n".join(lines))
+        if not watch:
+            return
+        time.sleep(WATCH)
+
+
+def _progress(store):
+    """What `status --json` prints."""
+    from lottery.experiments import leases
+
+    stored, failed, paces = store.columns("status"), store.failures(), store.paces()
+    running, items = leases.running(store.leases), []
+    for line, runs in _declared():
+        found = [stored[key][0] for key, _, _ in runs if key in stored]
+        left = [(tuple(like), work) for key, like, work in runs if key not in stored]
+        timed = all(like in paces for like, _ in left)
+        items.append(
+            {
+                **line,
+                "stored": len(found),
+                "runs": len(runs),
+                "diverged": found.count("diverged"),
+                "running": sum(key in running for key, _, _ in runs),
+                "failed": sum(key in failed for key, _, _ in runs),
+                "core_seconds_left": round(sum(paces[like] * work for like, work in left)) if timed else None,
+            }
         )
+    under_way = [{"key": key, **owner} for key, owner in running.items()]
+    failures = [{"key": key, **said} for key, said in failed.items()]
+    head = {"schema": 1, "stored": len(stored), "folder": str(store.dir)}
+    return {**head, "items": items, "running": under_way, "failed": failures}
+
+
+def _progress_lines(told):
+    """The same for a terminal."""
+    lines = [f"{told['stored']} runs are stored in {told['folder']}."]
+    for line in told["items"]:
+        more = [f"{line[what]} {what}" for what in ("running", "failed", "diverged") if line[what]]
+        if line["stored"] < line["runs"] and line["core_seconds_left"] is not None:
+            more.append(f"{_hours(line['core_seconds_left'])} of one core left")
+        head = f"{line['paper']} {line['item']:14} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs"
+        lines.append(", ".join([head, *more]))
+    lines += [f"running {r['key']} on {r['host']}, process {r['pid']}, since {r['since']}" for r in told["running"]]
+    lines += [f"failed {r['key']} at {r['when']}: {r['reason']}" for r in told["failed"]]
+    return lines
+
+
+def _hours(seconds):
+    """7,260 → "2.0 hours", 90 → "2 minutes"."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{max(1, round(seconds / 60))} minutes"
 
 
 @app.command()
@@ -239,7 +298,7 @@ def _option(text):
 
 
 def _declared():
-    """[{paper, item, scale, iterations}, the keys of its runs] of all that is declared.
+    """[{paper, item, scale, iterations}, (key, like, work) of each of its runs] of all that is declared.
 
     A process of its own finds them in the user's cache while the code is the same: declaring imports PyTorch.
     """
@@ -276,7 +335,7 @@ def _declare():
                     "scale": scale,
                     "iterations": sum(r.work for r in runs),
                 }
-                declared.append((line, [r.key for r in runs]))
+                declared.append((line, [(r.key, r.like, r.work) for r in runs]))
     return declared
 
 
@@ -291,6 +350,56 @@ def _asked(paper, items, scale, trials):
     figures = [item for item in items or () if item not in claims]
     runs = module.runs(figures, at) if figures or not claims else []
     return list(dict.fromkeys([*runs, *(scorecard.runs(paper, claims, scale, trials) if claims else ())]))
+
+
+def _executor(text):
+    """(executor, slots) of `--executor`; None for this machine's processes.
+
+    Raises ValueError with one line for what cannot be had.
+    """
+    if text is None:
+        return None, None
+    kind, _, rest = text.partition(":")
+    if kind == "local":
+        if not re.fullmatch(r"[1-9]\d{0,3}", rest):
+            raise ValueError(f"Invalid executor {text!r}: give local: and a number of processes, such as local:4.")
+        return None, int(rest)
+    if text.startswith("dask://"):
+        return _dask(text.removeprefix("dask://"))
+    return _executor_of_module(text), None
+
+
+def _dask(address):
+    """The executor of a Dask cluster, and how many threads its workers have."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("Invalid executor: Dask is not installed; pip install 'lottery[cluster]'.") from None
+    try:
+        client = Client(f"tcp://{address}", timeout="10s")
+    except OSError as error:
+        raise ValueError(f"No Dask scheduler at {address}: {error}") from None
+    if not (slots := sum(client.nthreads().values())):
+        raise ValueError(f"The Dask scheduler at {address} has no worker: start one, dask worker tcp://{address}.")
+    return client.get_executor(pure=False), slots
+
+
+def _executor_of_module(text):
+    """`module:attribute`: an Executor, or what makes one."""
+    import concurrent.futures
+    import importlib
+
+    module, _, name = text.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"Invalid executor {text!r}: give local:4, dask://host:port or module:attribute ({error})."
+        ) from None
+    found = found if isinstance(found, concurrent.futures.Executor) else found()
+    if not isinstance(found, concurrent.futures.Executor):
+        raise ValueError(f"Invalid executor {text!r}: a {type(found).__name__} is no concurrent.futures.Executor.")
+    return found
 
 
 def _seconds(text):

@@ -1,5 +1,6 @@
 """The command line as its users meet it: what it prints, what it refuses, and what an interrupt leaves behind."""
 
+import concurrent.futures as futures
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import lottery
 from lottery import cli, experiments, training
 from lottery.cli import app
-from lottery.experiments import PAPERS, Store, grasp, lth
+from lottery.experiments import PAPERS, Store, lth, papers
 
 ROOT = Path(lottery.__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -177,6 +178,57 @@ def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
     assert {row["seed"] for row in Store(tmp_path).rows().values()} == {0, 1}
 
 
+def test_status_tells_what_is_under_way_failed_and_left(tmp_path, one_core, tiny):
+    """A lease of another machine, a failure and the time of the rest; a failed run is retried alone and forgotten."""
+    runs = lth.runs("fig12", "smoke")
+    call("run", "lth", "fig12", "--scale", "smoke", "--results-dir", tmp_path)
+    mine = Store(tmp_path)
+    first, second = (tmp_path / ".spool" / f"{r.key}.parquet" for r in runs[-2:])
+    first.unlink()
+    second.unlink()
+    mine.note_failure(runs[-1].key, MemoryError("out of memory\nat line 3"))
+    mine.leases.mkdir(exist_ok=True)
+    since = "2026-11-28T08:00:00+00:00"
+    lease = {"host": "elsewhere", "pid": 7, "in": "x", "since": since}
+    (mine.leases / runs[-2].key).write_text(json.dumps(lease))
+    told = json.loads(call("status", "--json", "--results-dir", tmp_path).stdout)
+    [line] = [
+        line for line in told["items"] if (line["paper"], line["item"], line["scale"]) == ("lth", "fig12", "smoke")
+    ]
+    n = len(runs)
+    assert (line["stored"], line["runs"], line["running"], line["failed"]) == (n - 2, n, 1, 1)
+    assert line["core_seconds_left"] >= 0
+    assert told["running"] == [{"key": runs[-2].key, "host": "elsewhere", "pid": 7, "since": since}]
+    assert [(f["key"], f["reason"]) for f in told["failed"]] == [(runs[-1].key, "MemoryError: out of memory")]
+    words = call("status", "--results-dir", tmp_path).stdout
+    assert f"{n - 2:4} of {n:4} runs, 1 running, 1 failed, 1 minutes of one core left" in words
+    assert f"failed {runs[-1].key} at " in words
+
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--retry", "failed", "--results-dir", tmp_path)
+    assert "1 runs: 0 were stored, 1 trained now, 0 left." in told.stdout
+    assert not Store(tmp_path).failures()
+    assert not first.exists()
+
+
+class Counting(futures.Executor):
+    """Runs at once and counts what it was given."""
+
+    given = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        Counting.given += 1
+        future = futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_any_executor_by_its_name(tmp_path, tiny, monkeypatch):
+    n = len(lth.runs("fig12", "smoke"))
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--executor", "test_cli:Counting", "--results-dir", tmp_path)
+    assert f"{n} trained now, 0 left." in told.stdout, told.output
+    assert Counting.given == n
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -193,6 +245,10 @@ def test_trials_are_seeds_from_0(tmp_path, one_core, tiny):
         (["run", "lth", "--device", "tpu"], "Invalid device 'tpu': give cpu, or cuda where a GPU is present."),
         (["run", "lth", "--threads", "0"], "Invalid threads 0: give a whole number from 1."),
         (["run", "lth", "--trials", "0"], "Invalid trials 0: give a whole number from 1."),
+        (["run", "lth", "--retry", "all"], "Invalid retry 'all': give 'failed', or leave it out to train all that is "),
+        (["run", "lth", "--executor", "local:0"], "Invalid executor 'local:0': give local: and a number of processes"),
+        (["run", "lth", "--executor", "nowhere:x"], "Invalid executor 'nowhere:x': give local:4, dask://host:port or "),
+        (["run", "lth", "--executor", "json:JSONDecoder"], "Invalid executor 'json:JSONDecoder': a JSONDecoder is no "),
         (["merge", "/no/such/folder"], "No folder /no/such/folder: name the results folder to take runs from."),
     ],
 )
@@ -229,7 +285,7 @@ def test_status_names_every_item_of_every_scale(tmp_path):
     told = json.loads(call("status", "--json", "--results-dir", tmp_path / "none").stdout)
     assert told["schema"] == 1
     assert {(line["paper"], line["item"], line["scale"]) for line in told["items"]} == {
-        (name, i, s) for name, paper in (("lth", lth), ("grasp", grasp)) for i in paper.ITEMS for s in paper.SETTINGS
+        (name, i, s) for name in PAPERS for i in papers.paper(name).items for s in papers.paper(name).scales
     }
     [line] = [line for line in told["items"] if (line["item"], line["scale"]) == ("fig14", "laptop")]
     assert (line["runs"], line["iterations"], line["stored"]) == (140, 2_100_000, 0)
