@@ -242,20 +242,21 @@ def test_absolute_biases_break_conservation_as_in_the_authors_code():
     assert sums[0] < sums[1] < sums[2] < float(R().detach())
 
 
-def test_synflow_round_by_round():
+@pytest.mark.parametrize("rounds", [10, 100])
+def test_synflow_round_by_round(rounds):
     """The definition, written out: matrix products, a kept count per round, nothing that was removed returns."""
     model, density, n = mlp(bias=False), 0.2, 66
     masks = [torch.ones_like(w, dtype=torch.bool) for w in weights(model).values()]
-    for k in range(1, 11):
+    for k in range(1, rounds + 1):
         A, B, C = (w.abs() * m for w, m in zip(weights(model).values(), masks, strict=True))
         one, out = torch.ones(5, 1, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
         scores = [A * ((out @ C @ B).T @ one.T), B * ((out @ C).T @ (A @ one).T), C * (out.T @ (B @ A @ one).T)]
-        kept = n - round((1 - density ** (k / 10)) * n)
+        kept = n - round((1 - density ** (k / rounds)) * n)
         ranked = torch.cat([torch.where(m, s, -1).flatten() for s, m in zip(scores, masks, strict=True)])
         chosen = torch.zeros(n, dtype=torch.bool)
         chosen[ranked.argsort(descending=True)[:kept]] = True
         masks = [c.view(m.shape) for c, m in zip(chosen.split([30, 24, 12]), masks, strict=True)]
-    ours = baselines.synflow(model, (5,), density, rounds=10)
+    ours = baselines.synflow(model, (5,), density, rounds=rounds)
     assert all(torch.equal(a, b) for a, b in zip(ours.values(), masks, strict=True))
 
 

@@ -15,7 +15,7 @@ from small_training import convnet, images, mlp
 from torch import nn
 
 import lottery
-from lottery import baselines, dynamic, own, tickets, training
+from lottery import baselines, dynamic, export, own, tickets, training
 from lottery import masks as M
 from lottery.batches import Batches, normaliser
 from lottery.training import Recipe
@@ -244,17 +244,17 @@ def test_export_is_refused_when_onnxruntime_disagrees(tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime, "InferenceSession", Other)
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
     with pytest.raises(RuntimeError, match=message("onnxruntime computes logits that differ by up to ")):
-        own.export(nn.Linear(3, 2), torch.randn(4, 3), tmp_path / "m.onnx")
+        export.onnx(nn.Linear(3, 2), torch.randn(4, 3), tmp_path / "m.onnx")
 
 
 def test_sparse_copy_computes_the_same():
     found = pruned("gmp", mlp().float())
-    fast = own.sparse(found.model)
+    fast = export.sparse(found.model)
     assert [type(module).__name__ for module in fast[1::2]] == ["SparseLinear"] * 3
     x = torch.randn(3, 16)
     torch.testing.assert_close(fast(x), found.model.eval()(x))
-    assert type(own.sparse(found.model, below=0.2)[1]) is nn.Linear
-    times = own.seconds({"dense": found.model, "CSR": fast}, x, repeats=3)
+    assert type(export.sparse(found.model, below=0.2)[1]) is nn.Linear
+    times = export.seconds({"dense": found.model, "CSR": fast}, x, repeats=3)
     assert all(t > 0 for t in times.values())
 
 

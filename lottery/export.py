@@ -1,0 +1,98 @@
+"""A pruned model outside of this package: ONNX, and inference that skips zeros.
+
+ONNX files are compared in onnxruntime with what PyTorch computes as they are written. Both packages that this needs,
+onnxscript and onnxruntime, come with `pip install lottery[onnx]`.
+"""
+
+import copy
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lottery import masks as M
+
+
+class Inputs(nn.Module):
+    """Examples as the data hold them → as the model was fed: the normalisation as a layer of its own."""
+
+    def __init__(self, examples, model):
+        super().__init__()
+        like, x = next(model.parameters()), examples.train.x
+        self.tokens, self.like = x.dtype == torch.int64, like.dtype
+        shape = (-1, *[1] * (x.dim() - 2))
+        self.register_buffer("mean", (torch.tensor(examples.mean).double() * examples.scale).view(shape).to(like))
+        self.register_buffer("std", (torch.tensor(examples.std).double() * examples.scale).view(shape).to(like))
+
+    def forward(self, x):
+        return x if self.tokens else (x.to(self.like) - self.mean) / self.std
+
+
+def onnx(model: nn.Module, x: torch.Tensor, path) -> Path:
+    """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX needs {error.name}: pip install onnxscript onnxruntime.") from None
+    model, path = copy.deepcopy(model).cpu().eval(), Path(path)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(
+            model, (x,), path, input_names=["x"], output_names=["logits"], dynamic_shapes=({0: batch},),
+            dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+        ours = model(x)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    [theirs] = session.run(None, {"x": x.numpy()})
+    if not torch.allclose(torch.from_numpy(theirs).to(ours), ours, rtol=1e-3, atol=1e-4):
+        worst = (torch.from_numpy(theirs).to(ours) - ours).abs().max().item()
+        raise RuntimeError(f"onnxruntime computes logits that differ by up to {worst:.2g}: {path} is not to be used.")
+    return path
+
+
+class SparseLinear(nn.Module):
+    """A Linear layer that multiplies its non-zero weights alone, in PyTorch's compressed sparse rows (CSR)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.register_buffer("weight", layer.weight.detach().to_sparse_csr())
+        self.bias = layer.bias
+
+    def forward(self, x):
+        y = (self.weight @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def sparse(model: nn.Module, below: float = 0.5) -> nn.Module:
+    """A copy for inference whose Linear layers of a density up to `below` are `SparseLinear`.
+
+    Convolutions stay: PyTorch has no sparse ones on the CPU. Its 2:4 sparsity, on some GPUs, asks for two zeros in each
+    four weights of a row, which none of the book's methods makes.
+    """
+    net = copy.deepcopy(model).eval()
+    for name, layer in list(net.named_modules()):
+        if name and type(layer) is nn.Linear and M.density({name: layer.weight.detach() != 0}) <= below:
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, SparseLinear(layer))
+    return net
+
+
+@torch.no_grad()
+def seconds(models: dict[str, nn.Module], x: torch.Tensor, repeats: int = 21) -> dict[str, float]:
+    """Median time of a forward pass of each model on x, measured in turn: whether zeros are worth anything here."""
+    times = {name: [] for name in models}
+    for _ in range(repeats + 1):
+        for name, model in models.items():
+            began = time.perf_counter()
+            model(x)
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
