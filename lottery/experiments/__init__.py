@@ -13,8 +13,8 @@ import importlib
 PAPERS = {
     "lth": "lth",
     "cs": "cs",
-    "grasp": "grasp",
     "str": "soft_threshold",
+    "grasp": "grasp",
 }  # name → module here, in the order of the book
 FOUND_IN = {"Run": "runs", "Store": "store", "load": "store", "run": "engine"}
 __all__ = ["PAPERS", *FOUND_IN, *PAPERS.values()]
