@@ -17,10 +17,11 @@ from lottery import claims
 
 GUIDE = Path(__file__).parents[1] / "book" / "development.md"
 SPREADS = {"accuracy": 1.25, "train accuracy": 0.6, "early stop": 3.0}
-SMALL = {"up to": (1.25, 0.6)}  # all its claims are about accuracies; at 3 one that is just true is called false in 6 %
+# The claims that choose a level are about accuracies; at a spread of 3 one that is just true is called false in 6 %.
+SMALL = dict.fromkeys(claims.CHOSEN, (1.25, 0.6))
 
 # True differences in units of m, one a cell, where Δ = 2m: of a claim that is only just true, of one that is only just
-# false, and of one that is true as the paper says. Of "up to" one level of 15 is better, or none.
+# false, and of one that is true as the paper says. Of "up to" one level of 15 is better, or none; of "best value" one.
 KINDS = {
     "direction": ([1], [0], [2]),
     "value": ([1], [1], [0]),
@@ -28,6 +29,7 @@ KINDS = {
     "at least matches": ([-1], [-1], [0]),
     "down to": ([-1, -1], [-1, -1], [0, 0]),
     "up to": ([2] + [0] * 14, [0] * 15, [2] * 5 + [0] * 10),
+    "best value": ([1] + [-3] * 14, [1] + [-3] * 14, [0] + [-3] * 14),
     "in all cells: direction": ([1] * 5, [2] * 4 + [0], [2] * 5),
     "in all cells: same": ([1] * 5, [0] * 4 + [1], [0] * 5),
     "in all cells: at least matches": ([-1] * 5, [0] * 4 + [-1], [0] * 5),
