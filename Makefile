@@ -18,7 +18,7 @@ help:
 	@echo "make clean      remove what make built"
 
 setup:
-	@python="$(PYTHON)"; "$$python" -c '$(FITS)' && "$$python" .ci/venv.py
+	@python="$(PYTHON)"; "$$python" -c '$(FITS)' && "$$python" .ci/venv.py $(if $(filter command environment,$(origin PYTHON)),--of-this)
 
 book: setup
 	@$(RUN) book/rebuild.py
@@ -30,8 +30,7 @@ labs: setup
 	@$(RUN) book/teaching/build.py
 
 test: setup
-	@$(RUN) -m pytest
-	@$(RUN) book/rebuild.py nbval
+	@.ci/test
 
 lint: setup
 	@$(RUN) -m ruff check

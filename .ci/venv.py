@@ -61,9 +61,19 @@ def install(scratch: Path) -> None:
     call(*pip, "--python", PYTHON, "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
-def main() -> None:
+def other_python() -> bool:
+    """Whether .venv is of another Python than this one, 3.11 and 3.12 say."""
+    found = re.search(r"^version(?:_info)? = (\d+\.\d+)", (VENV / "pyvenv.cfg").read_text(), re.MULTILINE)
+    return not found or found[1] != f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def main(of_this: bool = False) -> None:
+    """of_this: a Python was named, so that a .venv of another one is made anew."""
     os.environ |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     want = fingerprint()
+    if of_this and PYTHON.exists() and other_python():
+        print("The Python that was named is another one than that of .venv, which is made anew.", flush=True)
+        shutil.rmtree(VENV)
     made = STAMP.read_text() if STAMP.exists() else None
     if made == want and PYTHON.exists():
         return
@@ -81,6 +91,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        main("--of-this" in sys.argv)
     except subprocess.CalledProcessError as error:
         sys.exit(f"The set-up of .venv failed at: {error.cmd[0]} ... (exit {error.returncode}). Try again.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lottery import experiments, names, scorecard, verdicts
-from lottery.experiments import engine, papers
+from lottery.experiments import check, engine, papers
 from lottery.experiments.store import Store, load, now, root
 
 RECOMPUTE = ("never", "missing", "all")
@@ -66,10 +66,15 @@ class Chapter:
             self.settings = {
                 name: self.module.override(self.module.setting(name), **parameters) for name in self.scales
             }
-            self.store = open_store(results_dir, anew=recompute == "all")
+            items = self.module.main if self.exploration else None
+            if self.exploration:
+                for at in self.settings.values():
+                    check.refuse(self.module.runs(items, at))
+            self.store = open_store(results_dir, anew=recompute == "all", make=recompute != "never")
             if recompute != "never":
-                items = self.module.main if self.exploration else None
                 runs = self.module.runs(items, self.settings[scale])
+                if self.exploration:
+                    check.refuse(runs, self.store)
                 budget = budget_minutes and 60 * budget_minutes
                 experiments.run(runs, store=self.store, device=device, threads=threads, budget=budget, progress=False)
         except (ValueError, TypeError, OSError) as error:
@@ -88,7 +93,8 @@ class Chapter:
         name = here[-1] if self.exploration else here[-2:][0]  # the last is the digits', for a quick look
         done, runs = self.stored(item, name)[0], self._runs(item, name)
         minutes = self._minutes(runs)
-        how = "recompute='missing'" if self.exploration else f"lottery run {self.paper} {item} --scale {name}"
+        scales = "" if len(self.scales) == 1 else f" with one scale, such as {self.scales[-1]!r},"
+        how = f"recompute='missing'{scales}" if self.exploration else f"lottery run {self.paper} {item} --scale {name}"
         raise Refused(
             f"{item} needs {len(runs) - done} of {len(runs)} runs that are not stored ({minutes}): {how} trains them."
         )
@@ -310,16 +316,22 @@ def listing(function, first, last, title=""):
     return Markdown(f"{head}\n\n```python\n{text}\n```")
 
 
-def open_store(results_dir=None, anew=False):
+def open_store(results_dir=None, anew=False, make=False):
     """The reader's own store, with the clone's committed results to read; with `anew` an empty one inside it.
 
-    results_dir: default $LOTTERY_RESULTS, else a folder of the user's data.
+    results_dir: default $LOTTERY_RESULTS, else a folder of the user's data; with `make` it need not be there yet.
+
+    Raises FileNotFoundError: outside of a clone, where there are no committed results, no folder of one's own.
     """
+    if not (results_dir is None or isinstance(results_dir, str | os.PathLike)):
+        raise ValueError(f"Invalid results_dir {results_dir!r}: give the path of a folder, or None.")
     home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
     mine = Path(results_dir or os.environ.get("LOTTERY_RESULTS") or Path(home) / "lottery" / "results").expanduser()
     if anew:
         return Store(mine / f"recomputed-{now().replace(':', '')}")
     try:
         return Store(mine, also=[root() / "ours"])
-    except FileNotFoundError:  # an installed package, outside of a clone
+    except FileNotFoundError as error:  # an installed package, outside of a clone
+        if not (make or results_dir or mine.is_dir()):
+            raise FileNotFoundError(str(error).replace("--results-dir", "results_dir")) from None
         return Store(mine)

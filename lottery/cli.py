@@ -17,11 +17,32 @@ from lottery.experiments import PAPERS
 
 WATCH = 10  # seconds between two looks of `status --watch`
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+EXAMPLES = """For example: lottery run lth fig4 --scale smoke · lottery run grasp table1 --budget 20m ·
+lottery scorecard --paper lth"""
+app = typer.Typer(
+    help=__doc__, epilog=EXAMPLES, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 ResultsDir = Annotated[Path | None, typer.Option(help="The store; default: results/ours of the clone around here.")]
 Scale = Annotated[str, typer.Option(help="paper, primary (lth), laptop or smoke.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _version(asked: bool):
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"lottery {version('lottery')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+):
+    """What holds for every command."""
 
 
 def kind_errors(command):
@@ -32,6 +53,9 @@ def kind_errors(command):
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
+        except BrokenPipeError:  # the reader, head or less, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
         except (ValueError, OSError) as error:
             typer.echo(f"lottery: {error}", err=True)
             raise typer.Exit(2) from None
@@ -194,7 +218,7 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything that was measured.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement, in turn with what it is compared to.")] = 3,
-    small: Annotated[bool, typer.Option("--small", help="Seconds in all: to see that everything runs.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Minutes in all: to see that everything runs.")] = False,
 ):
     """Time everything beside plain reference loops, in the same run: 10 minutes in which the machine is left alone."""
     from lottery.experiments import engine

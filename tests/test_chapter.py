@@ -2,6 +2,7 @@
 
 import ast
 import concurrent.futures as futures
+import contextlib
 import json
 import os
 import re
@@ -16,9 +17,10 @@ import pytest
 import typer
 
 import lottery
-from lottery import cli, experiments, figures, names, training
+from lottery import cli, data, experiments, figures, models, names, training
 from lottery.chapter import Chapter, Refused, table
 from lottery.experiments import Store, lth
+from lottery.experiments.runs import CRITERIA, INITS
 
 NOTEBOOK = Path(lottery.__file__).parents[1] / "notebooks/lth.ipynb"
 TINY = {"iterations": 20, "rounds": 1, "trials": 1}
@@ -361,6 +363,83 @@ def test_what_only_the_data_can_tell_is_one_line_too():
     """1,050 training images make no batch of 2,000: nothing is trained."""
     with pytest.raises(Refused, match=r"^Invalid batch_size 2000: the training set has 1050 images\.$"):
         Chapter("lth", scale="smoke", recompute="missing", batch_size=2000)
+
+
+@pytest.mark.parametrize(
+    ("paper", "given", "text"),
+    [
+        ("lth", {"train_fraction": 0.001}, "Invalid batch_size 60: the training set has 1 images."),
+        ("lth", {"lr": 1e6}, "Invalid lr 1000000.0: training diverges there, give at most 10."),
+        ("lth", {"rate": 0.9, "rounds": 20}, "Invalid rate 0.9 with 20 rounds: one-shot pruning cannot go down to"),
+        ("lth", {"rate_output": 0.99, "rounds": 3}, "After 2 rounds: Rate 0.99 leaves none of the 10 weights of layer"),
+        ("lth", {"rate": 0.95, "rounds": 6}, "rate 0.95"),
+        ("lth", {"seed": 2**65}, f"Invalid seed {2**65}: give a whole number below 2**63."),
+        ("lth", {"one_shot_densities": [1e-9]}, "Invalid one_shot_densities [1e-09]: give a list of fractions"),
+        ("grasp", {"batch_size": 5000}, "Invalid batch_size 5000: the training set has 1347 images."),
+        ("grasp", {"densities": [1e-5]}, "Density 1e-05 keeps none of the 19464 weights of the model: use at least"),
+        ("grasp", {"model": "vgg16"}, "Invalid in_shape (1, 8, 8): 4 poolings need at least 16x16 pixels."),
+        ("grasp", {"lr": 50.0}, "Invalid lr 50.0: training diverges there, give at most 10."),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_training(monkeypatch, paper, given, text):
+    """Whether or not anything is trained at all: counts follow from sizes, shares and rates."""
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
+    for recompute in ("never", "missing"):
+        with pytest.raises(Refused, match="(?i)" + re.escape(text)):
+            Chapter(paper, scale="smoke", recompute=recompute, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"per_class": 150}, "Invalid per_class 150: class 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 has fewer training images."),
+        ({"temperature": 1e-30}, "NaN or infinity in the scores: check the model's weights and the temperature."),
+        ({"temperature": 1e30}, "All GraSP scores are zero, so no weight ranks above another"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_the_first_training(monkeypatch, given, text):
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
+    with pytest.raises(Refused, match="^" + re.escape(text)):
+        Chapter("grasp", scale="smoke", recompute="missing", **given)
+
+
+@pytest.mark.parametrize("paper", ["lth", "grasp"])
+def test_every_value_that_a_parameter_lists_can_be_declared_or_is_refused(paper):
+    """The values named in the comments of a notebook's first cell, at the smallest scale."""
+    cells = json.loads(NOTEBOOK.with_name(f"{paper}.ipynb").read_text(encoding="utf-8"))["cells"]
+    [first] = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    taken = []
+    for line in "".join(first["source"]).splitlines():
+        if match := re.match(r"(model|dataset|scope|criterion|init): str = None  # (.+)", line):
+            listed = re.findall(r"\b[a-z][a-z]+[0-9_]*[a-z0-9_]*\b", match[2])
+            known = {"model": models.MODELS, "dataset": data.SETS, "scope": ("layer", "global"), "init": INITS}
+            for value in (v for v in listed if v in known.get(match[1], CRITERIA)):
+                more = {"rewind_to": 5} if value == "rewind" else {}
+                with contextlib.suppress(Refused):
+                    chapter = Chapter(paper, scale="smoke", **{match[1]: value}, **more)
+                    taken.append(value)
+                    assert chapter.module.runs(chapter.module.main, chapter.settings["smoke"])
+    assert {"lth": {"conv2", "conv4", "mnist", "global"}, "grasp": {"resnet20", "cifar10", "snip"}}[paper] <= set(taken)
+
+
+def test_an_exploration_at_all_scales_says_that_training_needs_one():
+    with pytest.raises(Refused, match=r"recompute='missing' with one scale, such as 'smoke', trains them\.$"):
+        Chapter("lth", rate=0.5).scale("fig4")
+
+
+@pytest.mark.parametrize("folder", [5, 1.5, ["results"], True])
+def test_a_results_dir_is_a_path(folder):
+    with pytest.raises(Refused, match=rf"^Invalid results_dir {re.escape(repr(folder))}: give the path of a folder"):
+        Chapter("lth", scale="smoke", results_dir=folder)
+
+
+def test_outside_of_a_clone_nothing_is_shown_without_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"No results folder around {tmp_path}: work inside a clone, or name one with results_dir."
+    with pytest.raises(Refused, match="^" + re.escape(text)):
+        Chapter("lth")
+    (tmp_path / "named").mkdir()
+    Chapter("lth", results_dir=str(tmp_path / "named"))
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The command line as its users meet it: what it prints, what it refuses, and what an interrupt leaves behind."""
 
 import concurrent.futures as futures
+import importlib.metadata
 import json
 import os
 import re
@@ -462,3 +463,18 @@ def test_workers_end_with_a_parent_that_was_killed():
     for worker in alive:
         worker.kill()
     assert not alive
+
+
+def test_version():
+    told = call("--version")
+    assert told.exit_code == 0
+    assert told.stdout == f"lottery {importlib.metadata.version('lottery')}\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
+    words = [sys.executable, "-m", "lottery", "status", "--results-dir", str(tmp_path)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, env=ENV, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

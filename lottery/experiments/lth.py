@@ -598,6 +598,11 @@ def _changed(at, given):
             given[name] = min(getattr(at, name), given["rounds"])
     densities = given.pop("one_shot_densities", None)
     at = dataclasses.replace(at, base=run, **given)
+    if at.one_shot_rate(least := at.density(min(10, at.rounds))) >= 1:
+        raise ValueError(
+            f"Invalid rate {run.rate} with {at.rounds} rounds: one-shot pruning cannot go down to {100 * least:.2g} %, "
+            "since the output layer then loses half as much as the others; lower one of them."
+        )
     return at if densities is None else dataclasses.replace(at, one_shot=_one_shot(at, densities))
 
 

@@ -89,6 +89,8 @@ class Run:
         for name in ("seed", "draw", "rewind_to", "split_seed"):
             if type(value := getattr(self, name)) is not int or value < 0:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
+            if value >= 2**63:
+                raise ValueError(f"Invalid {name} {value}: give a whole number below 2**63.")
         for name in ("options", "score"):
             pairs = getattr(self, name)
             if not (isinstance(pairs, tuple) and list(pairs) == sorted(dict(pairs).items())):

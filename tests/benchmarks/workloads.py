@@ -29,7 +29,7 @@ SIDE_BY_SIDE = ", one a core"
 
 @dataclass(frozen=True)
 class Options:
-    """small: seconds in all, to see that everything runs."""
+    """small: minutes in all, to see that everything runs."""
 
     device: str = "cpu"
     repeats: int = 3

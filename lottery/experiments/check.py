@@ -1,0 +1,73 @@
+"""What makes a run impossible and can be told before anything is trained: counts follow from sizes and rates."""
+
+import functools
+
+import torch
+
+from lottery import data, lth, models
+from lottery import masks as M
+from lottery.batches import take
+from lottery.experiments import work
+from lottery.experiments.runs import Run, rates
+from lottery.methods import Method
+
+LR = 10.0  # above it every network here diverges, and what is to be pruned of it is not there
+
+
+def refuse(runs, store=None):
+    """Raise ValueError for the first of `runs` that could not be trained, with all that it needs.
+
+    store: with one, what scores at initialisation is also scored, once for each criterion and its options; for that
+    the images have to be there.
+    """
+    scored = set()
+    for r in (q for q in runs if isinstance(q, Run)):
+        valid = (297 if r.dataset == "digits" else 5_000) if r.valid is None else r.valid  # as `data.load` does
+        images = data.SETS[r.dataset].n_train - valid
+        images = max(1, round(r.train_fraction * images))
+        if r.recipe.batch_size > images:
+            raise ValueError(f"Invalid batch_size {r.recipe.batch_size}: the training set has {images} images.")
+        if r.recipe.lr > LR:
+            raise ValueError(f"Invalid lr {r.recipe.lr}: training diverges there, give at most {LR:g}.")
+        _left(r)
+        what = r.model, r.dataset, r.criterion, r.score, r.train_fraction
+        if store and r.density and not r.parent and r.criterion in ("snip", "grasp") and what not in scored:
+            scored.add(what)
+            whole = work._images(r.dataset, r.valid, r.balanced, r.split_seed)
+            work.initialise(r, take(whole, r.train_fraction), store)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _left(r):
+    """Weights that a run starts with, `{layer: n}`, or of all layers; None where its method or its parent's decides."""
+    before = _left(r.parent) if r.parent else _sizes(r.model, r.dataset, r.options, r.layers)
+    if before is None or type(r.method) is not Method or r.budget:
+        return None
+    try:
+        if isinstance(r.density, tuple):
+            sizes = _sizes(r.model, r.dataset, r.options, r.layers)
+            return {name: M.kept(sizes[name], d, f"layer {name!r}") for name, d in r.density if name in sizes}
+        if r.density:
+            return M.kept(sum(_sizes(r.model, r.dataset, r.options, r.layers).values()), r.density)
+        if not r.parent:
+            return before
+        if r.scope == "global":
+            return lth._after(before if isinstance(before, dict) else {"": before}, r.rate)
+        each = rates(_empty(r.model, r.dataset, r.options), r)
+        return lth._after(before, each) if isinstance(before, dict) else None
+    except ValueError as error:
+        raise ValueError(f"After {r.level} rounds: {error}" if r.level > 1 else str(error)) from None
+
+
+@functools.lru_cache(maxsize=100)
+def _empty(model, dataset, options):
+    """A network of which only the shapes are there."""
+    facts, shape = data.SETS[dataset], {k: v for k, v in options if k not in ("init", "sigma")}
+    with torch.device("meta"):
+        return models.MODELS[model](in_shape=facts.shape, classes=facts.classes, **shape)
+
+
+@functools.lru_cache(maxsize=100)
+def _sizes(model, dataset, options, layers):
+    found = {name: layer.weight.numel() for name, layer in M.prunable(_empty(model, dataset, options)).items()}
+    return {name: n for name, n in found.items() if layers is None or name in layers}
