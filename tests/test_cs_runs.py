@@ -334,11 +334,11 @@ def test_resnet50_is_searched_and_retrained_on_images_in_imagenets_layout():
     [
         ({"trials": 0}, "Invalid trials 0: give a whole number from 1."),
         ({"s0": 100.0}, "Invalid s0 100.0: "),
-        ({"rule": "both"}, "Invalid rule 'both': give 'as-described' or 'code'."),
-        ({"final": 0.5}, "Invalid final 0.5: "),
+        ({"restart_rule": "both"}, "Invalid rule 'both': give 'as-described' or 'code'."),
+        ({"beta_final": 0.5}, "Invalid final 0.5: "),
         ({"iterations": 2}, "Invalid iterations 2: give a whole number from 4."),
         ({"densities": [2.0]}, r"Invalid densities \[2.0\]: "),
-        ({"schedule": "cosine"}, "Invalid schedule 'cosine': "),
+        ({"beta_step": "cosine"}, "Invalid schedule 'cosine': "),
     ],
 )
 def test_bad_parameters_are_one_line(given, text):
@@ -347,7 +347,7 @@ def test_bad_parameters_are_one_line(given, text):
 
 
 def test_overrides():
-    at = cs.override(LAPTOP, trials=2, seed=7, s0=0.03, lam=1e-6, rule="code", iterations=400, lr=0.05)
+    at = cs.override(LAPTOP, trials=2, seed=7, s0=0.03, lam=1e-6, restart_rule="code", iterations=400, lr=0.05)
     runs = cs.runs("search", at)
     assert {r.seed for r in runs} == {7, 8}
     searched = {r.method for r in runs if isinstance(r.method, CS)}

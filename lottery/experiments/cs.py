@@ -462,12 +462,15 @@ READS = {
 def override(at, **given):
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
 
-    s0: searched from, alone. lam, final, schedule, rule, scale: of `CS`. densities: of one-shot pruning and GMP.
+    s0: searched from, alone. lam, beta_final, beta_step, restart_rule, mask_scale: of `CS`.
+    densities: of one-shot pruning and GMP.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "trials" in given:
         given["own"] = {}
-    method = {name: given.pop(name) for name in ("lam", "final", "schedule", "rule", "scale") if name in given}
+    names = {"lam": "lam", "beta_final": "final", "beta_step": "schedule", "restart_rule": "rule"}
+    names["mask_scale"] = "scale"
+    method = {field: given.pop(name) for name, field in names.items() if name in given}
     if "s0" in given:
         given["s0s"] = ()
     base = {name: given.pop(name) for name in ("model", "dataset", "train_fraction") if name in given}
