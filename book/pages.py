@@ -328,6 +328,8 @@ MENDED = (  # what the theme leaves unnamed or named otherwise than it reads, an
     (r'(<button[^>]*search-button-field[^>]*) aria-label="Search"', r"\1"),
     (r'localStorage.getItem\("(mode|theme)"\) \|\| ""', r'localStorage.getItem("\1") || "auto"'),
     (r'data-default-mode=""', 'data-default-mode="auto"'),
+    (r'<div class="pst-scrollable-table-container">', '<div class="pst-scrollable-table-container" tabindex="0">'),
+    (r' id="(exercise|solution)-content"', ""),
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
 )
 
