@@ -11,7 +11,7 @@ import pytest
 
 from lottery import figures, scorecard
 from lottery.chapter import Chapter
-from lottery.experiments import grasp_init, str_exact
+from lottery.experiments import cs, grasp_init, str_exact
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -371,6 +371,26 @@ def str_figure_8(_):
         and sum(n > 0 for n in fewer) >= 26
         and fewer[0] == max(fewer)
     )
+
+
+@states(
+    "cs",
+    "Left, four sigmoids from flat at beta 1 to a step at beta 200. Right, the mask when the next round starts: as "
+    "described it stays at zero left of zero and is one half right of it; by the code's rule it is near one half "
+    "everywhere",
+)
+def cs_landing(_):
+    """On the figure's axis, s from −0.3 to 0.3."""
+    s = np.linspace(-0.3, 0.3, 241)
+    flat, step = (np.array([cs.gate(v, beta)[0] for v in s]) for beta in (1, 200))
+    described = np.array([cs.gate(min(200 * v, 0.0), 1)[0] for v in s])
+    code = np.array([cs.gate(min(v, 0.0), 1)[0] for v in s])
+    return (
+        abs(flat - 0.5).max() < 0.08
+        and abs(step - (s > 0))[abs(s) > 0.02].max() < 0.02
+        and described[s < -0.03].max() < 0.01 and set(described[s > 0]) == {0.5}
+        and abs(code - 0.5).max() < 0.08
+    )  # fmt: skip
 
 
 def said(path):
