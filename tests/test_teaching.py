@@ -227,9 +227,35 @@ def test_the_jail_has_no_network_no_other_files_and_no_way_back():
     assert "root" not in done.stdout.split("/root")[0].split()
     assert done.stdout.count("No such file") >= 3
     assert "permission denied" in done.stdout.lower() or "must be superuser" in done.stdout.lower()
-    assert done.stdout.split()[-1] == "/home"
+    assert done.stdout.split()[-1] == "/submission"
     if os.geteuid() == 0:
         assert done.stdout.split()[-2] == str(jail.USER)
+
+
+def test_the_listed_paths_are_there_to_read_wherever_they_lie(tmp_path):
+    isolated()
+    tmp_path.chmod(0o755)  # pytest's folders are its own, and below /tmp
+    (tmp_path / "given.txt").write_text("as given")
+    probe = "cat given.txt; touch given.txt new.txt 2>&1; cd /tmp; touch mine && ls"
+    with jail.Folder() as root:
+        line = jail.command(root, ["sh", "-c", f"cd {tmp_path}; {probe}"], [tmp_path])
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith("as given")
+    assert done.stdout.count("cannot touch") == 2
+    assert done.stdout.split()[-2:] == sorted(["mine", Path(tmp_path).parts[2]])
+
+
+def test_nobody_is_marked_where_the_solution_itself_gets_no_marks(lab, tmp_path, monkeypatch):
+    isolated()
+    folder = tmp_path / "submissions"
+    folder.mkdir()
+    nbformat.write(sources.student(lab), folder / "s1.ipynb")
+    monkeypatch.setattr(jail, "SYSTEM", ("/usr", "/lib", "/lib64", "/bin"))
+    monkeypatch.setattr(grade.sys, "prefix", "/usr")  # the environment's packages are out of sight
+    monkeypatch.setattr(grade.sys, "base_prefix", "/usr")
+    with pytest.raises(RuntimeError, match="solution gets no full marks in the jail"):
+        grade.grade_folder(lab, folder, tmp_path / "marks", report=lambda _: None)
+    assert not (tmp_path / "marks").exists()
 
 
 def test_folders_inside_others_are_mounted_once():

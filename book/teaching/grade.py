@@ -42,6 +42,7 @@ class Run:
     values: dict = field(default_factory=dict)
     errors: list = field(default_factory=list)
     end: str = "finished"
+    log: str = ""
 
 
 def cells(nb, submission=None) -> list[dict]:
@@ -96,11 +97,10 @@ def run(nb, seed, submission=None, slot=0, seconds=600, memory=8 * 2**30, jailed
         found = Run(end=end)
         for line in got.read(LIMIT).splitlines():
             _note(found, line)
+        log.seek(0)
+        found.log = log.read(4000).decode(errors="replace")
         if submission is None and (found.errors or end != "finished"):
-            log.seek(0)
-            raise RuntimeError(
-                f"The solution itself fails: {end}, {found.errors} {log.read(2000).decode(errors='replace')}"
-            )
+            raise RuntimeError(f"The solution itself fails: {end}, {found.errors} {found.log}")
     return found
 
 
@@ -209,6 +209,13 @@ def grade(nb, path: Path, seed: int, slot=0, **options) -> tuple[dict[str, int],
     return marks(nb, expected, got), got, submission
 
 
+def prove(nb, seed: int, **options) -> None:
+    """Raises RuntimeError where the solution does not get full marks as a submission: then the machine is to blame."""
+    got = run(nb, seed, sources.solved(nb), **options)
+    if marks(nb, run(nb, seed), got) != sources.points(nb):
+        raise RuntimeError(f"the solution gets no full marks in the jail: {got.end} {got.errors[:2]} {got.log[-300:]}")
+
+
 def feedback(student: str, nb, found: dict[str, int], got: Run) -> str:
     """What the student gets to read: no expected value is in it."""
     lines = [f"# {student}", "", f"The run: {got.end}.", "", "| task | points | of |", "|---|---|---|"]
@@ -233,6 +240,8 @@ def grade_folder(nb, folder: Path, out: Path, roster=None, jobs=1, report=print,
     """Grade everything in the folder and write the three kinds of results. Returns the lines of marks.csv."""
     found = submissions(folder)
     seeds = seeds_of(found, roster)
+    if options.get("jailed", True):
+        prove(nb, next(iter(seeds.values())), **options)
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     total, lines, notebooks = sum(sources.points(nb).values()), [], {}
 

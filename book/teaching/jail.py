@@ -1,9 +1,9 @@
 """Run a command that nobody vouches for: Linux namespaces, set up by util-linux's own commands.
 
 The command sees a root folder of its own in which exist the listed paths, read-only, and nothing else of this machine;
-an empty /home and /tmp in memory; /proc with its own processes; no network device but a dead loopback. It has no
-capability and can gain none. It runs as another user where the caller is root, else as the caller's own user in a user
-namespace, which `strength` says.
+an empty /submission, its home, and /tmp in memory; /proc with its own processes; no network device but a dead loopback.
+It has no capability and can gain none. It runs as another user where the caller is root, else as the caller's own user
+in a user namespace, which `strength` says.
 """
 
 import functools
@@ -22,6 +22,9 @@ NEEDED = ("unshare", "mount", "chroot", "setpriv", "prlimit", "env")
 SCRIPT = """
 root=$1 user=$2; shift 2
 mount -t tmpfs -o mode=755,size=16m jail "$root"
+for folder in tmp submission dev/shm; do  # before the paths: some of them may lie below /tmp
+  mkdir -p "$root/$folder"; mount -t tmpfs -o mode=1777,size=256m,nosuid,nodev jail "$root/$folder"
+done
 while [ "$1" != -- ]; do
   mkdir -p "$root$(dirname "$1")"
   if [ -L "$1" ]; then ln -s "$(readlink "$1")" "$root$1"
@@ -34,9 +37,7 @@ while [ "$1" != -- ]; do
   shift
 done
 shift
-mkdir -p "$root/proc" "$root/home" "$root/tmp" "$root/dev/shm"
-mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
-for folder in home tmp dev/shm; do mount -t tmpfs -o mode=1777,size=256m,nosuid,nodev jail "$root/$folder"; done
+mkdir -p "$root/proc"; mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
 mount -o remount,ro jail "$root"
 if [ "$user" != own ]; then drop="--reuid=$user --regid=$user --clear-groups"; fi
 exec chroot "$root" setpriv ${drop:-} --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
@@ -96,9 +97,9 @@ def command(root, arguments, paths=(), slot=0, limits=(), environment=None) -> l
     exists = [path for path in (*SYSTEM, *DEVICES) if os.path.lexists(path)]
     exists += outermost(map(str, paths), exists)
     variables = [
-        f"{name}={value}" for name, value in {"HOME": "/home", "PATH": "/usr/bin", **(environment or {})}.items()
+        f"{name}={value}" for name, value in {"HOME": "/submission", "PATH": "/usr/bin", **(environment or {})}.items()
     ]
-    inside = ["prlimit", "--core=0", *limits, "env", "-i", "--chdir=/home", *variables, *arguments]
+    inside = ["prlimit", "--core=0", *limits, "env", "-i", "--chdir=/submission", *variables, *arguments]
     user = str(USER + slot) if root_here else "own"
     return ["unshare", *spaces, "sh", "-euc", SCRIPT, "jail", root, user, *exists, "--", *inside]
 

@@ -31,7 +31,7 @@ STYLE = """
 .reveal figure { margin: 0; text-align: center; }
 .reveal figcaption { font-size: 0.65em; line-height: 1.3; }
 """
-NOT_SHOWN = ("performance", "scorecard")
+NOT_SHOWN = ("own", "performance", "scorecard")
 
 
 def chapters() -> list[Path]:
