@@ -17,15 +17,16 @@ from lottery import masks as M
 
 
 class Inputs(nn.Module):
-    """Examples as the data hold them → as the model was fed: the normalisation as a layer of its own."""
+    """Examples as the data hold them → as a recipe with these `inputs` feeds them: the normalisation as a layer."""
 
-    def __init__(self, examples, model):
+    def __init__(self, examples, model, inputs="standard"):
         super().__init__()
         like, x = next(model.parameters()), examples.train.x
         self.tokens, self.like = x.dtype == torch.int64, like.dtype
+        mean, std = (examples.mean, examples.std) if inputs == "standard" else ([0.0], [1.0])
         shape = (-1, *[1] * (x.dim() - 2))
-        self.register_buffer("mean", (torch.tensor(examples.mean).double() * examples.scale).view(shape).to(like))
-        self.register_buffer("std", (torch.tensor(examples.std).double() * examples.scale).view(shape).to(like))
+        self.register_buffer("mean", (torch.tensor(mean).double() * examples.scale).view(shape).to(like))
+        self.register_buffer("std", (torch.tensor(std).double() * examples.scale).view(shape).to(like))
 
     def forward(self, x):
         return x if self.tokens else (x.to(self.like) - self.mean) / self.std

@@ -78,7 +78,7 @@ def prune(
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
     examples = data.of(examples)
     recipe = recipe or default_recipe(examples)
-    net, layers, left = _checked(model, examples, skip, plain=train is loss is score is None)
+    net, layers, left = _checked(model, examples, skip, recipe if train is loss is score is None else None)
     M.kept(sum(layer.weight.numel() for layer in layers.values()), density)
     job = _Job(net, examples, recipe, density, list(layers), train, loss, score, seed)
     began = time.perf_counter()
@@ -92,7 +92,7 @@ def prune(
         module.training = modes.get(name, model.training)
     seconds = time.perf_counter() - began
     spec = {"own": type(model).__name__, "method": method, "asked": density, "seed": seed, "data": examples.name}
-    return Pruned(net, masks, job.theta, spec, measures, left, examples, job.trainings, seconds, job.notes)
+    return Pruned(net, masks, job.theta, spec, measures, left, examples, recipe, job.trainings, seconds, job.notes)
 
 
 def default_recipe(examples: data.Data) -> training.Recipe:
@@ -174,7 +174,12 @@ class _Job:
             self.own_train(net.train(), Hook(net, method, recipe, seed))
             method.check(net, before, True)
         else:
-            history = training.fit(net, self.data, recipe, seed, start, method=method, loss=self.own_loss)
+            fitted = {
+                "method": method,
+                "loss": self.own_loss,
+                "graph": False,
+            }  # any model, not all of which can be captured
+            history = training.fit(net, self.data, recipe, seed, start, **fitted)
             if history.status == "diverged":
                 raise ValueError(f"The training diverged: lower the learning rate, {recipe.lr}, of the recipe.")
         self.trainings += 1
@@ -199,8 +204,12 @@ class _Job:
         counts = self.data.train.y.bincount(minlength=self.data.classes)
         per_class = min(per_class, int(counts[counts > 0].min()))
         like, generator = next(self.net.parameters()), torch.Generator().manual_seed(self.seed)
-        pairs = grasp.class_balanced(self.data, per_class, generator)
-        return [(x.to(like) if x.is_floating_point() else x.to(like.device), y.to(like.device)) for x, y in pairs]
+        feed = normaliser(self.data, self.recipe, like)
+        raw = replace(
+            self.data, mean=(0.0,), std=(1.0,), scale=1.0
+        )  # standardised by nothing, to be fed as in training
+        pairs = grasp.class_balanced(raw, per_class, generator)
+        return [(feed(x.to(self.data.train.x.dtype).to(like.device)), y.to(like.device)) for x, y in pairs]
 
     def pruned_at_once(self, scores):
         """Masks of the highest scores on the network as it was given, then one training."""
@@ -449,7 +458,7 @@ def _search(job, make, name, x, step, trials, tolerance):
     return found["masks"]
 
 
-def _checked(model, examples, skip, plain):
+def _checked(model, examples, skip, recipe):
     """A copy of the model, its layers to prune, and what is left alone, `{name: why}`, unless it is refused."""
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(p):
@@ -482,16 +491,16 @@ def _checked(model, examples, skip, plain):
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no Linear or Conv layer"
         raise ValueError(f"Nothing prunable in {type(model).__name__} ({why}).")
-    if plain:
-        _check_output(net, examples)
+    if recipe:
+        _check_output(net, examples, recipe)
     return net, layers, left
 
 
 @torch.no_grad()
-def _check_output(net, examples):
+def _check_output(net, examples, recipe):
     """Refuse a model whose output on two examples is not [2, classes]."""
     like = next(net.parameters())
-    x = normaliser(examples, default_recipe(examples), like)(examples.train.x[:2].to(like.device))
+    x = normaliser(examples, recipe, like)(examples.train.x[:2].to(like.device))
     modes = {module: module.training for module in net.modules()}
     try:
         out = net.eval()(x)
@@ -525,6 +534,7 @@ class Pruned:
     measures: dict[str, float]
     left: dict[str, str]
     data: data.Data
+    recipe: training.Recipe
     trainings: int
     seconds: float
     notes: list[str]
@@ -538,7 +548,7 @@ class Pruned:
     def example(self) -> torch.Tensor:
         """One example as the model is fed, with a batch of one."""
         like = next(self.model.parameters())
-        return normaliser(self.data, default_recipe(self.data), like)(self.data.train.x[:1].to(like.device))
+        return normaliser(self.data, self.recipe, like)(self.data.train.x[:1].to(like.device))
 
     @property
     def layers(self):
@@ -613,7 +623,8 @@ class Pruned:
 
         Raises ImportError without onnxscript and onnxruntime; RuntimeError when onnxruntime computes something else.
         """
-        return export.onnx(nn.Sequential(export.Inputs(self.data, self.model), self.model), self.data.train.x[:4], path)
+        inputs = export.Inputs(self.data, self.model, self.recipe.inputs)
+        return export.onnx(nn.Sequential(inputs, self.model), self.data.train.x[:4], path)
 
 
 def load(model: nn.Module, checkpoint) -> nn.Module:

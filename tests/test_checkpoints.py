@@ -17,6 +17,7 @@ from lottery import masks as M
 from lottery.dynamic import GMP, RigL
 from lottery.experiments import Run, Store, work
 from lottery.methods import NOTHING
+from lottery.stochastic import L0
 from lottery.training import Checkpoint, Recipe
 
 RECIPE = Recipe(
@@ -29,6 +30,7 @@ METHODS = {
     "str": soft_threshold.STR(-5.0),
     "gmp": GMP(density=0.3),
     "rigl": RigL(),
+    "l0": L0(lam=1e-3),
 }
 
 

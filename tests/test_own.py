@@ -247,6 +247,22 @@ def test_export_is_refused_when_onnxruntime_disagrees(tmp_path, monkeypatch):
         export.onnx(nn.Linear(3, 2), torch.randn(4, 3), tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("inputs", ["unit", "standard"])
+def test_the_exported_normalisation_is_the_recipes(inputs):
+    recipe = dataclasses.replace(RECIPE, inputs=inputs)
+    found = pruned("snip", recipe=recipe)
+    like, x = found.model[0].weight, images().test.x
+    fed = normaliser(images(), recipe, like)(x)
+    torch.testing.assert_close(export.Inputs(found.data, found.model, inputs)(x), fed)
+    torch.testing.assert_close(found.example, normaliser(images(), recipe, like)(images().train.x[:1]))
+    job = own._Job(convnet().float(), images(), recipe, 0.3, ["0"])
+    [(scored, y)] = job.chunks(2)
+    assert len(y) == 10
+    assert (scored.max() <= 1) == (inputs == "unit")
+    every = normaliser(images(), recipe, like)(images().train.x)
+    assert all(any(torch.allclose(row, other) for other in every) for row in scored)
+
+
 def test_sparse_copy_computes_the_same():
     found = pruned("gmp", mlp().float())
     fast = export.sparse(found.model)
