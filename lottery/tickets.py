@@ -144,12 +144,14 @@ def survivors(ticket):
 def connections(masks, direction):
     """`{layer: shares}`: the share of its connections that each unit has kept (figures 21 to 24).
 
-    masks: of Linear layers in order, [units, units before]. direction: "in" for a layer's own units, "out" for the
-    units that it reads, so that the first layer's are the inputs.
+    masks: of layers in order, [units, units before]; a convolution's units are its channels, whose connections are
+    kernels. direction: "in" for a layer's own units, "out" for the units that it reads, so that the first layer's are
+    the inputs.
     """
     if direction not in ("in", "out"):
         raise ValueError(f"Invalid direction {direction!r}: give 'in' or 'out'.")
-    return {name: m.double().mean(1 if direction == "in" else 0) for name, m in masks.items()}
+    own = 0 if direction == "in" else 1
+    return {name: m.double().mean([d for d in range(m.dim()) if d != own]) for name, m in masks.items()}
 
 
 # (from, to, bins) of the histograms; growth has a bin around 0, where the weights of pixels that are never lit stay.

@@ -47,6 +47,10 @@ def test_survivors_and_connections_by_hand():
     assert tickets.survivors(ticket)["fc1"].tolist() == [1, 4, 5, -6]
     assert tickets.connections({"fc1": m}, "in")["fc1"].tolist() == pytest.approx([1 / 3, 1])
     assert tickets.connections({"fc1": m}, "out")["fc1"].tolist() == [1, 0.5, 0.5]
+    conv = torch.zeros(2, 3, 2, 2, dtype=torch.bool)
+    conv[0, 0] = conv[1, 0, 0, 0] = True
+    assert tickets.connections({"conv1": conv}, "in")["conv1"].tolist() == [4 / 12, 1 / 12]
+    assert tickets.connections({"conv1": conv}, "out")["conv1"].tolist() == [5 / 8, 0, 0]
     with pytest.raises(ValueError, match=r"^Invalid direction 'up': give 'in' or 'out'\.$"):
         tickets.connections({"fc1": m}, "up")
 
