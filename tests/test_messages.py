@@ -60,6 +60,23 @@ def pruned(outputs=3, lr=0.1):
     own.prune(model, (x, torch.arange(20) % 3), "random", 0.5, recipe=recipe, progress=False)
 
 
+def by_torch():
+    model = net()
+    nn.utils.prune.l1_unstructured(model[2], "weight", 0.5)
+    masks.density(model)
+
+
+def diverged():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    masks.density(model)
+
+
+def bent(act):
+    return nn.Sequential(nn.Linear(6, 5), act(), nn.Linear(5, 3))
+
+
 SITUATIONS = {
     "The model gives … for two examples": [lambda: pruned(outputs=2)],
     "The training diverged": [lambda: pruned(lr=1e38)],
@@ -86,6 +103,14 @@ SITUATIONS = {
         lambda: baselines.snip_scores(net(), batch(float("inf"))),
     ],
     "NaN scores in layer": [no_scores],
+    "Layer … is pruned by": [lambda: masks.attach(cs.attach(net(), 0.0)), by_torch],
+    "Layer … is on the meta device": [lambda: masks.attach(net().to("meta")), lambda: lth.prune(net().to("meta"), 0.2)],
+    "Invalid mask for layer": [lambda: lth.prune(net(), 0.2, masks={"0": torch.ones(6, 5, dtype=torch.bool)})],
+    "NaN or infinity in the weights": [diverged],
+    "All GraSP scores are zero": [lambda: grasp.scores(net(), batch(), 1e30)],
+    "SynFlow needs a network that is linear": [lambda: baselines.synflow(bent(nn.Sigmoid), (6,), 0.5)],
+    "The model cannot be scored": [lambda: grasp.scores(bent(nn.Hardsigmoid), batch())],
+    "Nothing to train": [lambda: training.optimizer(net().requires_grad_(False), training.Recipe())],
     "No parameter group holds": [late],
 }
 
