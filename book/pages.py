@@ -296,7 +296,7 @@ if (localStorage.getItem("show-code:" + location.pathname)) document.documentEle
 def around(app, pagename, templatename, context, doctree):
     """No scripts that a page has no use for; the lines that search engines and social networks read."""
     files = context.get("script_files", [])
-    context["script_files"] = [f for f in files if "thebe" not in f"{f.filename} {f.attributes}".lower()]
+    files[:] = [f for f in files if "thebe" not in f"{f.filename} {f.attributes}".lower()]
     if doctree is not None and 'class="widget"' in "".join(node["html"] for node in doctree.findall(Html)) + "".join(
         node.astext() for node in doctree.findall(nodes.raw)
     ):

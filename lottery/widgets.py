@@ -53,7 +53,7 @@ def pixels(levels):
     return _widget(
         "pixels",
         "Which pixels does the ticket still look at?",
-        "After which round are more than a hundred of the 784 pixels cut off, and has the accuracy fallen by then?",
+        "How many rounds does it take until fifty of the 784 pixels are cut off, and has the accuracy fallen by then?",
         {"rounds": rounds},
         _svg(224, 224, title, *parts),
     )
