@@ -168,8 +168,8 @@ const once = {
       await page.waitForTimeout(700);
       const first = await page.getAttribute("#search-results li a", "href");
       if (!first.includes("book/glossary.html#term-")) fail("search", `"${words}" finds ${first} first, not its definition`);
-      const code = await page.evaluate(() => [...document.querySelectorAll("#search-results li p")]
-        .filter((p) => /\bdef |\bimport |\w+\(\w+=|fig, axes/.test(p.textContent)).map((p) => p.textContent.slice(0, 80)));
+      const code = await page.evaluate(() => [...document.querySelectorAll("#search-results li:has(a[href*=notebooks]) p")]
+        .filter((p) => /\bdef |\bimport |fig, axes|chapter\./.test(p.textContent)).map((p) => p.textContent.slice(0, 80)));
       if (code.length) fail("search", `"${words}" shows Python: ${code[0]}`);
       await page.close();
     }

@@ -144,6 +144,9 @@
     target.scrollIntoView({ block: "start" });
   }
 
+  // Sphinx marks searched words in SVG by boxes, which titles have not.
+  if (!SVGElement.prototype.getBBox) SVGElement.prototype.getBBox = () => new DOMRect();
+
   // Hidden code is no excerpt of a search result.
   function search() {
     if (typeof Search === "undefined" || !Search.htmlToText) return;
