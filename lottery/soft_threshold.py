@@ -70,7 +70,8 @@ class SoftThreshold(nn.Module):
         self.g, self.s = g, nn.Parameter(s)
 
     def forward(self, weight):
-        return torch.sign(weight) * torch.relu(torch.abs(weight) - self.threshold())
+        alpha = self.threshold()
+        return torch.sign(weight) * torch.relu(torch.abs(weight) - alpha)
 
     def threshold(self):
         """α = g(s), of the shape of s."""
