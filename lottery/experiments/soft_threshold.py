@@ -142,7 +142,7 @@ SETTINGS = {  # highest scale first
 }
 
 LAYERS = ("w.m", "u.m")  # of a FastGRNN: the diagonals whose zeros are the rank
-# λ by the printed ranks of W and U together. Google-12: Table 12; two of its rows have one λ, here λ/2 and λ. HAR-2: its
+# λ by the printed ranks of W and U together. Google-12: Table 12; two rows have one λ, here λ/2 and λ. HAR-2: its
 # rows all have 0.001, with which decay alone takes m and the threshold nowhere near each other; these decay as much as
 # Google-12.
 RANKS = {
