@@ -141,9 +141,7 @@ class Chapter:
             if self.store.get(r)
         ]
         frame = load([r for _, _, r in labels], self.store)
-        arms = [
-            arm.removeprefix("lenet/").removeprefix("lenet@") for arm, _, _ in labels
-        ]  # until the notebook names nets
+        arms = [self.module.short(arm) for arm, _, _ in labels]
         names = pd.DataFrame({"arm": arms, "point": [point for _, point, _ in labels]})
         return pd.concat([names, frame], axis=1)
 

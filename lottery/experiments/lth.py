@@ -22,6 +22,7 @@ from lottery.experiments.runs import INITS, Run, rates
 from lottery.training import Recipe
 
 NETWORKS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # by the paper's names; its "Resnet-18" has 20 layers
+PLAIN = "lenet"
 PRUNING = ("rate", "rate_conv", "rate_output", "scope", "rewind_to")
 GUESSED = ("input scaling", "Adam β, ε", "bias initialisation", "incomplete last minibatch")
 

@@ -22,6 +22,7 @@ and may have
                 the paper prints as x %; None where x is out of reach. Default: all alike
     seeds(item, at) -> range    of the trials of an item; default: the Setting's
     NETWORKS    {net: name in `lottery.models`} for claims about the networks themselves
+    PLAIN       the network that the chapter's figures show where they name none, and whose name their arms leave out
     PRINTS      "density" (default) or "sparsity": the percentage by which the paper names a network's size
 
 A Setting has `trials` and `seeds`. What the command line, the scorecard and the chapters ask beyond that follows from
@@ -31,7 +32,7 @@ these and is here; the module ends with
     setting, runs, arm = PAPER.setting, PAPER.runs, PAPER.arm
 """
 
-import functools
+import copy
 import importlib
 import sys
 
@@ -64,6 +65,7 @@ class Paper:
         self.shares = getattr(self.module, "shares", None)
         self.seeds = getattr(self.module, "seeds", lambda item, at: at.seeds)
         self.prints = getattr(self.module, "PRINTS", "density")
+        self._found = {}
 
     @property
     def items(self):
@@ -96,6 +98,11 @@ class Paper:
         """The part of an arm of which all trials come before those of the next."""
         return arm.split("/")[0]
 
+    def short(self, arm: str) -> str:
+        """An arm as the chapter's figures call it: "imp" and "variant/imp" of the PLAIN network, else as it is."""
+        plain = getattr(self.module, "PLAIN", "/")
+        return arm.removeprefix(f"{plain}/").removeprefix(f"{plain}@")
+
     def density(self, x: float) -> float:
         """The density of what the paper prints as `x` %; inside, nothing else is used."""
         return round((100 - x if self.prints == "sparsity" else x) / 100, 6)
@@ -120,11 +127,14 @@ class Paper:
         """The Measurement of an arm for one trial at what the paper prints as `x` %, as `item` measures it, or None."""
         return self.module.measured(item, name, x, seed, scale) if item in self.measured_items else None
 
-    @functools.cache  # noqa: B019 (a paper is made once)
     def _points(self, scale):
-        """{arm: {density: point}} of all that is trained at a scale."""
-        at, found = self.setting(scale), {}
-        for item in self.items:
-            for arm, x, point in self.cells(item, at) if item not in self.measured_items else ():
-                found.setdefault(arm, {})[x] = point
+        """{arm: {density: point}} of all that is trained at a scale; kept until its Setting or the items are others."""
+        at, items = self.setting(scale), copy.copy(self.module.ITEMS)
+        kept_for, found = self._found.get(scale, ((None, None), {}))
+        if kept_for[0] is not at or kept_for[1] != items:
+            found = {}
+            for item in self.items:
+                for arm, x, point in self.cells(item, at) if item not in self.measured_items else ():
+                    found.setdefault(arm, {})[x] = point
+            self._found[scale] = (at, items), found
         return found
