@@ -36,6 +36,17 @@ SHORT = {  # a primary claim in a few words; any other is its own sentence
     "lth-fig5-conv2-accuracy-4.6": "Conv-2's ticket of 4.6 % is 3.4 points better",
     "lth-fig8-lr0.1-imp-like-reinit": "at learning rate 0.1 ResNet-18's tickets are no better than fresh weights",
     "lth-fig8-rewind-500": "rewinding mends that",
+    "cs-table1-sparsest-resnet20": "CS's tickets match the dense network down to 12.3 %",
+    "cs-table1-sparser-than-imp-resnet20": "there they are more accurate than IMP's",
+    "cs-table1-best-resnet20": "the best one of ResNet-20 reaches 91.54 %",
+    "cs-table1-sparsest-vgg16": "VGG-16's match the dense network down to 1.7 %",
+    "cs-table1-sparser-than-imp-vgg16": "there VGG-16's are more accurate than IMP's",
+    "cs-table1-best-vgg16": "the best one of VGG-16 reaches 93.45 %",
+    "cs-cost-rounds": "IMP's search is six times as long, one round after the other",
+    "cs-pruning-above-oneshot-resnet20": "without rewinding CS keeps the accuracy where magnitude pruning loses it",
+    "cs-pruning-above-oneshot-vgg16": "and on VGG-16",
+    "cs-pruning-l0-below-oneshot-resnet20": "stochastic L0 is the worst",
+    "cs-pruning-l0-below-oneshot-vgg16": "and on VGG-16 as well",
 }
 
 

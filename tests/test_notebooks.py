@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lottery.chapter import Chapter
-from lottery.experiments import Store, grasp, lth
+from lottery.experiments import Store, cs, grasp, lth
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("rebuild", ROOT / "book/rebuild.py")
@@ -203,6 +203,17 @@ def test_grasp_from_nothing_fills_every_figure(folder, anew, capsys):
     assert " that are not stored" not in run.text
     [store] = run.results.iterdir()
     assert set(Store(store).rows()) == {r.key for r in grasp.runs(None, "smoke")}
+
+
+def test_cs_from_nothing_fills_every_figure(folder, anew, capsys):
+    run = papermill(anew.clone, folder / "cs", "cs.ipynb", scale="smoke", recompute="all").completed()
+    with capsys.disabled():
+        print(f" [CS, scale smoke from nothing: {run.seconds:.0f} s] ", end="")
+    for number, cell in enumerate(run.notebook.cells, start=1):
+        assert any(map(is_picture, cell.get("outputs", []))) == ("figure" in cell.metadata.get("mystnb", {})), number
+    assert " that are not stored" not in run.text
+    [store] = run.results.iterdir()
+    assert {r.key for r in cs.runs(None, "smoke")} <= set(Store(store).rows())
 
 
 def test_a_bad_parameter_of_grasp_is_one_line(folder, anew):
