@@ -393,14 +393,14 @@ def _executor(text):
     return _executor_of_module(text), None
 
 
-def _dask(address):
+def _dask(address, timeout="10s"):
     """The executor of a Dask cluster, and how many threads its workers have."""
     try:
         from distributed import Client
     except ImportError:
         raise ValueError("Invalid executor: Dask is not installed; pip install 'lottery[cluster]'.") from None
     try:
-        client = Client(f"tcp://{address}", timeout="10s")
+        client = Client(f"tcp://{address}", timeout=timeout)
     except OSError as error:
         raise ValueError(f"No Dask scheduler at {address}: {error}") from None
     if not (slots := sum(client.nthreads().values())):
