@@ -519,13 +519,13 @@ class _Paper(Paper):
         """The Runs of an arm for one trial, or None where it is no experiment at this scale.
 
         x: of a family the density in %, and all networks are returned that may be needed there; of tickets and searches
-        the round. "net/cs" is all tickets of the search from every s0, at scale "laptop" from the one that claims rest
-        on; "@code/cs" and "@described/cs" those of the comparison of the restart rules.
+        the round; of masks on frozen weights s0. "net/cs" is all tickets of the search from every s0, at scale "laptop"
+        from the one that claims rest on; "@code/cs" and "@described/cs" those of the comparison of the restart rules.
         """
         at, (net, variant, control) = self.setting(scale), _parts(name)
         if net not in at.nets or (variant in RULES and net != "resnet20"):
             return None
-        if control in ("dense", "search", "ticket"):
+        if control in ("dense", "search", "ticket", "supermask", "frozen-cs"):
             known = control == "dense" or (name, x) in _known(scale)
             return trial(name, at, seed, int(x or 0)) if known else None
         if control == "cs":
