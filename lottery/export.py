@@ -1,7 +1,7 @@
 """A pruned model outside of this package: ONNX, and inference that skips zeros.
 
 ONNX files are compared in onnxruntime with what PyTorch computes as they are written. Both packages that this needs,
-onnxscript and onnxruntime, come with `pip install lottery[onnx]`.
+onnxscript and onnxruntime, come with `pip install ".[onnx]"`.
 """
 
 import copy
