@@ -95,7 +95,7 @@ class Page(SphinxPostTransform):
     def figure(self, figure):
         """SVG into the page, and the lines below the caption."""
         name = (figure["names"] or figure["ids"] or ["figure"])[0]
-        lines = []
+        lines, full = [], ""
         for image in list(figure.findall(nodes.image)):
             if not image["uri"].endswith(".svg"):
                 continue
@@ -110,12 +110,12 @@ class Page(SphinxPostTransform):
             target = self.app.builder.get_target_uri(self.env.docname)
             uri = relative_uri(target, f"_images/{name}.svg")
             lines += [badge] if badge else []
-            lines.append(f'<a class="full-size" href="{uri}">full size</a>')
+            full = f'<a class="full-size" href="{uri}">full size</a>'
         if link := self.claims(name):
-            lines.insert(len(lines) - 1 if lines else 0, link)
-        if lines:
-            badge = " · ".join(lines)
-            figure.append(Html(html=f'<p class="badge">{badge}</p>'))
+            lines.append(link)
+        if lines or full:
+            more = f'<span class="on-screen">{" · " if lines else ""}{full}</span>' if full else ""
+            figure.append(Html(html=f'<p class="badge">{" · ".join(lines)}{more}</p>'))
 
     def claims(self, name):
         """A link to the scorecard's rows of the item that a figure shows."""

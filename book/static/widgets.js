@@ -38,12 +38,12 @@
       const steps = Object.keys(kept), methods = Object.keys(kept[steps[0]]), colours = { grasp: GREEN, snip: ORANGE };
       const words = { grasp: "GraSP", snip: "SNIP" };
       const width = 640, height = 190, svg = picture(width, height), out = said();
-      const wide = (width - 40) / names.length, y = (v) => 160 - 45 * Math.log10(Math.max(v, 0.1) / 0.1);
-      [0.1, 1, 10, 100].forEach((v) => svg.append(make("svg:path", { d: `M34 ${y(v)}H${width}`, stroke: "currentColor", "stroke-opacity": 0.2 }),
-        make("svg:text", { x: 30, y: y(v) + 4, "text-anchor": "end", "font-size": 12, fill: "currentColor" }, `${v} %`)));
+      const wide = (width - 48) / names.length, y = (v) => 160 - 45 * Math.log10(Math.max(v, 0.1) / 0.1);
+      [0.1, 1, 10, 100].forEach((v) => svg.append(make("svg:path", { d: `M44 ${y(v)}H${width}`, stroke: "currentColor", "stroke-opacity": 0.2 }),
+        make("svg:text", { x: 40, y: y(v) + 4, "text-anchor": "end", "font-size": 12, fill: "currentColor" }, `${v} %`)));
       svg.append(make("svg:text", { x: width / 2, y: 182, "text-anchor": "middle", "font-size": 12, fill: "currentColor" }, "layer, from the first to the classifier"));
       const dots = methods.map((m, k) => names.map((name, i) => {
-        const dot = make("svg:circle", { cx: 40 + (i + 0.3 + 0.4 * k) * wide, r: Math.min(4, wide / 4), fill: colours[m] || BLUE });
+        const dot = make("svg:circle", { cx: 48 + (i + 0.3 + 0.4 * k) * wide, r: Math.min(4, wide / 4), fill: colours[m] || BLUE });
         svg.append(dot);
         return dot;
       }));
