@@ -348,7 +348,10 @@ def missing(text):
 def legend(fig, axes):
     """One legend above the panels, each label once."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(entries.values(), entries, loc="outside upper center", ncols=min(3, len(entries)))
+    columns = next(
+        n for n in (4, 3, 2, 1) if n * (max(map(len, entries), default=0) + 8) <= 100
+    )  # as wide as the figure
+    fig.legend(entries.values(), entries, loc="outside upper center", ncols=min(columns, len(entries)))
 
 
 def name_ends(ax, gap=11):
