@@ -337,6 +337,10 @@ def test_resnet50_is_searched_and_retrained_on_images_in_imagenets_layout():
         ({"restart_rule": "both"}, "Invalid rule 'both': give 'as-described' or 'code'."),
         ({"beta_final": 0.5}, "Invalid final 0.5: "),
         ({"iterations": 2}, "Invalid iterations 2: give a whole number from 4."),
+        (
+            {"iterations": 352},
+            "Invalid iterations 352: beta rises once an epoch, so a round needs more than the 352 of ",
+        ),
         ({"densities": [2.0]}, r"Invalid densities \[2.0\]: "),
         ({"beta_step": "cosine"}, "Invalid schedule 'cosine': "),
     ],

@@ -480,9 +480,22 @@ def override(at, **given):
     if (densities := given.pop("densities", None)) is not None:
         given["densities"] = _fractions(densities)
     nets = {net: _changed(run, base, changes) for net, run in at.nets.items()} if base or changes else at.nets
-    first = nets["resnet20"].recipe
-    k = min(at.rewind_to, first.iterations // 4)
+    for run in nets.values():
+        _check_epochs(run, at.method | method)
+    k = min(at.rewind_to, nets["resnet20"].recipe.iterations // 4)
     return dataclasses.replace(at, nets=nets, rewind_to=k, method=at.method | method, **given)
+
+
+def _check_epochs(run, method):
+    """Where β rises once an epoch a round needs two, which is told before anything is trained."""
+    facts = data.SETS[run.dataset]
+    held_out = run.valid if run.valid is not None else 297 if run.dataset == "digits" else 5_000
+    per_epoch = run.recipe.per_epoch(round(run.train_fraction * (facts.n_train - held_out)))
+    if method.get("schedule", "epoch") == "epoch" and run.recipe.iterations <= per_epoch:
+        raise ValueError(
+            f"Invalid iterations {run.recipe.iterations}: beta rises once an epoch, so a round needs more than the "
+            f"{per_epoch} of one; or give beta_step='iteration'."
+        )
 
 
 def _iterations(n):
