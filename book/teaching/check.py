@@ -17,6 +17,7 @@ import build
 import grade
 import jail
 import nbformat
+import slides
 import sources
 
 LAB = "before-training"  # the quickest
@@ -149,7 +150,7 @@ def check_folder() -> str:
 
 def main() -> None:
     began = time.monotonic()
-    build.build()
+    slides.build(build.build() / "slides")
     with ThreadPoolExecutor(2) as pool:
         for line in pool.map(check_lab, sources.LABS):
             print(line, flush=True)
