@@ -191,7 +191,8 @@ class _Drawn(Method):
 class L0(_Drawn):
     """Stochastic L0 regularisation with one hard concrete gate for each weight.
 
-    lam: λ, of the expected number of weights; the paper's 0.1 / N for its LeNet-300-100, with N = 60,000 images.
+    lam: λ, of the expected number of weights: 0.1 / N for N = 60,000 images, an order of magnitude to start from; which
+        value the paper prints for a LeNet was not to be checked.
     drop: 1 − σ(log α) at the start, the gates' drop rate; 0.5 in the authors' code (0.2 for the inputs of their MLP).
     beta, gamma, zeta: β, γ < 0, ζ > 1 of the hard concrete distribution.
     layers: names of the layers that get gates, the denominator of densities; None: all prunable ones.
