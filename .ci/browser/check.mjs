@@ -223,7 +223,8 @@ const once = {
     for (const name of ["book/index.html", ...Object.keys(texts).filter((n) => n.startsWith("notebooks/"))]) {
       const { page } = await open(name, context);
       const expected = await page.evaluate(() => {
-        const controls = "main :is(button, input, select, summary), .article-header-buttons button"; // links follow them
+        // Links follow controls; what a button of the listings copies can be selected as well.
+        const controls = "main :is(button:not(.copybtn), input, select, summary), .article-header-buttons button";
         const all = [...document.querySelectorAll(controls)].filter((e) => e.offsetParent && !e.disabled && getComputedStyle(e).visibility !== "hidden");
         return all.filter((e) => e.type !== "radio").map((e, i) => (e.dataset.control = i)).length;
       });
