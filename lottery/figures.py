@@ -103,12 +103,13 @@ def svg(fig):
     The badge stands in a group of its own, below the height that `data-height` gives; the book cuts it off there and
     sets it as a line of text.
     """
-    out = io.StringIO()
-    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lottery"}):
-        fig.savefig(out, format="svg", metadata=none, transparent=True, bbox_inches="tight", pad_inches=0.03)
-    root = ElementTree.fromstring(out.getvalue())
-    used = set(re.findall(r"#([\w-]+)", out.getvalue()))
+    text = _saved(fig)
+    over = float(re.search(r'width="([\d.]+)pt"', text)[1]) / 72 - WIDTH
+    if over > 0:  # labels stand out: what is drawn gives way, so that text keeps its size on the page
+        fig.set_figwidth(fig.get_figwidth() - over)
+        text = _saved(fig)
+    root = ElementTree.fromstring(text)
+    used = set(re.findall(r"#([\w-]+)", text))
     for node in root.iter():
         _slim(node, used)
     width, height = map(float, root.get("viewBox").split()[2:])
@@ -125,6 +126,15 @@ def svg(fig):
             ElementTree.SubElement(below, f"{SVG}text", x="2", y=f"{height + 14 + 12 * i:g}").text = line
     ElementTree.register_namespace("", SVG.strip("{}"))
     return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _saved(fig):
+    """The figure as matplotlib's SVG."""
+    out = io.StringIO()
+    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lottery"}):
+        fig.savefig(out, format="svg", metadata=none, transparent=True, bbox_inches="tight", pad_inches=0.03)
+    return out.getvalue()
 
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"

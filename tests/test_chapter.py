@@ -546,6 +546,16 @@ def test_a_figure_as_svg_is_the_same_from_run_to_run_and_takes_the_pages_colour(
     plt.close("all")
 
 
+def test_a_figure_is_no_wider_than_the_column_whatever_its_labels():
+    import matplotlib.pyplot as plt
+
+    fig, axes = figures.panels(2)
+    axes[0].set_yticks([0, 1], ["a label that takes a third of the column"] * 2)
+    width = float(re.search(r'width="([\d.]+)pt"', figures.svg(fig))[1])
+    assert 400 < width < 72 * figures.WIDTH + 8
+    plt.close("all")
+
+
 def test_labels_at_the_ends_of_lines_keep_their_distance_and_their_order():
     assert figures._apart([0, 1, 2, 50], 10) == [-9, 1, 11, 50]
     assert figures._apart([0, 20], 10) == [0, 20]
