@@ -482,7 +482,7 @@ def override(at, **given):
     nets = {net: _changed(run, base, changes) for net, run in at.nets.items()} if base or changes else at.nets
     for run in nets.values():
         _check_epochs(run, at.method | method)
-    k = min(at.rewind_to, nets["resnet20"].recipe.iterations // 4)
+    k = min(at.rewind_to, changes["iterations"] // 4) if "iterations" in changes else at.rewind_to
     return dataclasses.replace(at, nets=nets, rewind_to=k, method=at.method | method, **given)
 
 
