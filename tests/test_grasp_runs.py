@@ -201,7 +201,7 @@ def test_a_chapter_trains_and_shows_every_item(tmp_path, monkeypatch):
     assert arms["initialisation"] == {f"resnet32-c10{v}/grasp" for v in ("", "@batch-400", "@init-xavier")}
     for item in grasp.TRAINED:
         assert not chapter.stands_beside_paper(item)
-    assert chapter.badge("fig2").split(" · ")[:2] == ["net, data: stand-in (resnet8, digits)", "8 iterations"]
+    assert chapter.badge("fig2").split(" · ")[:2] == ["stand-in: ResNet-8, the 8×8 digits", "8 iterations"]
     frame = chapter.frame("fig2")
     assert frame["point"].tolist() == [90.0, 90.0]
     for curve in ("batch_loss", "test_loss", "test_acc"):
