@@ -26,7 +26,7 @@ from lottery import data, models
 from lottery.cs import CS, Ticket
 from lottery.dynamic import GMP
 from lottery.experiments.papers import Paper
-from lottery.experiments.runs import Run
+from lottery.experiments.runs import Run, fractions
 from lottery.stochastic import L0, FrozenCS, Supermask
 from lottery.training import Recipe
 
@@ -478,7 +478,7 @@ def override(at, **given):
     if (n := given.pop("iterations", None)) is not None:
         changes |= _iterations(n)
     if (densities := given.pop("densities", None)) is not None:
-        given["densities"] = _fractions(densities)
+        given["densities"] = fractions(densities)
     nets = {net: _changed(run, base, changes) for net, run in at.nets.items()} if base or changes else at.nets
     for run in nets.values():
         _check_epochs(run, at.method | method)
@@ -512,16 +512,6 @@ def _changed(run, base, changes):
         options = run.options if name == run.model else ()
         base = base | {"options": options, "layers": _convolutions(name, dataset, options)}
     return dataclasses.replace(run, **base, recipe=dataclasses.replace(run.recipe, **changes))
-
-
-def _fractions(densities):
-    if (
-        not isinstance(densities, list | tuple)
-        or not densities
-        or not all(isinstance(d, float) and 0 < d < 1 for d in densities)
-    ):
-        raise ValueError(f"Invalid densities {densities!r}: give a list of fractions of weights to keep, 0 < kept < 1.")
-    return tuple(densities)
 
 
 class _Paper(Paper):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from lottery import data
 from lottery.experiments import grasp_init
 from lottery.experiments.papers import Paper
-from lottery.experiments.runs import CRITERIA, Run
+from lottery.experiments.runs import CRITERIA, Run, fractions
 from lottery.training import Recipe
 
 GUESSED = (
@@ -201,7 +201,7 @@ def override(at, **given):
     base = {name: given.pop(name) for name in ("model", "dataset", "seed", "train_fraction") if name in given}
     score = {name: given.pop(name) for name in CRITERIA["grasp"] if name in given}
     if (densities := given.pop("densities", None)) is not None:
-        given["sparsities"] = _sparsities(densities)
+        given["sparsities"] = tuple(round(100 * (1 - d), 6) for d in fractions(densities))
     nets = {net: _changed(run, base, changes) for net, run in at.nets.items()}
     at = dataclasses.replace(at, nets=nets, score={**at.score, **score}, **given)
     if "seed" in base:
@@ -218,17 +218,6 @@ def _changed(run, base, changes):
     if "model" in base:  # the width is an option of the ResNets
         base = base | {"options": tuple(pair for pair in run.options if pair[0] == "init")}
     return dataclasses.replace(run, **base, recipe=dataclasses.replace(run.recipe, **changes))
-
-
-def _sparsities(densities):
-    """Fractions to keep → % removed."""
-    if (
-        not isinstance(densities, list | tuple)
-        or not densities
-        or not all(isinstance(d, float) and 0 < d < 1 for d in densities)
-    ):
-        raise ValueError(f"Invalid densities {densities!r}: give a list of fractions of weights to keep, 0 < kept < 1.")
-    return tuple(round(100 * (1 - d), 6) for d in densities)
 
 
 PAPER = Paper(__name__)

@@ -250,6 +250,14 @@ def preset(scale, settings):
     return settings[scale]
 
 
+def fractions(densities):
+    """Fractions of weights to keep, as a tuple. Raises ValueError for what is no list of such."""
+    listed = isinstance(densities, list | tuple) and len(densities) > 0
+    if not listed or not all(isinstance(d, float) and 0 < d < 1 for d in densities):
+        raise ValueError(f"Invalid densities {densities!r}: give a list of fractions of weights to keep, 0 < kept < 1.")
+    return tuple(densities)
+
+
 def chosen(items, known, paper):
     """A list of items: one by its name, some, or all for None. Raises ValueError for one that the paper has not.
 
