@@ -1,11 +1,11 @@
-"""lottery.verdicts: what the scorecard's rows become on a page."""
+"""lottery.verdicts and lottery.overview: what the scorecard's rows become on a page."""
 
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from lottery import verdicts
+from lottery import overview, verdicts
 
 
 def row(claim="lth-fig4-a-3.6", verdict="reproduced", **changes):
@@ -60,18 +60,18 @@ def test_all_of_them_or_none_of_them_is_said_in_words():
 
 
 def test_effects_by_hand():
-    (ours, low, high), zone = verdicts.in_effects(row())
+    (ours, low, high), zone = overview.in_effects(row())
     assert (ours, low, high) == pytest.approx((0.8, 0.4, 1.2))
     assert zone == (0.5, float("inf"))
     at_2 = {"quantity": "iterations at early_stop, ratio A/B", "ours": 2, "interval": [1, 4], "paper_value": 4}
-    values, _ = verdicts.in_effects(row(**at_2, rule="direction; Δ = 4; m = 1.15; n = 10"))
+    values, _ = overview.in_effects(row(**at_2, rule="direction; Δ = 4; m = 1.15; n = 10"))
     assert values == pytest.approx([0.5, 0, 1])
-    values, zone = verdicts.in_effects(row(ours=91, interval=[90, 92], paper_value=90, rule="value; m = 0.5; n = 5"))
+    values, zone = overview.in_effects(row(ours=91, interval=[90, 92], paper_value=90, rule="value; m = 0.5; n = 5"))
     assert (values, zone) == ([2, 1, 3], (0.5, 1.5))
-    values, zone = verdicts.in_effects(row(ours=-0.1, interval=[-0.2, 0], rule="at least matches; m = 0.2; n = 5"))
+    values, zone = overview.in_effects(row(ours=-0.1, interval=[-0.2, 0], rule="at least matches; m = 0.2; n = 5"))
     assert values == pytest.approx([-0.25, -0.5, 0])
     assert zone[0] == -0.5
-    assert verdicts.in_effects(untested("a")) is None
+    assert overview.in_effects(untested("a")) is None
 
 
 class Page(HTMLParser):
@@ -101,15 +101,15 @@ class Page(HTMLParser):
 def test_the_page_is_well_formed_and_its_links_lead_somewhere():
     rows = [row("lth-a-3.6"), untested("lth-b"), row("g", paper="grasp", item="Table 2", title="x < y & z.")]
     rows.append(row(None, verdict=None, item="Figure 10", rule=None, quantity=None, primary=False))
-    page = Page(verdicts.page(card(*rows), {"fig-lth-4"}))
+    page = Page(overview.page(card(*rows), {"fig-lth-4"}))
     assert len(page.ids) == len(set(page.ids))
     assert {"lth-a-3-6", "lth-b", "g", "lth-figure-4", "grasp-table-2", "lth-figure-10"} <= set(page.ids)
     assert not any("." in i for i in page.ids)
     assert all(b - a <= 1 for a, b in zip([1, *page.levels], page.levels, strict=False))
     assert [link for link in page.links if not link.startswith("#")] == ["lth.html#fig-lth-4"]
-    for part in (verdicts.forest(card(*rows[:3])), verdicts.squares(card(*rows[:3]))):
+    for part in (overview.forest(card(*rows[:3])), overview.squares(card(*rows[:3]))):
         assert {link[1:] for link in Page(part).links} <= set(page.ids)
-    assert len(Page(verdicts.squares(card(*rows))).links) == 3  # one a claim, none without one
+    assert len(Page(overview.squares(card(*rows))).links) == 3  # one a claim, none without one
 
 
 def test_papers_come_in_the_order_of_the_book():
