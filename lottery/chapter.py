@@ -52,8 +52,9 @@ class Chapter:
         budget_minutes=None,
         **parameters,
     ):
-        self.paper, self.module = paper, papers.paper(paper)
-        self.exploration = any(value is not None for value in parameters.values())
+        self.paper, self.module, self._declared = paper, papers.paper(paper), {}
+        self.changed = {name: value for name, value in parameters.items() if value is not None}
+        self.exploration = bool(self.changed)
         self.scales = self.module.scales if scale == "best" else (scale,)
         if recompute not in RECOMPUTE:
             raise Refused(f"Invalid recompute {recompute!r}: give one of {', '.join(RECOMPUTE)}.")
@@ -67,6 +68,7 @@ class Chapter:
                 name: self.module.override(self.module.setting(name), **parameters) for name in self.scales
             }
             items = self.module.main if self.exploration else None
+            names.called = self.module.called(self.changed)
             if self.exploration:
                 for at in self.settings.values():
                     check.refuse(self.module.runs(items, at))
@@ -101,8 +103,8 @@ class Chapter:
 
     def stored(self, item, scale):
         """(stored, declared) runs of an item at a scale."""
-        runs = self._runs(item, scale)
-        return sum(self.store.get(r) is not None for r in runs), len(runs)
+        runs, keys = self._runs(item, scale), self.store.keys()
+        return sum(r.key in keys and self.store.get(r) is not None for r in runs), len(runs)
 
     def partial(self, item):
         """Higher scales that are under way: `{scale: (stored, declared)}`."""
@@ -132,7 +134,10 @@ class Chapter:
             frame = load([m for _, m in cells], self.store)
             values = pd.DataFrame([json.loads(v) for v in frame["values"]])
             labels = pd.DataFrame([labels for labels, _ in cells])
-            return pd.concat([labels, frame.drop(columns=labels.columns, errors="ignore"), values], axis=1)
+            if self.exploration:  # the paper's names of networks are not what was pruned
+                labels["net"] = frame["model"] + "-" + frame["dataset"]
+            found = pd.concat([labels, frame.drop(columns=labels.columns, errors="ignore"), values], axis=1)
+            return found.drop_duplicates(list(labels.columns), ignore_index=True)
         labels = [
             (arm, point, r)
             for arm, _, point in self.module.cells(item, at)
@@ -165,7 +170,12 @@ class Chapter:
         ]
         parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
         parts += [f"{n} of {m} trainings stored of {names.SCALES.get(name, name)}" for name, (n, m) in others.items()]
-        return " · ".join(parts)
+        return " · ".join(parts + self._changes())
+
+    def _changes(self):
+        """What an exploration has changed."""
+        changed = [f"{name} {value}" for name, value in self.changed.items() if name not in ("trials", "seed")]
+        return [f"changed here: {', '.join(changed)}"] if changed else []
 
     def _measured_badge(self, item, scale):
         plans, frame = (self.settings[scale].measured, self.module.setting("paper").measured), self.frame(item)
@@ -176,14 +186,17 @@ class Chapter:
             "the paper's network and data" if same else f"stand-in: {names.net(ours[0].model, ours[0].dataset)}",
             "nothing is trained",
             "trials: "
-            + ", ".join(f"{n} of {paper_trials.get(net, n)} ({names.net(net)})" for net, n in trials.items()),
+            + ", ".join(
+                f"{n} of {paper_trials.get(net, n)}" + f" ({names.net(net)})" * (not self.exploration)
+                for net, n in trials.items()
+            ),
             ", ".join(sorted(frame["device"].unique())),
             f"{len(ours)} of {len(papers)} prunings",
         ]
         if images := ours[0].images:
             parts.insert(2, f"gradient of {images:,} random training images")
         parts += [f"{n} of {m} stored of {names.SCALES.get(name, name)}" for name, (n, m) in self.partial(item).items()]
-        return " · ".join(parts)
+        return " · ".join(parts + self._changes())
 
     def is_measured(self, item):
         """True for an item that needs no training."""
@@ -232,7 +245,9 @@ class Chapter:
         return {(arm, point) for arm, _, point in self.module.cells(item, self.settings[scale])}
 
     def _runs(self, item, scale):
-        return self.module.runs(item, self.settings[scale])
+        if (item, scale) not in self._declared:
+            self._declared[item, scale] = self.module.runs(item, self.settings[scale])
+        return self._declared[item, scale]
 
     def _papers(self, item):
         """What one trial of the item trains in the paper."""

@@ -28,36 +28,45 @@ class Look(NamedTuple):
     line: str
 
 
+class _Looks(dict):
+    """`{arm: Look}`; the label is the one of today, for an exploration may train something else under an arm's name."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)._replace(label=names.arm(name))
+
+
 def _look(name, colour, marker, line="-"):
     return Look(names.ARMS[name], colour, marker, line)
 
 
 # One colour and marker for each method through the whole book. Okabe–Ito's colours and two of Tol's, told apart by the
 # colour-blind and on light and dark pages; marker and line tell them apart where colours come close.
-METHODS = {
-    "dense": _look("dense", "black", "x"),
-    "imp": _look("imp", "#0072B2", "o"),
-    "reinit": _look("reinit", "#D55E00", "s", "--"),
-    "oneshot": _look("oneshot", "#56B4E9", "^", "-."),
-    "oneshot-reinit": _look("oneshot-reinit", "#E69F00", "v", ":"),
-    "random": _look("random", "#808080", "D", ":"),
-    "continued": _look("continued", "#009E73", "<", "-."),
-    "lt": _look("lt", "#0072B2", "o"),
-    "lt-rewind": _look("lt-rewind", "#56B4E9", ">", "-."),
-    "rewind": _look("rewind", "#56B4E9", ">", "-."),
-    "grasp": _look("grasp", "#009E73", "p"),
-    "snip": _look("snip", "#E69F00", "X", "--"),
-    "synflow": _look("synflow", "#AA4499", "h", "-."),
-    "magnitude": _look("magnitude", "#A6761D", "d", ":"),
-    "cs": _look("cs", "#CC79A7", "P"),
-    "str": _look("str", "#AA4499", "H"),
-    "gmp": _look("gmp", "#A6761D", "v", "--"),
-    "dnw": _look("dnw", "#E69F00", "d", ":"),
-    "set": _look("set", "#56B4E9", "<", ":"),
-    "rigl": _look("rigl", "#009E73", ">", "--"),
-    "l0": _look("l0", "#D55E00", "*", "-."),
-    "supermask": _look("supermask", "#E69F00", "h", ":"),
-}
+METHODS = _Looks(
+    {
+        "dense": _look("dense", "black", "x"),
+        "imp": _look("imp", "#0072B2", "o"),
+        "reinit": _look("reinit", "#D55E00", "s", "--"),
+        "oneshot": _look("oneshot", "#56B4E9", "^", "-."),
+        "oneshot-reinit": _look("oneshot-reinit", "#E69F00", "v", ":"),
+        "random": _look("random", "#808080", "D", ":"),
+        "continued": _look("continued", "#009E73", "<", "-."),
+        "lt": _look("lt", "#0072B2", "o"),
+        "lt-rewind": _look("lt-rewind", "#56B4E9", ">", "-."),
+        "rewind": _look("rewind", "#56B4E9", ">", "-."),
+        "grasp": _look("grasp", "#009E73", "p"),
+        "snip": _look("snip", "#E69F00", "X", "--"),
+        "synflow": _look("synflow", "#AA4499", "h", "-."),
+        "magnitude": _look("magnitude", "#A6761D", "d", ":"),
+        "cs": _look("cs", "#CC79A7", "P"),
+        "str": _look("str", "#AA4499", "H"),
+        "gmp": _look("gmp", "#A6761D", "v", "--"),
+        "dnw": _look("dnw", "#E69F00", "d", ":"),
+        "set": _look("set", "#56B4E9", "<", ":"),
+        "rigl": _look("rigl", "#009E73", ">", "--"),
+        "l0": _look("l0", "#D55E00", "*", "-."),
+        "supermask": _look("supermask", "#E69F00", "h", ":"),
+    }
+)
 ARMS = PRUNED = METHODS  # by their older names
 OTHERS = [  # of any other arm
     *(("#009E73", "^", "-."), ("#56B4E9", "v", ":"), ("#E69F00", "X", "--")),

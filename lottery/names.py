@@ -84,9 +84,13 @@ SCALES = {
 }
 
 
+called = {}  # what an exploration trains under an arm's name, in words; a `Chapter` fills it
+
+
 def arm(name):
     """The words for an arm: "resnet32-c10/grasp" → "GraSP"; an unknown one stays as it is."""
-    return ARMS.get(name.split("/")[-1], name)
+    last = name.split("/")[-1]
+    return called.get(last) or ARMS.get(last, name)
 
 
 def net(model, dataset=None):

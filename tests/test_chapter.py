@@ -167,6 +167,22 @@ def test_an_exploration_has_no_verdicts_and_other_words(commit):
     assert not Chapter("lth", scale="smoke", lr=None, trials=None).exploration
 
 
+def test_an_exploration_calls_things_what_they_are(tmp_path):
+    given = {"model": "resnet8", "criterion": "snip", "iterations": 4, "densities": [0.2], "trials": 1}
+    chapter = Chapter("grasp", "smoke", "missing", tmp_path, **given)
+    measured = chapter.frame("fig3")
+    assert set(measured["net"].map(names.net)) == {"ResNet-8, the 8×8 digits"}
+    assert not measured.duplicated(["net", "seed", "criterion", "variant"]).any()
+    for item in ("fig3", "grid"):
+        assert chapter.badge(item).endswith(
+            "changed here: model resnet8, criterion snip, iterations 4, densities [0.2]"
+        )
+        assert "ResNet-32" not in chapter.badge(item)
+    assert figures.METHODS["grasp"].label == names.arm("resnet32-c10/grasp") == "SNIP, scored as GraSP is"
+    assert Chapter("grasp", "smoke").badge
+    assert figures.METHODS["grasp"].label == "GraSP"
+
+
 def test_the_scorecard_is_that_of_the_store(commit):
     commit(lth.runs(None, "smoke"))
     card = Chapter("lth").card

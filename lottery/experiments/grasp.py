@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 
-from lottery import data
+from lottery import data, names
 from lottery.experiments import grasp_init
 from lottery.experiments.papers import Paper
 from lottery.experiments.runs import CRITERIA, Run, fractions
@@ -210,6 +210,12 @@ def override(at, **given):
         for arm, _, point in cells(item, at):
             trial(arm, at, at.seed, point)
     return dataclasses.replace(at, measured=at.measured.changed(asked))
+
+
+def called(changed):
+    """What arms are called where their experiment is another: the arm "grasp" ranks by any criterion."""
+    criterion = changed.get("criterion", "grasp")
+    return {} if criterion == "grasp" else {"grasp": f"{names.arm(criterion)}, scored as GraSP is"}
 
 
 def _changed(run, base, changes):

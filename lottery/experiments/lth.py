@@ -183,12 +183,17 @@ class Net:
     @functools.cached_property
     def _sizes(self):
         """{layer: (weights, rate per round)}."""
-        shape, options = data.SETS[self.base.dataset].shape, dict(self.base.options)
-        with torch.device("meta"):  # sizes without numbers
-            model = models.create(self.base.model, in_shape=shape, **options)
+        model = _without_numbers(self.base.model, data.SETS[self.base.dataset].shape, self.base.options)
         each, layers = rates(model, self.base), masks.prunable(model)
         ranked = layers if self.base.layers is None else self.base.layers
         return {name: (layer.weight.numel(), each[name] if name in ranked else 0) for name, layer in layers.items()}
+
+
+@functools.cache
+def _without_numbers(model, shape, options):
+    """A network on the meta device, of which only sizes are asked."""
+    with torch.device("meta"):
+        return models.create(model, in_shape=shape, **dict(options))
 
 
 @functools.lru_cache(maxsize=10_000)

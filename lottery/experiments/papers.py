@@ -23,6 +23,7 @@ and may have
     seeds(item, at) -> range    of the trials of an item; default: the Setting's
     NETWORKS    {net: name in `lottery.models`} for claims about the networks themselves
     PLAIN       the network that the chapter's figures show where they name none, and whose name their arms leave out
+    called(changed) -> {arm: words}    arms that are something else under a notebook's parameters; default: none
     PRINTS      "density" (default) or "sparsity": the percentage by which the paper names a network's size
 
 A Setting has `trials` and `seeds`. What the command line, the scorecard and the chapters ask beyond that follows from
@@ -64,6 +65,7 @@ class Paper:
         self.networks = getattr(self.module, "NETWORKS", {})
         self.shares = getattr(self.module, "shares", None)
         self.seeds = getattr(self.module, "seeds", lambda item, at: at.seeds)
+        self.called = getattr(self.module, "called", lambda changed: {})
         self.prints = getattr(self.module, "PRINTS", "density")
         self._found = {}
 

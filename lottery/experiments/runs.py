@@ -275,20 +275,25 @@ def chosen(items, known, paper):
 def _fields(spec, all):
     """Fields of a dataclass as JSON types, floats as floats whatever was given; without the defaults unless `all`."""
     fields = {}
-    for f in dataclasses.fields(spec):
-        value = getattr(spec, f.name)
-        if f.name == "parent":
+    for name, default, is_float in _declared(type(spec)):
+        value = getattr(spec, name)
+        if name == "parent" or (value is default and not all):
             continue
         if dataclasses.is_dataclass(value):
             is_method = isinstance(value, Method) and value != NOTHING  # two of them at their defaults differ
             named = {"is": type(value).__name__} if is_method else {}
             value = named | _fields(value, all)
             if value or all:
-                fields[f.name] = value
-        elif all or value != f.default:
-            is_float = float in (f.type, *typing.get_args(f.type)) and isinstance(value, int | float)
-            fields[f.name] = float(value) if is_float else _lists(value)
+                fields[name] = value
+        elif all or value != default:
+            fields[name] = float(value) if is_float and isinstance(value, int | float) else _lists(value)
     return fields
+
+
+@functools.cache
+def _declared(cls):
+    """(name, default, whether it holds a float) of each field: a chapter asks for ten thousand keys."""
+    return [(f.name, f.default, float in (f.type, *typing.get_args(f.type))) for f in dataclasses.fields(cls)]
 
 
 def _lists(value):

@@ -70,7 +70,7 @@ class Store:
         self.also = [Path(folder) for folder in also]
         if self.dir.exists() and not self.dir.is_dir():
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
-        self._folders, self._tables, self._places, self._rows = {}, {}, {}, {}
+        self._folders, self._tables, self._places, self._rows, self._compared = {}, {}, {}, {}, {}
 
     def keys(self):
         """The keys that are stored, none of them checked; files that were read before are not read again."""
@@ -128,7 +128,7 @@ class Store:
     def get(self, run):
         """The row of a run, or None. Raises ValueError when what is stored under its key is another run."""
         row = self.row(run.key)
-        if row:
+        if row and self._compared.get(run.key) is not row:
             stored, wanted = json.loads(row["spec"]), run.spec()
             stored, wanted = ({**spec.pop("recipe", {}), **spec} for spec in (stored, wanted))
             for name in (name for name in stored if name in wanted and stored[name] != wanted[name]):
@@ -136,6 +136,7 @@ class Store:
                     f"Run {run.key} is stored with {name} = {stored[name]!r}, not {wanted[name]!r}: "
                     f"two runs share a key, or the file was edited; move it away and run again."
                 )
+            self._compared[run.key] = row
         return row
 
     def put(self, row):
