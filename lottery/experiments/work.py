@@ -45,6 +45,8 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
             histories = [_fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, checkpoint=kept, **how)]
         else:
             histories = training.fit([net.model for net in nets], images, r.recipe, seed=orders, **how)
+        if compiled:  # every network counts as a recompilation; at the eighth torch.compile gives up for good
+            torch.compiler.reset()
     keep_weights = keep_weights or [False] * len(runs)
     for r, net, history, keep in zip(runs, nets, histories, keep_weights, strict=True):
         weights = store.save_artifact(r.key, _artifact(r, net)) if keep else None
