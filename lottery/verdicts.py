@@ -46,6 +46,19 @@ SHORT = {  # a primary claim in a few words; any other is its own sentence
     "cs-pruning-above-oneshot-vgg16": "and on VGG-16",
     "cs-pruning-l0-below-oneshot-resnet20": "stochastic L0 is the worst",
     "cs-pruning-l0-below-oneshot-vgg16": "and on VGG-16 as well",
+    "str-table1-above-gmp": "STR is more accurate than gradual magnitude pruning at all four densities",
+    "str-table1-gap-grows": "the sparser, the further STR is ahead",
+    "str-fig5-fewer-macs": "STR's budget takes fewer MACs than the uniform one",
+    "str-table4-dnw-budget-94.8": "DNW gains from STR's budget",
+    "str-table5-gmp-budget-98.05": "gradual magnitude pruning gains from STR's budget",
+    "str-table3-no-loss-google12": "FastGRNN loses nothing at the rank that STR learnt",
+    "str-table3-above-lowrank-google12": "a rank that STR learnt is up to 1.66 points better than the same rank set before",
+    "grasp-fig2-train-loss": "GraSP's network ends with a lower training loss than SNIP's",
+    "grasp-fig2-norm-c10-grasp-above-snip": "GraSP leaves a larger gradient than SNIP",
+    "grasp-table1-vgg19-c10": "GraSP beats random pruning on VGG-19, CIFAR-10",
+    "grasp-table1-vgg19-c100": "GraSP beats random pruning on VGG-19, CIFAR-100",
+    "grasp-table1-resnet32-c10": "GraSP beats random pruning on ResNet-32, CIFAR-10",
+    "grasp-table1-resnet32-c100": "GraSP beats random pruning on ResNet-32, CIFAR-100",
 }
 
 
