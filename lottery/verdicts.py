@@ -52,7 +52,7 @@ SHORT = {  # a primary claim in a few words; any other is its own sentence
     "str-table4-dnw-budget-94.8": "DNW gains from STR's budget",
     "str-table5-gmp-budget-98.05": "gradual magnitude pruning gains from STR's budget",
     "str-table3-no-loss-google12": "FastGRNN loses nothing at the rank that STR learnt",
-    "str-table3-above-lowrank-google12": "a rank that STR learnt is up to 1.66 points better than the same rank set before",
+    "str-table3-above-lowrank-google12": "a rank that STR learnt is up to 1.66 points better than one set before",
     "grasp-fig2-train-loss": "GraSP's network ends with a lower training loss than SNIP's",
     "grasp-fig2-norm-c10-grasp-above-snip": "GraSP leaves a larger gradient than SNIP",
     "grasp-table1-vgg19-c10": "GraSP beats random pruning on VGG-19, CIFAR-10",
