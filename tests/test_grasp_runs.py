@@ -161,7 +161,7 @@ def test_overrides():
         ({"iterations": 2.5}, "Invalid iterations 2.5: give a whole number from 4."),
         ({"densities": 0.5}, "Invalid densities 0.5: give a list of fractions of weights to keep, 0 < kept < 1."),
         ({"densities": [5.0]}, "Invalid densities [5.0]: give a list of fractions of weights to keep, 0 < kept < 1."),
-        ({"criterion": "best"}, "Invalid criterion 'best': give one of magnitude, random, snip, grasp."),
+        ({"criterion": "best"}, "Invalid criterion 'best': give one of magnitude, random, snip, grasp, synflow."),
         ({"temperature": -1.0}, "Invalid temperature -1.0: give a number above 0, such as 200.0."),
         (
             {"per_class": 5, "chunks": 4},

@@ -32,5 +32,5 @@ def test_cells_are_arms_at_densities_and_each_has_its_runs(name, scale):
 
 
 def test_an_unknown_paper_is_one_line():
-    with pytest.raises(ValueError, match=r"^Unknown paper 'ttt': choose one of lth, cs, str, grasp\.$"):
+    with pytest.raises(ValueError, match=r"^Unknown paper 'ttt': choose one of lth, cs, str, grasp, compare\.$"):
         papers.paper("ttt")

@@ -192,7 +192,7 @@ def test_level_root_and_spec():
         ({"density": "0.1"}, "Invalid density '0.1': give a fraction of weights to keep, 0 < density <= 1."),
         (
             {"criterion": "largest", "density": 0.1},
-            "Invalid criterion 'largest': give one of magnitude, random, snip, grasp.",
+            "Invalid criterion 'largest': give one of magnitude, random, snip, grasp, synflow.",
         ),
         ({"criterion": "snip"}, "Invalid criterion 'snip' without density: give the fraction to keep."),
         (

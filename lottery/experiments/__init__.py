@@ -15,6 +15,7 @@ PAPERS = {
     "cs": "cs",
     "str": "soft_threshold",
     "grasp": "grasp",
+    "compare": "compare",  # no paper of its own: all methods beside each other
 }  # name → module here, in the order of the book
 FOUND_IN = {"Run": "runs", "Store": "store", "load": "store", "run": "engine"}
 __all__ = ["PAPERS", *FOUND_IN, *PAPERS.values()]

@@ -18,6 +18,7 @@ BUDGETS = ("", "layers", "total", "erk")
 INITS = ("reset", "rewind", "reinit", "random", "continue", "survivors", "noise")
 BATCH = {"chunks": 2, "class_sorted": True, "per_class": 10, "reinit_linear": True}  # as GraSP's authors draw it
 CRITERIA = {"magnitude": {}, "random": {}, "snip": BATCH, "grasp": {**BATCH, "temperature": 200.0}}
+CRITERIA |= {"synflow": {"rounds": 100}}
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,13 +36,14 @@ class Run:
         own θ₀, layer by layer | "noise" θ₀ + N(0, (noise · σ)²), σ of the layer's θ₀.
     rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
     draw: tells repetitions of a fresh draw apart.
-    criterion: what ranks the weights, "magnitude" | "random" | "snip" | "grasp".
+    criterion: what ranks the weights, "magnitude" | "random" | "snip" | "grasp" | "synflow".
     density: None removes `rate` of the parent's survivors; a fraction keeps that share of all Linear and Conv weights,
         ranked together in one shot: of the parent's final weights, or without parent of θ₀: pruned at initialisation.
         ((layer, fraction), …) ranks each layer by itself.
     score: what differs from the criterion's options CRITERIA, as pairs in order of their names. For "snip" and "grasp":
         per_class images of each class in `chunks` chunks, which come in pairs of half the classes each
-        (class_sorted=True) or have all classes each; reinit_linear as in `grasp.prune`; temperature ("grasp").
+        (class_sorted=True) or have all classes each; reinit_linear as in `grasp.prune`; temperature ("grasp"). For
+        "synflow": rounds.
     balanced: as in `data.load`: the validation images are as many of each class.
     layers: names of the layers that can be pruned, the denominator of densities and rates; None: all.
     method: what is trained beside weights, a `lottery.methods.Method`; by default nothing. With init "continue" a run
@@ -140,9 +142,11 @@ class Run:
             if type(value) is not kind or (kind is not bool and not value > 0):
                 rule = "True or False" if kind is bool else f"a number above 0, such as {known[name]}"
                 raise ValueError(f"Invalid {name} {value!r}: give {rule}.")
-        if known and self.recipe.inputs != "standard":
+        if "per_class" not in known:
+            return
+        if self.recipe.inputs != "standard":
             raise ValueError(f"Invalid inputs {self.recipe.inputs!r} with {self.criterion}: give 'standard'.")
-        if known and ((given["chunks"] % 2 and given["class_sorted"]) or given["per_class"] % self.draws):
+        if (given["chunks"] % 2 and given["class_sorted"]) or given["per_class"] % self.draws:
             what = "pair of chunks" if given["class_sorted"] else "chunk"
             each = f"each {what} needs as many of the {given['per_class']} images of a class"
             raise ValueError(f"Invalid chunks {given['chunks']}: {each}.")

@@ -246,6 +246,9 @@ def pruned(r, model, within, images, generator, device="cpu"):
         each = dict.fromkeys(within, r.rate) if r.scope == "global" else rates(model, r)
         return lth.prune(model, {name: each[name] for name in within}, r.scope, within)
     density = dict(r.density) if isinstance(r.density, tuple) else r.density
+    if r.criterion == "synflow":
+        shape = tuple(images.train.x.shape[1:])
+        return baselines.synflow(model, shape, density, r.score_options["rounds"], layers=list(within))
     ranked = scores(r, model, images, generator, device)
     return M.top_k({name: ranked[name] for name in within}, density, within=within)
 

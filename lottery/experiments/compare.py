@@ -1,0 +1,382 @@
+"""What to run so that all methods stand on equal terms: one network, data, recipe and number of steps for all of them.
+
+The network that is finally used is trained for T steps, whatever was spent to find it: a ticket for k steps before the
+weights are kept and T − k after, a mask that moves or is learnt during its one training of T. The last reading counts.
+Densities are of all Linear and Conv weights. ResNet-8 is GraSP's stand-in, and shares its runs where they are the same.
+
+A method is a line of METHODS, a function of (net, dense run, point, options) → Run. Its point is a density, or for CS,
+STR and L0, which have none among their settings, one of the Net's `knobs`: `at_density` interpolates between the two
+runs of a trial beside a density, over its logarithm, and never beyond them. An arm is "net/method", or with options
+"net@share=erk,lr=0.03/method".
+
+LeNet's options are tuned: each method has as many CONFIGS, its default, a lower learning rate and another value of what
+matters most to it, each tried once at TUNED_AT with a seed that is no trial; the best on the validation set is in
+CHOSEN. On ResNet-8, which trains on all images, no method is tuned.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+
+from lottery import baselines, data, models
+from lottery.cs import CS, Ticket
+from lottery.dynamic import DNW, GMP, SET, RigL
+from lottery.experiments import grasp, soft_threshold
+from lottery.experiments.papers import Paper
+from lottery.experiments.runs import Run, fractions
+from lottery.methods import NOTHING
+from lottery.soft_threshold import STR
+from lottery.stochastic import L0
+
+GUESSED = ()
+BACK = 1 / 32  # of the training: where rewound weights come from
+TUNED_AT, TUNING_SEED = 0.05, 100
+
+
+# The methods ----------------------------------------------------------------------------------------------------------
+
+
+def shared(run, density, share):
+    """A density as `Run` takes it: "global" ranks all layers together, "uniform" and "erk" each layer by itself."""
+    if share == "global":
+        return density
+    return _shared(run.model, run.dataset, run.options, density, share)
+
+
+@functools.cache
+def _shared(model, dataset, options, density, share):
+    if share not in ("uniform", "erk"):
+        raise ValueError(f"Invalid share {share!r}: give 'global', 'uniform' or 'erk'.")
+    facts = data.SETS[dataset]
+    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
+    return tuple({"uniform": baselines.uniform, "erk": baselines.erk}[share](net, density).items())
+
+
+def at_initialisation(criterion):
+    """θ₀ is ranked once, before any training."""
+
+    def method(net, run, density, share="global", **score):
+        score = tuple(sorted(score.items()))
+        return dataclasses.replace(run, criterion=criterion, density=shared(run, density, share), score=score)
+
+    return method
+
+
+def oneshot(net, run, density, share="global"):
+    """The dense network pruned once, its survivors back at θ₀."""
+    return dataclasses.replace(run, parent=run, density=shared(run, density, share))
+
+
+def imp(net, run, density, share="global", **start):
+    """Pruned and reset in rounds, by the Net's `levels` down to a density."""
+    found = run
+    for level in (d for d in net.levels if d >= density):
+        found = dataclasses.replace(net.read(run, level), parent=found, density=shared(run, level, share), **start)
+    return found
+
+
+def rewind(net, run, density, share="global", back=BACK):
+    """As `imp`, but survivors go back to where they were after a share of the training."""
+    return imp(net, run, density, share, init="rewind", rewind_to=max(1, round(back * run.recipe.iterations)))
+
+
+def moving(kind):
+    """GMP and DNW, whose masks move to, or at, a density."""
+
+    def method(net, run, density, **options):
+        return dataclasses.replace(run, method=kind(density=density, **options))
+
+    return method
+
+
+def rewired(kind):
+    """SET and RigL, from random masks at ERK densities."""
+
+    def method(net, run, density, share="erk", **options):
+        return dataclasses.replace(
+            run, method=kind(**options), criterion="random", density=shared(run, density, share)
+        )  # fmt: skip
+
+    return method
+
+
+def cs(net, run, s0, **options):
+    """One round of search from s0 and the training of its ticket, rewound."""
+    searched = dataclasses.replace(run, method=CS(s0=s0, **options), rate=0.0, rate_output=None)
+    ticket = {"method": Ticket(s0=s0, scale=searched.method.scale), "init": "rewind"}
+    return dataclasses.replace(searched, parent=searched, rewind_to=round(BACK * run.recipe.iterations), **ticket)
+
+
+def str_(net, run, decay, **options):
+    """λ is `decay` · 10⁻⁵ of the paper's training, scaled to this recipe; s starts at −3200."""
+    decay = soft_threshold.weight_decay(decay * 1e-5, run.recipe)
+    return dataclasses.replace(
+        run, recipe=dataclasses.replace(run.recipe, weight_decay=decay), method=STR(**options)
+    )  # fmt: skip
+
+
+def l0(net, run, lam, **options):
+    return dataclasses.replace(run, method=L0(lam=lam, **options))
+
+
+METHODS = {
+    "dense": lambda net, run, density: run,
+    "imp": imp,
+    "rewind": rewind,
+    "oneshot": oneshot,
+    "cs": cs,
+    "str": str_,
+    **{name: at_initialisation(name) for name in ("grasp", "snip", "synflow", "magnitude", "random")},
+    "gmp": moving(GMP),
+    "dnw": moving(DNW),
+    "l0": l0,
+    "set": rewired(SET),
+    "rigl": rewired(RigL),
+}
+KNOBS = ("cs", "str", "l0")  # methods without a density among their settings
+OTHER = {  # the third configuration of a method
+    "dense": "weight_decay=0.0005",
+    "imp": "share=erk",
+    "rewind": "back=0.125",
+    "oneshot": "share=erk",
+    "cs": "final=50",
+    "str": "granularity=global",
+    "grasp": "reinit_linear=false",
+    "snip": "reinit_linear=false",
+    "synflow": "rounds=10",
+    "magnitude": "share=erk",
+    "random": "share=erk",
+    "gmp": "budget=global",
+    "dnw": "budget=erk",
+    "l0": "drop=0.2",
+    "set": "fraction=0.1",
+    "rigl": "fraction=0.1",
+}
+CONFIGS = {name: ("default", "lr=0.03", other) for name, other in OTHER.items()}
+CHOSEN = {"lenet": {}}  # {net: {method: the one of its CONFIGS with the highest validation accuracy}}; else the default
+
+
+# The settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network with the points at which every method is trained.
+
+    base: its dense Run of trial 0. densities: compared at. levels: all densities of iterative pruning, falling.
+    knobs: {method of KNOBS: values}. kept: points at which masks are stored (() where the base stores all).
+    """
+
+    base: Run
+    densities: tuple[float, ...]
+    levels: tuple[float, ...]
+    knobs: dict[str, tuple] = field(default_factory=dict)
+    kept: tuple = ()
+
+    def points(self, method):
+        return (1.0,) if method == "dense" else self.knobs[method] if method in KNOBS else self.densities
+
+    def read(self, run, point):
+        """The run, with its masks stored where they are kept."""
+        if point not in self.kept:
+            return run
+        return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, test_readings="all"))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All networks at one scale. methods: those that are compared, each as "method" or "method@options"."""
+
+    nets: dict[str, Net]
+    trials: int = 5
+    seed: int = 0
+    methods: tuple[str, ...] = tuple(METHODS)
+
+    def __post_init__(self):
+        if type(self.trials) is not int or self.trials < 1:
+            raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
+        for text in self.methods:
+            if text.partition("@")[0] not in METHODS:
+                raise ValueError(
+                    f"Unknown method {text!r}: choose from {', '.join(METHODS)}, with @options or without."
+                )
+
+    @property
+    def seeds(self):
+        return range(self.seed, self.seed + self.trials)
+
+
+def recipe(epochs, per_epoch, **changes):
+    """GraSP's schedule: SGD with momentum 0.9, lr 0.1, a tenth of it after a half and again after three quarters."""
+    return dataclasses.replace(grasp.recipe(epochs, per_epoch, augment="none"), test_readings="log", **changes)
+
+
+LENET = Net(
+    Run(recipe=recipe(12, 550, batch_size=100)),
+    densities=(0.2, 0.1, 0.05, 0.02, 0.01),
+    levels=(0.67, 0.45, 0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.032, 0.02, 0.014, 0.01),
+    knobs={
+        "cs": (-0.2, -0.1, -0.05, -0.02, 0.0),
+        "str": (1.25, 1.5, 2.0, 3.0, 5.0, 8.0),
+        "l0": (3e-3, 3.5e-3, 4e-3, 5e-3, 7e-3),
+    },
+    kept=(0.05,),
+)
+RESNET8 = Net(
+    grasp.LAPTOP["resnet32-c10"],
+    densities=(0.1, 0.05, 0.02),
+    levels=(0.46, 0.22, 0.1, 0.05, 0.02),
+    knobs={"cs": (-0.4, -0.2, -0.08), "str": (1.9, 2.5, 4.0, 9.0), "l0": (1.5e-3, 2e-3, 2.5e-3, 4e-3)},
+)
+FEW = {"densities": (0.2, 0.1), "levels": (0.45, 0.2, 0.1)}
+FEW["knobs"] = {"cs": (-0.02, 0.0), "str": (1.2, 2.0), "l0": (1e-3, 1e-2)}
+QUICK = recipe(3, 13, batch_size=100)
+SETTINGS = {
+    "laptop": Setting({"lenet": LENET, "resnet8": RESNET8}),
+    "smoke": Setting(
+        {
+            "lenet": Net(Run(dataset="digits", recipe=QUICK), kept=(0.1,), **FEW),
+            "resnet8": Net(grasp.dense("resnet8", "digits", QUICK, width=4), **FEW),
+        },
+        trials=2,
+    ),
+}
+
+ONCE = ("oneshot", "grasp", "snip", "synflow", "magnitude", "random")
+ITEMS = {  # item → net, methods
+    "lenet-tuning": ("lenet", tuple(METHODS)),
+    "lenet": ("lenet", tuple(METHODS)),
+    "resnet8-sparse": ("resnet8", ("dense", "rewind", *ONCE, "gmp")),
+    "resnet8-moving": ("resnet8", ("dnw", "set", "rigl", "str")),
+    "resnet8": ("resnet8", tuple(METHODS)),
+}
+MAIN = ("lenet", "resnet8")
+
+
+def cells(item, at):
+    """(arm, density, point); the density is None where only the training decides it."""
+    net, methods = ITEMS[item]
+    found = []
+    for text in at.methods if net in at.nets else ():
+        method, _, options = text.partition("@")
+        tried = [options]
+        if item.endswith("-tuning"):
+            tried = CONFIGS[method] if not options else []
+        for variant in tried if method in methods else ():
+            arm = f"{net}@{variant}/{method}" if variant else f"{net}/{method}"
+            points = at.nets[net].points(method)
+            if item.endswith("-tuning") and method not in ("dense", *KNOBS):
+                points = (tuned_at(at.nets[net]),)
+            found += [(arm, None if method in KNOBS else point, point) for point in points]
+    return found
+
+
+def tuned_at(net):
+    """The density at which a network's methods are tuned: the one nearest to TUNED_AT."""
+    return min(net.densities, key=lambda d: abs(d - TUNED_AT))
+
+
+def seeds(item, at):
+    """The seeds of an item's trials; tuning has one that is no trial."""
+    return range(TUNING_SEED, TUNING_SEED + 1) if item.endswith("-tuning") else at.seeds
+
+
+def trial(arm, at, seed, point):
+    """The Run of one arm and trial at a point, a list of one."""
+    (name, _, variant), method = arm.split("/")[0].partition("@"), arm.split("/")[1]
+    net, run = at.nets[name], dataclasses.replace(at.nets[name].base, seed=seed)
+    given = options(variant or CHOSEN.get(name, {}).get(method, "default"))
+    changes = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
+    run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
+    try:
+        found = METHODS[method](net, run, point, **given)
+    except TypeError:
+        raise ValueError(f"Unknown option of {method} in {variant!r}: see lottery.experiments.compare.") from None
+    return [net.read(found, point)]
+
+
+def options(text):
+    """ "lr=0.03,share=erk" → {"lr": 0.03, "share": "erk"}; "default" → {}."""
+    found = {}
+    for part in text.split(",") if text != "default" else ():
+        name, equals, value = part.partition("=")
+        if not (name and equals):
+            raise ValueError(f"Invalid options {text!r}: give name=value,name=value, such as lr=0.03,share=erk.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def override(at, **given):
+    """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
+
+    methods: as of `Setting`. model, dataset, train_fraction, iterations, batch_size, lr: of every network, which keeps
+    its name; densities: compared at.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if "methods" in given:
+        given["methods"] = tuple(given["methods"])
+    base = {name: given.pop(name) for name in ("model", "dataset", "train_fraction") if name in given}
+    changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
+    if (n := given.pop("iterations", None)) is not None:
+        if type(n) is not int or n < 4:
+            raise ValueError(f"Invalid iterations {n!r}: give a whole number from 4.")
+        changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
+    densities = given.pop("densities", None)
+    changed = functools.partial(_changed, base=base, changes=changes, densities=densities and fractions(densities))
+    nets = {name: changed(net) for name, net in at.nets.items()} if base or changes or densities else at.nets
+    at = dataclasses.replace(at, nets=nets, **given)
+    for item in MAIN:  # what is wrong with a method's options is told here
+        for arm, _, point in cells(item, at):
+            trial(arm, at, at.seed, point)
+    return at
+
+
+def _changed(net, base, changes, densities):
+    run = net.base
+    if "iterations" in changes:
+        changes = changes | {"eval_every": min(run.recipe.eval_every, changes["iterations"])}
+    if "model" in base:  # the width is an option of the ResNets
+        base = base | {"options": tuple(pair for pair in run.options if pair[0] == "init")}
+    run = dataclasses.replace(run, **base, recipe=dataclasses.replace(run.recipe, **changes))
+    if densities:
+        levels = tuple(sorted({*net.levels, *densities}, reverse=True))
+        net = dataclasses.replace(net, densities=densities, levels=levels, kept=(tuned_at(net),) if net.kept else ())
+    return dataclasses.replace(net, base=run)
+
+
+# What is read of the runs ---------------------------------------------------------------------------------------------
+
+
+def at_density(density, found, values):
+    """A trial's value at a density by interpolation over its logarithm, or None where no two runs are around it.
+
+    found: densities of its runs, 0 ones among them; values: as many numbers, or arrays.
+    """
+    pairs = sorted((d, i) for i, d in enumerate(found) if d > 0)
+    if exact := [i for d, i in pairs if math.isclose(d, density, rel_tol=1e-3)]:
+        return values[exact[0]]
+    below, above = [pair for pair in pairs if pair[0] < density], [pair for pair in pairs if pair[0] > density]
+    if not below or not above:
+        return None
+    (low, i), (high, j) = below[-1], above[0]
+    share = math.log(density / low) / math.log(high / low)
+    return (1 - share) * values[i] + share * values[j]
+
+
+def cost(run):
+    """(all that is trained for a network, its part after the masks are what they stay), in units of one training."""
+    chain = [run]
+    while parent := chain[-1].parent:
+        chain.append(parent)
+    steps = [r.recipe.iterations - r.rewind_to for r in chain]
+    fixed = 1.0 if isinstance(run.method, Ticket) or run.method == NOTHING else 1 - getattr(run.method, "end", 1.0)
+    return sum(steps) / run.recipe.iterations, fixed * steps[0] / run.recipe.iterations
+
+
+PAPER = Paper(__name__)
+setting, runs, arm = PAPER.setting, PAPER.runs, PAPER.arm

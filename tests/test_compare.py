@@ -1,0 +1,184 @@
+"""lottery.experiments.compare: every method on the same network, data, recipe and steps; what is read of the runs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lottery import data, masks, models
+from lottery.baselines import erk, synflow
+from lottery.experiments import Store, compare, grasp, work
+
+LAPTOP, SMOKE = compare.setting("laptop"), compare.setting("smoke")
+
+
+def only(arm, point, seed=0, at=LAPTOP):
+    [run] = compare.trial(arm, at, seed, point)
+    return run
+
+
+def test_golden_keys():
+    """Published keys never change: results that are stored under them would be lost."""
+    assert only("lenet/dense", 1.0).key == "e373c5506c52f57f3f839412"
+
+
+# What is declared -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net", ["lenet", "resnet8"])
+def test_all_methods_have_the_dense_network_and_its_recipe(net):
+    """What is finally used is trained as the dense network is; STR's weight decay is its knob."""
+    dense = only(f"{net}/dense", 1.0)
+    for arm, _, point in compare.cells(net, LAPTOP):
+        run = only(arm, point)
+        same = (
+            "iterations",
+            "batch_size",
+            "lr",
+            "momentum",
+            "milestones",
+            "augment",
+            "precision",
+            "optimizer",
+            "inputs",
+        )
+        assert [getattr(run.recipe, name) for name in same] == [getattr(dense.recipe, name) for name in same], arm
+        assert (run.model, run.dataset, run.options, run.valid) == (
+            dense.model,
+            dense.dataset,
+            dense.options,
+            dense.valid,
+        )
+        assert run.layers is None
+        assert run.recipe.weight_decay == dense.recipe.weight_decay or arm.endswith("/str")
+
+
+def test_resnet8_shares_grasps_runs():
+    """The same Run under the same key: nothing is trained twice."""
+    theirs = {r.key for r in grasp.runs("table2", "laptop")}
+    arms = [f"resnet8/{method}" for method in ("grasp", "snip", "oneshot")]
+    assert {only(arm, d).key for arm in arms for d in (0.1, 0.05, 0.02)} <= theirs
+    assert only("resnet8/dense", 1.0).key in theirs
+
+
+def test_iterative_pruning_passes_through_every_density():
+    run, found = only("lenet/imp", 0.01), []
+    while run.parent:
+        found.append(run.density)
+        run = run.parent
+    assert found[::-1] == list(LAPTOP.nets["lenet"].levels)
+    assert run == only("lenet/dense", 1.0)
+    assert only("lenet/imp", 0.01).parent.parent == only("lenet/imp", 0.02)
+    assert only("lenet/rewind", 0.2).rewind_to == round(6600 / 32)
+
+
+def test_every_method_has_as_many_configurations():
+    assert {len(set(configs)) for configs in compare.CONFIGS.values()} == {3}
+    assert compare.CONFIGS.keys() == compare.METHODS.keys()
+    tuned = {}
+    for arm, _, point in compare.cells("lenet-tuning", LAPTOP):
+        method = arm.split("/")[1]
+        tuned.setdefault(method, {}).setdefault(arm, set()).add(only(arm, point, 100).key)
+    assert {method: len(arms) for method, arms in tuned.items()} == dict.fromkeys(compare.METHODS, 3)
+    for method, arms in tuned.items():
+        assert not set.intersection(*arms.values()), method
+    assert set(compare.seeds("lenet-tuning", LAPTOP)).isdisjoint(compare.seeds("lenet", LAPTOP))
+
+
+def test_what_is_chosen_is_a_configuration():
+    for chosen in compare.CHOSEN.values():
+        assert all(config in compare.CONFIGS[method] for method, config in chosen.items())
+
+
+def test_a_share_of_each_layer_is_the_field_s():
+    run = only("lenet@share=erk/snip", 0.05)
+    net = models.create("lenet_300_100", seed=0)
+    assert dict(run.density) == pytest.approx(erk(net, 0.05))
+    assert only("lenet@share=uniform/random", 0.05).density == (("fc1", 0.05), ("fc2", 0.05), ("fc3", 0.05))
+
+
+def test_masks_are_stored_at_one_density_of_lenet():
+    kept = {d: only("lenet/gmp", d).recipe.test_readings for d in LAPTOP.nets["lenet"].densities}
+    assert kept == {0.2: "log", 0.1: "log", 0.05: "all", 0.02: "log", 0.01: "log"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"methods": ["imp", "magic"]}, "Unknown method 'magic'"),
+        ({"methods": ["gmp@begin"]}, "Invalid options 'begin'"),
+        ({"methods": ["gmp@rounds=3"]}, "Unknown option of gmp in 'rounds=3'"),
+        ({"methods": ["imp@share=equal"]}, "Invalid share 'equal'"),
+        ({"iterations": 2}, "Invalid iterations 2"),
+        ({"trials": 0}, "Invalid trials 0"),
+        ({"densities": [1.5]}, "Invalid densities"),
+    ],
+)
+def test_a_bad_parameter_is_one_line(given, said):
+    with pytest.raises(ValueError, match=said):
+        compare.override(SMOKE, **given)
+
+
+def test_a_reader_adds_a_method_and_a_network():
+    at = compare.override(SMOKE, methods=["imp", "gmp@begin=0.1"], model="conv2")
+    assert {arm for arm, _, _ in compare.cells("lenet", at)} == {"lenet/imp", "lenet@begin=0.1/gmp"}
+    run = only("lenet@begin=0.1/gmp", 0.1, at=at)
+    assert (run.model, run.method.begin, run.method.density) == ("conv2", 0.1, 0.1)
+    at = compare.override(SMOKE, densities=[0.3])
+    assert only("lenet/imp", 0.3, at=at).parent.density == 0.45
+
+
+def test_synflow_prunes_the_network_that_is_trained(tmp_path):
+    run = only("lenet/synflow", 0.1, at=SMOKE)
+    images = data.load("digits")
+    found = masks.read(work.initialise(run, images, Store(tmp_path)).model)
+    net = models.create("lenet_300_100", seed=0, in_shape=(1, 8, 8))
+    wanted = synflow(net, (1, 8, 8), 0.1, rounds=100)
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+    other = dataclasses.replace(run, score=(("rounds", 10),))
+    assert other.key != run.key
+    with pytest.raises(ValueError, match="Unknown score 'per_class' of synflow: it takes rounds"):
+        dataclasses.replace(run, score=(("per_class", 10),))
+
+
+# What is read of the runs ---------------------------------------------------------------------------------------------
+
+
+def test_between_two_runs_by_hand():
+    """Half of the way from 1 % to 4 % on a log axis is 2 %."""
+    assert compare.at_density(0.02, [0.04, 0.01], [90.0, 80.0]) == pytest.approx(85)
+    assert compare.at_density(0.02, [0.04, 0.021, 0.01], [90.0, 88.0, 80.0]) > 87
+    assert compare.at_density(0.02, [0.02, 0.01], [90.0, 80.0]) == 90
+    assert list(compare.at_density(0.02, [0.04, 0.01], np.array([[2.0, 4.0], [0.0, 0.0]]))) == pytest.approx([1, 2])
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=6), st.floats(1e-4, 1.0))
+def test_never_beyond_the_runs(found, density):
+    values = list(map(np.log, found))
+    value = compare.at_density(density, [0.0, *found], [0.0, *values])
+    outside = not min(found) <= density <= max(found)
+    if outside and min(abs(np.log(np.array(found) / density))) > 2e-3:
+        assert value is None
+    if value is not None:  # what is linear in the logarithm is met
+        assert value == pytest.approx(np.log(density), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arm", "point", "cost"),
+    [
+        ("lenet/dense", 1.0, (1, 1)),
+        ("lenet/snip", 0.05, (1, 1)),
+        ("lenet/oneshot", 0.05, (2, 1)),
+        ("lenet/imp", 0.2, (5, 1)),
+        ("lenet/rewind", 0.2, (1 + 4 * (1 - 206 / 6600), 1 - 206 / 6600)),
+        ("lenet/cs", 0.0, (2 - 206 / 6600, 1 - 206 / 6600)),
+        ("lenet/gmp", 0.05, (1, 0.2)),
+        ("lenet/rigl", 0.05, (1, 0.25)),
+        ("lenet/set", 0.05, (1, 0)),
+        ("lenet/str", 2.0, (1, 0)),
+    ],
+)
+def test_costs_in_trainings(arm, point, cost):
+    assert compare.cost(only(arm, point)) == pytest.approx(cost)
