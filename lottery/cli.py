@@ -1,4 +1,4 @@
-"""The command line: `lottery run | status | merge | scorecard | bench | prune`."""
+"""The command line: `lottery run | status | merge | scorecard | audit | bench | prune`."""
 
 import contextlib
 import hashlib
@@ -209,6 +209,54 @@ def scorecard(
 
     card = cards.scorecard(paper, experiments.Store(results_dir))
     typer.echo(json.dumps(card, allow_nan=False) if as_json else cards.text(card))
+
+
+@app.command()
+@kind_errors
+def audit(
+    key: Annotated[str | None, typer.Argument(help="One stored run; default: a sample.")] = None,
+    n: Annotated[int, typer.Option("--runs", help="How many are drawn, by turns from each paper and evidence.")] = 30,
+    by: Annotated[
+        str | None, typer.Option("--commit", help="The hash to draw by; default: the clone's commit.")
+    ] = None,
+    prefix: Annotated[
+        bool, typer.Option("--prefix", help="Only the first 500 steps of what is drawn; its parents in full.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Chains of trainings side by side.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    look: Annotated[bool, typer.Option("--list", help="Only name what is drawn and the time it takes.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything that came out.")] = None,
+    results_dir: ResultsDir = None,
+):
+    """Train stored results again, from nothing, and compare. Exit status 1: one does not come out, unexplained."""
+    from lottery.experiments import Store, engine
+    from lottery.experiments import audit as audits
+
+    engine.check(device, 1)
+    for name, value in (("runs", n), ("jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"Invalid {name} {value}: give a whole number from 1.")
+    if json_file and not json_file.parent.is_dir():
+        raise FileNotFoundError(f"No folder {json_file.parent}: make it first, or name another file.")
+    store = Store(results_dir)
+    known, by = audits.declared(store), by or audits.commit()
+    if key and key not in known:
+        raise ValueError(f"No declared run is stored under {key!r}: `lottery audit --list` names some.")
+    keys, began = [key] if key else audits.draw(known, n, by), time.monotonic()
+    for name in keys if look else ():
+        typer.echo(f"{name} {known[name][0]}, {known[name][1]}: {known[name][2]!r}")
+    todo = [known[name][2] for name in keys]
+    typer.echo(f"{len(audits.needed(todo))} trainings, {_hours(audits.seconds(todo, store, prefix))} of one core.")
+    if look:
+        return
+    tell = lambda run: typer.echo(f"{run['key']} {run['outcome']}{run['reason'] and ': '}{run['reason']}")  # noqa: E731
+    found = audits.audit(keys, known, store, prefix, jobs, device, tell)
+    kept = audits.record(found, store, by, prefix, time.monotonic() - began)
+    typer.echo(audits.said(kept))
+    if json_file:
+        json_file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if any(run["outcome"] == audits.MISS for run in found):
+        raise typer.Exit(1)
 
 
 @app.command()

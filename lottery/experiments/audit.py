@@ -1,0 +1,272 @@
+"""The audit: stored results are trained again, from nothing, and compared with what the store says.
+
+Which ones is drawn by the hash of a commit, so that nobody chooses, and by turns from each paper and evidence. All that
+a result stands on is trained again as well, in fresh processes and a store of its own: no mask and no weight comes from
+the store, and what is trained on the way is compared, too. With a prefix the drawn run itself stops after 500 steps.
+
+Under the same execution record (torch, CPU capability, threads, compile, …) a result has to come out bit by bit.
+Elsewhere trajectories part: of two LeNets whose arithmetic differs in the last bit the losses are within 1e-6 of each
+other after 100 steps and a per cent apart after 500, of ResNet-8 in bfloat16 a per cent apart after 50. So the first
+losses have to agree within LOSS, for as many steps as ALIKE says, and the last accuracy within ACCURACY points. What
+does not is a miss; it is explained where something else is known to be different.
+"""
+
+import hashlib
+import json
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import as_completed
+from pathlib import Path
+
+from lottery import training
+from lottery.batches import take
+from lottery.experiments import PAPERS, engine, papers, work
+from lottery.experiments.runs import Measurement
+from lottery.experiments.store import Store, now, root, stale
+
+PREFIX = 500  # steps
+LOSS = 1e-3  # relative
+ALIKE = {"float32": 100, "bfloat16": 10}  # steps
+ACCURACY = {"float32": 0.3, "bfloat16": 1.5}  # points
+RECORD = ("packages", "device", "threads", "compile", "flush_denormal", "deterministic")  # of a certificate
+TIMES = ("wall_s", "started", "device", "certificate", "payload_sha", "parent", "spec")  # no results
+SAME, CLOSE, EXPLAINED, MISS = "identical", "within tolerance", "explained miss", "miss"
+
+
+# What is drawn --------------------------------------------------------------------------------------------------------
+
+
+def declared(store):
+    """`{key: (paper, evidence, Run)}` of all that is stored and declared; of a run of several papers the first one."""
+    found, stored = {}, set(store.keys())
+    for paper in PAPERS:
+        module = papers.paper(paper)
+        for scale in (scale for scale in module.scales if scale != "smoke"):
+            evidence = {"paper": "full", "primary": "full"}.get(scale, "reduced or stand-in")
+            for r in module.runs(None, scale):
+                if r.key in stored:
+                    found.setdefault(r.key, (paper, evidence, r))
+    return found
+
+
+def draw(runs, n, commit):
+    """n keys of `declared` runs, by turns from each paper and evidence, within them in the order of a hash."""
+    strata = {}
+    for key, (paper, evidence, _) in runs.items():
+        strata.setdefault((paper, evidence), []).append(key)
+    turns = {
+        key: (turn, stratum)
+        for stratum, keys in strata.items()
+        for turn, key in enumerate(sorted(keys, key=lambda key: hashlib.sha256((commit + key).encode()).digest()))
+    }
+    return sorted(turns, key=turns.get)[:n]
+
+
+def commit():
+    """The hash of the clone's commit. Raises ValueError where there is none."""
+    git = ["git", "-C", str(root()), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError("No commit to draw by: work inside a git clone, or give --commit.") from None
+
+
+def needed(runs):
+    """`{run: None}` of some runs and all that they are trained from, parents first."""
+    found = {}
+
+    def need(r):
+        for p in engine.needs(r):
+            need(p)
+        found[r] = None
+
+    for r in runs:
+        need(r)
+    return found
+
+
+def seconds(runs, store, prefix=False):
+    """What some runs and all they need took as they are stored; of what is not stored, what as many steps take."""
+    pace, todo = store.paces(), needed(runs)
+    parents = {p for r in todo for p in engine.needs(r)}
+
+    def took(r):
+        row = store.row(r.key)
+        whole = row["wall_s"] if row else pace.get(r.like, 0) * r.work
+        return whole if r in parents or not prefix else whole * min(1, PREFIX / r.work)
+
+    return sum(map(took, todo))
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+def audit(keys, known, store, prefix=False, jobs=1, device="cpu", report=print):
+    """Train some stored runs again, `jobs` chains side by side; returns what came out of each, as JSON types.
+
+    keys: of `known`, the `declared` runs. A chain is what has one dense training in common; what is trained on the way
+    has drawn False, and is left out where it is not stored. An outcome is that of `compare`, with key, paper, evidence,
+    run and drawn.
+    """
+    chains, found = {}, []
+    for r in (known[key][2] for key in keys):
+        chains.setdefault(r.key if isinstance(r, Measurement) else r.root.key, []).append(r)
+    with _processes(jobs) as pool:
+        tasks = [pool.submit(_again, some, _settings(some, store, device), prefix) for some in chains.values()]
+        for task in as_completed(tasks):
+            outcomes = {}  # a chain's runs come parents first
+            for r, row in task.result():
+                if not (stored := store.row(r.key)):
+                    continue
+                outcome = compare(stored, row, [outcomes.get(p.key, SAME) for p in engine.needs(r)])
+                outcomes[r.key] = outcome["outcome"]
+                paper, evidence, _ = known.get(r.key, (None, None, None))
+                about = {"key": r.key, "paper": paper, "evidence": evidence, "run": repr(r), "drawn": r.key in keys}
+                found.append(about | outcome)
+                report(found[-1])
+    return found
+
+
+def _processes(jobs):
+    """Fresh worker processes, never this one, whose caches may know what is to be found out."""
+    from joblib.externals.loky import ProcessPoolExecutor
+
+    return ProcessPoolExecutor(jobs)
+
+
+def _settings(runs, store, device):
+    """`{key: (device, threads, compiled)}` of some runs and all they need, as they are stored."""
+    found = {}
+    for r in needed(runs):
+        row = store.row(r.key)
+        how = json.loads(row["certificate"]) if row else {"threads": 1, "compile": False}
+        found[r.key] = device, how["threads"], how["compile"] and training.can_compile(device)
+    return found
+
+
+def _again(runs, settings, prefix):
+    """[(run, its new row)] of some runs and all they need, parents first. Nothing is read but the data."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        store, todo = Store(folder), needed(runs)
+        parents = {p for r in todo for p in engine.needs(r)}
+        for r in todo:
+            device, threads, compiled = settings[r.key]
+            if prefix and r not in parents and not isinstance(r, Measurement):
+                found.append((r, _beginning(r, store, *settings[r.key])))
+            else:
+                work.execute([r], folder, (), [r in parents], device, threads, compiled)
+                found.append((r, store.row(r.key)))
+    return found
+
+
+def _beginning(r, store, device, threads, compiled):
+    """What the row of a run has after its first PREFIX steps."""
+    with work._settings(threads):
+        images = take(work._images(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
+        given, begin = work.spending(r, images, store), work.start(r)
+        net = work.initialise(given, images, store, device)
+        how = {"start": begin, "stop": min(begin + PREFIX, r.recipe.iterations), "method": given.method}
+        how |= {"opt": net.optimizer, "compiled": compiled}
+        history = work._fit(net.model, images, r.recipe, seed=int(r.key[:15], 16), **how)
+    certificate = work._certificate(work._algorithms(r), now(), history.wall_s, device, threads)
+    certificate = json.dumps(certificate | {"compile": compiled})
+    losses = {str(t): loss for t, loss in history.train_loss.items()}
+    return {"train_loss": json.dumps(losses), "fingerprint": images.fingerprint, "certificate": certificate}
+
+
+def compare(stored, row, parents=()):
+    """{outcome, reason, accuracy, loss} of a stored row beside a new one, or the beginning of one.
+
+    parents: the outcomes of what it was trained from. accuracy: points by which the last test accuracies differ; loss:
+    relative, the largest of ALIKE's early losses, or of a measurement's values; None where they cannot be compared.
+    """
+    precision = json.loads(stored["spec"]).get("recipe", {}).get("precision", "float32")
+    parted, missed = set(parents) - {SAME}, {MISS, EXPLAINED}.intersection(parents)
+    accuracy, loss = _accuracy(stored, row), None if parted else _loss(stored, row, ALIKE[precision])
+    found = {"outcome": SAME, "reason": "", "accuracy": accuracy, "loss": loss}
+    differ = [name for name in row if name not in TIMES and _value(row, name) != _value(stored, name, like=row)]
+    if not differ:
+        return found
+    other = _other_record(stored, row)
+    near = (accuracy is None or accuracy <= ACCURACY[precision]) and (loss is None or loss <= LOSS)
+    if other and near and not accuracy is loss is None:
+        return found | {"outcome": CLOSE, "reason": f"another execution record: {', '.join(other)}"}
+    why = f"stored with {', '.join(differ)} otherwise"
+    for explained, because in (
+        (stored["fingerprint"] != row["fingerprint"], "on other data"),
+        (stale(stored), "by an older version of an algorithm"),
+        (missed or (parted and accuracy is None), "its parents came out otherwise"),
+    ):
+        if explained:
+            return found | {"outcome": EXPLAINED, "reason": f"{why}: {because}"}
+    return found | {"outcome": MISS, "reason": f"{why}, {'under another' if other else 'under the same'} record"}
+
+
+def _value(row, name, like=None):
+    """What is compared of a column; of a beginning's losses those that it has."""
+    if name != "train_loss" or row[name] is None:
+        return row[name]
+    steps = json.loads((like or row)[name])
+    return {t: loss for t, loss in json.loads(row[name]).items() if t in steps}
+
+
+def _other_record(stored, row):
+    """What differs between two execution records, in words."""
+    a, b = (json.loads(r["certificate"]) for r in (stored, row))
+    return [f"{name} {a.get(name)} and {b.get(name)}" for name in RECORD if a.get(name) != b.get(name)]
+
+
+def _accuracy(stored, row):
+    a, b = (r.get("last_test_acc") for r in (stored, row))
+    return None if a is None or b is None else round(100 * abs(a - b), 4)
+
+
+def _loss(stored, row, steps):
+    """The largest relative difference of the first losses, or of a measurement's values; None where there are none."""
+    name = "values" if row.get("values") else "train_loss"
+    if not row.get(name) or not stored.get(name):
+        return None
+    a, b = (_numbers(json.loads(r[name])) for r in (stored, row))
+    pairs = [(a[t], b[t]) for t in a.keys() & b.keys() if name == "values" or int(t) <= steps]
+    return max((abs(x - y) / max(abs(x), 1e-12) for x, y in pairs), default=None)
+
+
+def _numbers(found):
+    return {name: v for name, v in found.items() if isinstance(v, int | float)}
+
+
+# What is told ---------------------------------------------------------------------------------------------------------
+
+
+def record(found, store, by, prefix, wall_s):
+    """What is kept of an audit: when, by which commit's hash, where, and what came out of each run."""
+    torch, device = work.torch.__version__, work._device_name("cpu")
+    head = {"schema": 1, "when": now(), "commit": by, "prefix": prefix, "torch": torch, "device": device}
+    return head | {"wall_s": round(wall_s), "stored": len(store.keys()), "runs": found}
+
+
+def said(kept):
+    """Markdown: what came out of an audit, `record` or its file; every miss by name."""
+    if isinstance(kept, Path):
+        if not kept.exists():
+            return "No audit is kept: `lottery audit --json results/audit.json` makes one."
+        kept = json.loads(kept.read_text(encoding="utf-8"))
+    runs = kept["runs"]
+    counts, drawn = Counter(r["outcome"] for r in runs), sum(r["drawn"] for r in runs)
+    part = "its first 500 steps" if kept["prefix"] else "all of it"
+    groups = len({(r["paper"], r["evidence"]) for r in runs if r["drawn"]})
+    lines = [
+        f"**Audit of {kept['when'][:10]}:** {drawn} of {kept['stored']:,} stored results, drawn by the hash of commit "
+        f"{kept['commit'][:8]} from {groups} groups of paper and evidence, were "
+        f"trained again from nothing ({part}), {len(runs) - drawn} more on the way to them: "
+        + ", ".join(f"{counts[name]} {name}" for name in (SAME, CLOSE, EXPLAINED, MISS) if counts[name])
+        + f". On {kept['device']}, torch {kept['torch']}."
+    ]
+    lines += [
+        f"* {r['key']} ({r['paper']}): {r['outcome']}, {r['reason']}."
+        for r in runs
+        if r["outcome"] in (EXPLAINED, MISS)
+    ]
+    return "\n".join(lines)
