@@ -412,13 +412,15 @@ def fit(
 class _Loop:
     """The iterations of one training, and all that goes on from one to the next. `t`: how many are finished."""
 
+    evaluate = staticmethod(evaluate)
+
     def __init__(self, models, data, recipe, method, step, batch, start, stop, graph):
         self.data, self.recipe, self.method, self.step, self.batch = data, recipe, method, step, batch
         self.start, self.stop, self.t, self.lr = start, stop, start, None
         self.loss, self.first_losses, self.batch_loss, self.since = None, {}, 0.0, start
         self.steps, self.test_steps = (set(steps) for steps in recipe.readings(start, stop))
         self.like, self.began = next(models[0].parameters()), time.perf_counter()
-        self.members = [_Member(each, data, recipe, batch.normalise, method) for each in models]
+        self.members = [_Member(each, data, recipe, batch.normalise, method, self.evaluate) for each in models]
         self.under_way = dict(enumerate(self.members))
         tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
         captures = graph and tensors and _captures(self.like.device)
@@ -443,7 +445,7 @@ class _Loop:
         """One step."""
         self._set_lr(self.recipe.lr_at(self.t))
         self.batch.choose(self.t)
-        if type(self.step) is Step:
+        if isinstance(self.step, Step):
             self.step.t = self.t
             self.method.before_step(self.t, self.step)
         self.loss = self.launch[self.batch.length]()
@@ -487,7 +489,7 @@ class _Loop:
         if isinstance(self.step, perceptron.Population):
             found = _evaluate(self.step.forward, self.like, split, self.batch.normalise, smoothing=smoothing)
             return list(zip(*found, strict=True))
-        return [evaluate(self.members[0].model, split, self.batch.normalise, smoothing=smoothing)]
+        return [self.evaluate(self.members[0].model, split, self.batch.normalise, smoothing=smoothing)]
 
     def histories(self, wall_s):
         """What each network's `History` is in the end."""
@@ -568,8 +570,9 @@ def remember(opt, model, memory: dict[str, torch.Tensor]) -> None:
 class _Member:
     """One network of a training, what was read of it, and its state at the smallest validation loss so far."""
 
-    def __init__(self, model, data, recipe, normalise, method):
+    def __init__(self, model, data, recipe, normalise, method, evaluate):
         self.model, self.data, self.recipe, self.normalise, self.method = model, data, recipe, normalise, method
+        self.evaluate = evaluate
         self.masks, self.modes = method.masks(model), contextlib.ExitStack()
         self.modes.enter_context(_modes_kept(model))
         layers, masks = M.masked(model), M.read(model)
@@ -608,15 +611,19 @@ class _Member:
         if masks:
             M.attach(self.model, masks)
 
+    def reading(self, step):
+        """Everything at one reading point, of the network as it is now."""
+        return reading(self.model, self.data, self.normalise, step, self.smoothing, self.evaluate)
+
     def end(self, done, finite):
         """Everything at the early stop and at the last iteration."""
         self.done, h, final = done, self.history, self.snapshot()
         with autocast(self.recipe, next(self.model.parameters())):
             if self.best is not None:
                 self.put(self.best)
-                h.early_stop = reading(self.model, self.data, self.normalise, self.best_step, self.smoothing)
+                h.early_stop = self.reading(self.best_step)
                 self.put(final)
-            h.last = reading(self.model, self.data, self.normalise, done, self.smoothing)
+            h.last = self.reading(done)
         if not finite or not math.isfinite(h.last.train_loss):  # the last step may have been one too many
             h.status = "diverged"
         self.modes.close()
@@ -671,7 +678,7 @@ def populations(models, recipe, shape=None):
     return (recipe.precision, recipe.label_smoothing) == ("float32", 0) and perceptron.trainable(models, shape)
 
 
-def reading(model, data, normalise, step, smoothing=0.0):
+def reading(model, data, normalise, step, smoothing=0.0, evaluate=evaluate):
     """Everything at one reading point, of the model as it is now."""
     val_loss, val_correct = evaluate(model, data.valid, normalise, smoothing=smoothing)
     correct = evaluate(model, data.test, normalise)[1]

@@ -56,7 +56,7 @@ def recipe(epochs, per_epoch=352, **changes):
 
 
 # ResNet-50 on ImageNet: 90 epochs and these s0 are known at second hand; batch size, learning rate and drops are the
-# field's. 1,281,167 images, 5,005 minibatches an epoch. ImageNet is no data set of this package: nothing runs it here.
+# field's. 1,281,167 images, 5,005 minibatches an epoch.
 IMAGENET = dataclasses.replace(recipe(90, 5_005, batch_size=256), nesterov=False, milestones=(30 * 5_005, 60 * 5_005))
 IMAGENET_S0 = (0.0, -0.01, -0.02, -0.03, -0.05)
 
@@ -205,6 +205,12 @@ class Setting:
         if variant in VARIANTS:
             return change | {name: value for name, value in VARIANTS[variant].items() if name != "rewind_to"}
         return change | ({"s0": float(variant.removeprefix("s"))} if variant else {})
+
+
+def imagenet(seed=0):
+    """ResNet-50 on ImageNet, for `lottery.parallel`: dense, and searched once from each s0, then fine-tuned."""
+    at = Setting({"resnet50": dense("resnet50", "imagenet", IMAGENET, valid=0)})
+    return [at.dense("resnet50", seed), *(at.pruned("resnet50", seed, 1, f"s{s0}") for s0 in IMAGENET_S0)]
 
 
 MASKS_KEPT = ("resnet20",)  # networks small enough for their masks to be stored, round by round

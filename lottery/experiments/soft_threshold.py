@@ -31,7 +31,6 @@ GUESSED = (
     "RigL's and SET's settings, which are those of RigL's paper",
     "the optimiser of FastGRNN with STR, and what else decays there",
     "λ of HAR-2, and of two rows of Google-12 that share one",
-    "the crops of ImageNet: ours are shifted, not of random size",
 )
 PULL = str_exact.pull()  # Σ lr / (1 − momentum) of the paper's training
 DENSE = 2.0**-15  # λ of everything but STR

@@ -1,0 +1,200 @@
+"""One training on several processes: the images, their order, and that it ends where one process ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from lottery import data, parallel, tensorfile
+from lottery.experiments import Store
+from lottery.experiments.runs import Run
+from lottery.soft_threshold import STR
+from lottery.training import Recipe
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not available")
+FACTS = data.Facts(3, (3, 32, 32), 20, 6)
+RECIPE = Recipe(
+    optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=1e-3, batch_size=8, iterations=7, eval_every=3,
+    last_batch="keep", augment="flip-crop", inputs="standard",
+)  # fmt: skip
+
+
+def runs():
+    """STR, whose threshold moves, and a network that is pruned by SNIP before it is trained."""
+    plain = Run(model="resnet8", dataset="imagenet", recipe=RECIPE, valid=0, options=(("width", 4),))
+    score = (("chunks", 2), ("per_class", 2))
+    return [
+        Run(**{**vars_of(plain), "method": STR(s_init=-4.0)}),
+        Run(**{**vars_of(plain), "criterion": "snip", "density": 0.3, "score": score}),
+    ]
+
+
+def vars_of(run):
+    return {name: getattr(run, name) for name in ("model", "dataset", "recipe", "valid", "options")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """20 training and 6 test images of three classes, noise of other sizes and modes."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, n in (("train", 20), ("val", 6)):
+        for i in range(n):
+            path = root / part / f"n0{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels if i % 4 else pixels[:, :, 0]).save(path)
+    return root
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A group of this process."""
+    monkeypatch.setitem(data.SETS, "imagenet", FACTS)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# Images
+
+
+def test_a_crop_depends_on_seed_epoch_and_image_alone(folder):
+    images = parallel.Images(folder, "train", 32)
+    state = torch.get_rng_state()
+    first = [images[0, epoch, i][0] for epoch in (0, 1) for i in (3, 4)]
+    torch.manual_seed(5)
+    again = [images[0, epoch, i][0] for epoch in (0, 1) for i in (3, 4)]
+    torch.set_rng_state(state)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], first[2])  # another epoch
+    assert not torch.equal(first[0], images[1, 0, 3][0])  # another seed
+    assert first[0].shape == images[3][0].shape == (3, 32, 32)
+    assert torch.equal(images[3][0], images[3][0])
+
+
+def test_parquet_shards_hold_what_the_folder_holds(folder, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for part in ("train", "val"):
+        images = parallel.Images(folder, part, 32)
+        files = zip(images.files.files, images.y.tolist(), strict=True)
+        rows = [{"image": {"bytes": f.read_bytes()}, "label": y} for f, y in files]
+        half = len(rows) // 2
+        for n, some in enumerate((rows[:half], rows[half:])):
+            pq.write_table(pa.Table.from_pylist(some), tmp_path / f"{part}-{n}.parquet", row_group_size=3)
+        shards = parallel.Images(tmp_path, part, 32)
+        assert shards.y.tolist() == images.y.tolist()
+        for i in range(len(images)):
+            assert torch.equal(shards[i][0], images[i][0])
+        assert torch.equal(shards[0, 1, 2][0], images[0, 1, 2][0])
+
+
+def test_no_images_are_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^No images in .*train: give a folder with train/<class>/\*"):
+        parallel.Images(tmp_path, "train")
+
+
+def test_what_needs_one_device_or_no_imagenet_is_one_line(alone, folder, tmp_path):
+    images = parallel.Images(folder, "train", 32)
+    with pytest.raises(ValueError, match=r"^Devices times accumulate is 5: give at most 4, the images of the smallest"):
+        parallel.Feed(images, RECIPE, 0, torch.zeros(()), accumulate=5)
+    with pytest.raises(ValueError, match=r"^Nothing of grasp fig2 is trained on ImageNet"):
+        parallel.main("grasp", ["fig2"], folder, results_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"^Unknown item 'imagenet' of str"):
+        parallel.main("str", ["imagenet"], folder, results_dir=tmp_path)
+    asked = parallel._asked("cs", ["imagenet"], 2) + parallel._asked("grasp", ["imagenet"], None)
+    assert {r.dataset for r in asked} == {"imagenet"}
+    assert [r.seed for r in asked[:12]] == [0] * 6 + [1] * 6
+    assert {r.model for r in asked} == {"resnet50", "vgg16"}
+
+
+# Order
+
+
+def test_every_image_comes_once_an_epoch_and_parts_are_even(alone, folder):
+    images = parallel.Images(folder, "train", 32)
+    feed = parallel.Feed(images, RECIPE, 3, torch.zeros(()), accumulate=2, workers=0)
+    epochs = [[key for t in range(3 * e, 3 * e + 3) for part in feed.chosen(t) for key in part] for e in (0, 1)]
+    for e, seen in enumerate(epochs):
+        assert {key[:2] for key in seen} == {(3, e)}
+        assert sorted(i for *_, i in seen) == list(range(20))
+    assert [[len(p) for p in feed.chosen(t)] for t in range(3)] == [[4, 4], [4, 4], [2, 2]]
+    feed.choose(4)  # in the middle of the second epoch
+    [parts] = feed.gather()
+    assert [share for *_, share in parts] == [0.5, 0.5]
+    for (x, y, _), chosen in zip(parts, feed.chosen(4), strict=True):
+        assert torch.equal(x, torch.stack([images[key][0] for key in chosen]))
+        assert y.tolist() == [int(images.y[i]) for *_, i in chosen]
+
+
+# Two processes
+
+DRIVER = """
+    import os, signal, sys
+    sys.path[:0] = [{package!r}, {tests!r}]
+    import torch, torch.distributed as dist
+    from lottery import data, parallel
+    from lottery.experiments import Store
+    import test_parallel as given
+    torch.set_num_threads(1)
+    data.SETS["imagenet"] = given.FACTS
+    dist.init_process_group("gloo")
+    store, images, stop = Store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    step = parallel.Step.__call__
+    def dies(self, parts):
+        if self.t == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, parts)
+    parallel.Step.__call__ = dies
+    for r in given.runs():
+        if not store.get(r):
+            parallel.train(r, images, store, workers=1, every=0.0)
+    dist.destroy_process_group()
+"""
+
+
+def two(store, folder, tmp_path, stop=-1):
+    """Train the runs with two processes; both are killed at iteration `stop` of the first run."""
+    package, tests = str(Path(parallel.__file__).parents[1]), str(Path(__file__).parent)
+    driver = tmp_path / "driver.py"
+    driver.write_text(textwrap.dedent(DRIVER.format(package=package, tests=tests)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*torchrun, driver, store, folder, str(stop)], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_started_again_end_where_one_ends(alone, folder, tmp_path):
+    one = Store(tmp_path / "one")
+    for r in runs():
+        history = parallel.train(r, folder, one, accumulate=2, workers=0)
+        assert (history.status, history.step, len(history.last.correct)) == ("finished", [3, 6, 7], 6)
+    killed = two(tmp_path / "two", folder, tmp_path, stop=4)
+    assert killed.returncode
+    assert f"exitcode: {-signal.SIGKILL}" in killed.stderr.replace(" :", ":")
+    ends = Store(tmp_path / "two")
+    _, about, _ = tensorfile.read(ends.checkpoint(runs()[0].key))
+    assert about["t"] == 4  # in the middle of the second epoch
+    again = two(tmp_path / "two", folder, tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    for r in runs():
+        mine, its = one.load_artifact(r.key)[0], ends.load_artifact(r.key)[0]
+        assert mine.keys() == its.keys()
+        for name, t in mine.items():
+            if "running" not in name and "num_batches" not in name:  # batch norm's averages: those of one device
+                torch.testing.assert_close(its[name], t, rtol=1e-4, atol=1e-5, msg=name)
+        rows = one.get(r), ends.get(r)
+        assert rows[0]["layers"] == rows[1]["layers"]
+        assert rows[0]["n_test"] == rows[1]["n_test"] == 6
+        losses = [np.array(row["batch_loss"], dtype=float) for row in rows]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert not list((tmp_path / "two/.checkpoints").glob("*.safetensors"))
