@@ -16,6 +16,7 @@ import typer
 from lottery.experiments import PAPERS
 
 WATCH = 10  # seconds between two looks of `status --watch`
+LEFT = 3  # exit status of `run` when runs are left, so that a script can go on until none are
 
 EXAMPLES = """For example: lottery run lth fig4 --scale smoke · lottery run grasp table1 --budget 20m ·
 lottery scorecard --paper lth"""
@@ -78,7 +79,8 @@ def run(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of one training; more trainings run side by side.")] = 1,
     budget: Annotated[
-        str | None, typer.Option(help="Such as 90s, 20m, 2h: starts nothing expected to end later.")
+        str | None,
+        typer.Option(help="Such as 90s, 20m, 2h: starts nothing expected to end later; what was never timed, once."),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Train torch.compile of convolutional networks; needs a C++ compiler.")
@@ -90,7 +92,10 @@ def run(
     ] = None,
     results_dir: ResultsDir = None,
 ):
-    """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will."""
+    """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will.
+
+    Exit status 3 says that runs are left.
+    """
     from lottery import experiments
     from lottery.experiments import engine
 
@@ -112,6 +117,8 @@ def run(
     finally:
         after = len(experiments.load(runs, store))
         typer.echo(f"{len(runs)} runs: {before} were stored, {after - before} trained now, {len(runs) - after} left.")
+    if after < len(runs):
+        raise typer.Exit(LEFT)
 
 
 @app.command()

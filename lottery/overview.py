@@ -196,7 +196,8 @@ def page(card, figures=()):
     out = [_form(rows)]
     for paper, some in itertools.groupby(rows, key=lambda row: row["paper"]):
         name = names.PAPERS.get(paper, paper)
-        out.append(f'<section class="paper" data-paper="{paper}"><h2 id="{paper}">{escape(name)}</h2>')
+        at = escape(paper)
+        out.append(f'<section class="paper" data-paper="{at}"><h2 id="{at}">{escape(name)}</h2>')
         for item, claims in _by_item(some):
             out += _item(item, claims, figures)
         out.append("</section>")
@@ -230,7 +231,7 @@ def _item(item, claims, figures):
     here = claims[0]
     name = figure_name(here)
     link = (
-        f' <a class="in-chapter" href="{here["paper"]}.html#{name}">in the chapter</a>'
+        f' <a class="in-chapter" href="{escape(here["paper"])}.html#{name}">in the chapter</a>'
         if name and name in figures
         else ""
     )

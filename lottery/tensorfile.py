@@ -3,35 +3,24 @@
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
+
+from lottery import files
 
 
 def write(path: Path | str, tensors: dict[str, torch.Tensor], about: dict) -> str:
     """Write `{name: tensor}` and a JSON object as one safetensors file, by rename; returns the file's sha256.
 
-    The same tensors and words give the same bytes.
+    The same tensors and words give the same bytes. Raises `files.CannotWrite`.
     """
     from safetensors.torch import save
 
     path = Path(path)
     said = json.dumps(about, sort_keys=True)
     content = save(tensors, metadata={"about": json.dumps([said, digest(tensors, said)])})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with open(handle, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    files.write(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -43,8 +32,8 @@ def read(path: Path | str) -> tuple[dict[str, torch.Tensor], dict, str]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    content = Path(path).read_bytes()
-    with contextlib.suppress(SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+    content = files.read(Path(path))
+    with contextlib.suppress(SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         tensors = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         said, stated = json.loads(header["__metadata__"]["about"])

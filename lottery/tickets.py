@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lottery import data, models
+from lottery import data, models, tensorfile
 from lottery import masks as M
 
 
@@ -81,18 +81,15 @@ def stored(row):
 
 
 def save(ticket, path):
-    """Write a ticket as one safetensors file: `theta/…`, `mask/…`, and spec, `bitwise` and a hash as metadata.
+    """Write a ticket as one safetensors file: `theta/…`, `mask/…`, and with a hash over all of it spec and `bitwise`.
 
-    Raises FileNotFoundError: no such folder.
+    Raises FileNotFoundError: no such folder; `files.CannotWrite`.
     """
-    from safetensors.torch import save_file
-
     if not (folder := Path(path).absolute().parent).is_dir():
         raise FileNotFoundError(f"No folder {folder}: make it first, or name another file.")
     tensors = {f"theta/{name}": t.contiguous() for name, t in ticket.theta.items()}
     tensors |= {f"mask/{name}": t.contiguous() for name, t in ticket.masks.items()}
-    facts = {"spec": json.dumps(ticket.spec), "bitwise": json.dumps(ticket.bitwise), "sha256": digest(tensors)}
-    save_file(tensors, path, metadata=facts)
+    tensorfile.write(path, tensors, {"spec": ticket.spec, "bitwise": ticket.bitwise})
 
 
 def load(path, model=None):
@@ -100,23 +97,18 @@ def load(path, model=None):
 
     model: for the ticket of a model of one's own, that model, which stays as it is: the file has no code in it.
 
-    Raises ValueError for a file that is no ticket or does not fit, FileNotFoundError for none.
+    Raises ValueError for a file that is no ticket, does not fit or has changed, FileNotFoundError for none.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"No ticket at {path}.")
     try:
-        with safe_open(path, "pt") as f:
-            tensors, facts = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-        spec, bitwise = json.loads(facts["spec"]), json.loads(facts.get("bitwise", "true"))
-        if facts.get("sha256") not in (None, digest(tensors)):  # tickets that were saved earlier have none
-            raise ValueError("the contents are not those that were saved")
+        tensors, about, _ = tensorfile.read(path)
+        spec, bitwise = about["spec"], about["bitwise"]
         own = spec.get("own")
         if model is None and own:
             raise _NeedsModel(f"{path} is the ticket of a {own} of one's own: give load(path, model=…) that model.")
-        net = _create(spec) if model is None else copy.deepcopy(model)  # safetensors sorts names; it knows their order
-        ranked = [name for name in M.prunable(net) if not own or f"mask/{name}" in tensors]
+        net = _fitting(spec, tensors) if model is None else copy.deepcopy(model)
+        ranked = [name for name in M.prunable(net) if not own or f"mask/{name}" in tensors]  # in the network's order
         theta = {name: tensors[f"theta/{name}"] for name in M.state(net)}
         masks = {name: tensors[f"mask/{name}"] for name in ranked}
         for name, mine in M.state(net).items():
@@ -125,10 +117,20 @@ def load(path, model=None):
         M.restore(M.attach(net, masks), theta)
     except _NeedsModel:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         fits = "" if model is None else f", or none that fits {type(model).__name__}"
         raise ValueError(f"{path} is no ticket{fits}: give a file that lottery.tickets.save wrote.") from None
     return Ticket(theta, masks, spec, bitwise)
+
+
+def _fitting(spec, tensors):
+    """The network of a spec, which is not made before it is known to have no more numbers than are there."""
+    if spec.get("options"):
+        with torch.device("meta"):
+            wanted = sum(t.numel() for t in M.state(_create(spec)).values())
+        if wanted > (given := sum(t.numel() for t in tensors.values())):
+            raise ValueError(f"its network has {wanted} numbers, the file {given}")
+    return _create(spec)
 
 
 class _NeedsModel(ValueError):
@@ -183,5 +185,5 @@ def digest(theta):
 
 def _create(spec, seed=0):
     facts = data.SETS[spec["dataset"]]
-    options = dict(spec.get("options", ()))  # tickets that were saved before there were options have none
+    options = dict(spec.get("options", ()))  # the first runs that were stored have none
     return models.create(spec["model"], seed=seed, in_shape=facts.shape, classes=facts.classes, **options)

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -525,13 +526,16 @@ class Checkpoint:
         history["wall_s"] += time.perf_counter() - loop.began
         about = {"is": self.about, "t": loop.t, "since": loop.since, "best": best, "history": history}
         tensors = {f"{part}/{name}": t.contiguous() for part, some in parts.items() for name, t in some.items()}
-        tensorfile.write(self.path, tensors, about)
+        try:
+            tensorfile.write(self.path, tensors, about)
+        except OSError as error:  # the training may still end, and find room for its result
+            warnings.warn(f"No checkpoint: {error}", stacklevel=2)
 
     def load(self, loop: _Loop) -> None:
         """Put the loop where the file says; one that is missing, damaged or another training's changes nothing."""
         try:
             tensors, about, _ = tensorfile.read(self.path)
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return
         if about["is"] != self.about:
             return

@@ -6,6 +6,7 @@ Everything is made from the rows of `scorecard.scorecard`; no verdict is decided
 import itertools
 import re
 from collections import Counter
+from html import escape
 
 from lottery import names, scorecard
 from lottery.scorecard import interval, number, word
@@ -68,8 +69,8 @@ def kind(row):
 
 
 def anchor(row):
-    """The permalink of a claim on the scorecard's page, without the dots that a selector cannot have."""
-    return row["claim"].replace(".", "-") if row["claim"] else item_anchor(row)
+    """The permalink of a claim on the scorecard's page, without what a selector or an attribute cannot have."""
+    return re.sub(r"[^\w-]", "-", row["claim"]) if row["claim"] else item_anchor(row)
 
 
 def item_anchor(row):
@@ -108,7 +109,7 @@ def paragraph(rows, failures="all"):
     claims = [row for row in rows if row["claim"]]
     primary = [row for row in claims if row["primary"]]
     tested = [row for row in primary if kind(row) != "none"]
-    said = [f"**{names.PAPERS.get(rows[0]['paper'], rows[0]['paper'])}.**", _lead(primary, tested)]
+    said = [f"**{names.PAPERS.get(rows[0]['paper'], escape(rows[0]['paper']))}.**", _lead(primary, tested)]
     for k, full, shorter in (
         ("bad", "**Not reproduced:**", "**Contradicted**"),
         ("good", "Reproduced:", "Supported"),
@@ -136,7 +137,9 @@ def paragraph(rows, failures="all"):
 def _items(rows):
     """The figures and tables of some claims, each a link, with the number of claims."""
     counts = Counter((row["item"], item_anchor(row)) for row in rows)
-    return ", ".join(f"[{item}](scorecard.ipynb#{at})" + f" ({n})" * (n > 1) for (item, at), n in counts.items())
+    return ", ".join(
+        f"[{escape(item)}](scorecard.ipynb#{at})" + f" ({n})" * (n > 1) for (item, at), n in counts.items()
+    )
 
 
 def totals(card):
@@ -153,8 +156,9 @@ def totals(card):
     )
     for paper, n in card["totals"]["primary"]["by_paper"].items():
         if n["tested"]:
+            name = names.PAPERS.get(paper, escape(paper))
             end += (
-                f"{names.PAPERS.get(paper, paper)}: of {n['tested']} primary claims that were tested {n['pass']} pass, "
+                f"{name}: of {n['tested']} primary claims that were tested {n['pass']} pass, "
                 f"{n['after_holm']} also after Holm's correction for their number. "
             )
     return "\n".join(

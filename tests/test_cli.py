@@ -117,7 +117,7 @@ def test_run_trains_once_then_status_and_merge(tmp_path, one_core, tiny):
 
 def test_a_budget_of_nothing_trains_nothing(tmp_path, one_core, tiny):
     told = call("run", "lth", "fig12", "--scale", "smoke", "--budget", "0s", "--results-dir", tmp_path / "new")
-    assert told.exit_code == 0
+    assert told.exit_code == cli.LEFT
     n = len(lth.runs("fig12", "smoke"))
     assert f"{n} runs: 0 were stored, 0 trained now, {n} left." in told.stdout
     assert not finished(tmp_path / "new")
@@ -129,7 +129,7 @@ def test_parents_that_an_item_does_not_show_are_counted_apart(tmp_path, one_core
     n, stored = len(lth.runs("fig3", "smoke")), 4 if budget == "1h" else 0
     words = ["run", "lth", "fig3", "--scale", "smoke", "--results-dir", tmp_path]
     told = call(*words, "--budget", budget)
-    assert told.exit_code == 0, told.output
+    assert told.exit_code == (0 if budget == "1h" else cli.LEFT), told.output
     counts = [int(count) for count in re.findall(r"-?\d+", told.stdout)]
     assert min(counts) >= 0
     assert counts[0] == n
@@ -202,7 +202,7 @@ def test_status_tells_what_is_under_way_failed_and_left(tmp_path, one_core, tiny
     assert told["running"] == [{"key": runs[-2].key, "host": "elsewhere", "pid": 7, "since": since}]
     assert [(f["key"], f["reason"]) for f in told["failed"]] == [(runs[-1].key, "MemoryError: out of memory")]
     words = call("status", "--results-dir", tmp_path).stdout
-    assert f"{n - 2:4} of {n:4} runs, 1 running, 1 failed, 1 minutes of one core left" in words
+    assert re.search(rf"{n - 2:4} of {n:4} runs, 1 running, 1 failed, \d+ minutes of one core left", words)
     assert f"failed {runs[-1].key} at " in words
 
     told = call("run", "lth", "fig12", "--scale", "smoke", "--retry", "failed", "--results-dir", tmp_path)

@@ -11,7 +11,7 @@ from lottery import baselines, cs, grasp, lth, masks, own, soft_threshold, train
 from lottery.methods import NOTHING
 
 PAGE = (Path(__file__).parents[1] / "book" / "messages.md").read_text()
-LISTED = re.findall(r"^\| `(.+?)` \|", PAGE, flags=re.MULTILINE)
+LISTED = re.findall(r"^\| `(.+?)` \|", PAGE.partition("\nWhat the store says")[0], flags=re.MULTILINE)
 
 
 def net():

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lottery import data, experiments, models, tickets, training
+from lottery import data, experiments, models, tensorfile, tickets, training
 from lottery import lth as magnitude
 from lottery import masks as M
 from lottery.experiments import Store, lth
@@ -215,7 +215,6 @@ def test_saving_into_no_folder_names_it(ticket, tmp_path):
         tickets.save(ticket, tmp_path / "none" / "t.safetensors")
 
 
-@pytest.mark.parametrize("hashed", [True, False], ids=["hash kept", "as before there were hashes"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -224,15 +223,51 @@ def test_saving_into_no_folder_names_it(ticket, tmp_path):
         lambda t: t.index_fill(0, torch.tensor(0), float("inf")),
     ],
 )
-def test_weights_that_are_no_numbers_are_no_ticket(ticket, tmp_path, change, hashed):
-    tickets.save(ticket, path := tmp_path / "t.safetensors")
-    with safe_open(path, "pt") as f:
-        facts = f.metadata()
-    tensors = load_file(path)
-    tensors["theta/fc2.weight"] = change(tensors["theta/fc2.weight"])
-    save_file(tensors, path, metadata=facts if hashed else {"spec": facts["spec"]})
+def test_weights_that_are_no_numbers_are_no_ticket_whoever_saved_them(ticket, tmp_path, change):
+    theta = ticket.theta | {"fc2.weight": change(ticket.theta["fc2.weight"])}
+    tickets.save(replace(ticket, theta=theta), path := tmp_path / "t.safetensors")
     with pytest.raises(ValueError, match="is no ticket"):
         tickets.load(path)
+
+
+def nested(depth):
+    found = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC | {"options": [["hidden", [10**6, 10**6]]]},
+        SPEC | {"options": [["hidden", [10**12, 10**12]]]},
+        SPEC | {"options": [["hidden", [10**30, 1]]]},
+        SPEC | {"options": 5},
+        SPEC | {"model": "vgg19"},
+        SPEC | {"dataset": "../../x"},
+        SPEC | {"own": 5},
+        nested(900),
+        [],
+    ],
+    ids=range(9),
+)
+def test_a_specification_that_somebody_made_up_is_no_ticket(ticket, tmp_path, spec):
+    """Neither is memory asked for that the file does not fill."""
+    tensorfile.write(path := tmp_path / "t.safetensors", load_tensors(ticket), {"spec": spec, "bitwise": True})
+    with pytest.raises(ValueError, match=r"is no ticket|is the ticket of a 5"):
+        tickets.load(path)
+
+
+def test_a_file_nested_beyond_reading_is_no_ticket(ticket, tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    save_file(load_tensors(ticket), path := tmp_path / "t.safetensors", metadata={"about": deep})
+    with pytest.raises(ValueError, match="is no ticket"):
+        tickets.load(path)
+
+
+def load_tensors(ticket):
+    return {f"theta/{name}": t for name, t in ticket.theta.items()} | {f"mask/{k}": t for k, t in ticket.masks.items()}
 
 
 def test_a_finite_weight_or_a_mask_that_was_changed_is_no_ticket(ticket, tmp_path):

@@ -115,3 +115,21 @@ def test_the_page_is_well_formed_and_its_links_lead_somewhere():
 def test_papers_come_in_the_order_of_the_book():
     rows = [row("g", paper="grasp"), row("s", paper="str"), row("l"), row("n", paper="new")]
     assert list(verdicts.by_paper(card(*rows))) == ["lth", "str", "grasp", "new"]
+
+
+def test_names_that_come_from_a_file_are_text_on_a_page():
+    """Whatever a paper, an item or a claim is called, it opens no tag and ends no attribute."""
+    bad = '"><img src=x>'
+    rows = [row(f"a{bad}", item=f"Figure 4{bad}", paper=f"lth{bad}"), untested(f"b{bad}", title=bad, panel=bad)]
+    seen = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            seen.append((tag, [value for _, value in attributes]))
+
+    for text in (overview.page(card(*rows)), overview.forest(card(*rows)), overview.squares(card(*rows))):
+        Reader().feed(text)
+        assert "<img" not in text
+    assert not [tag for tag, _ in seen if tag == "img"]
+    assert re.fullmatch(r"[\w-]+", verdicts.anchor(rows[0]))
+    assert "<img" not in verdicts.paragraph(rows[:1] + [untested(c, item=bad) for c in "cdefg"])

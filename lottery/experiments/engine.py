@@ -16,6 +16,7 @@ from lottery.experiments.leases import Leases
 from lottery.experiments.runs import Measurement
 from lottery.experiments.store import Store
 from lottery.experiments.work import execute, start
+from lottery.files import CannotWrite
 from lottery.methods import NOTHING
 
 TOGETHER = 64  # runs side by side on a GPU
@@ -40,14 +41,16 @@ def run(
         executor: any `concurrent.futures.Executor` whose workers see the store's folder; default: one process per
             `threads` cores on the CPU, this process on a GPU or for a single run.
         slots: how many trainings the executor is given at once; default: its own number of workers where it tells it.
-        budget: seconds; no run starts that is expected to end after it.
+        budget: seconds; no run starts that is expected to end after it. Of a kind that was never timed here, one run
+            starts alone, and may end later.
         device, threads, compiled: of one training, see `training.fit`.
 
     On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
     A run is kept the moment it ends. What another process is training in the same store is left to it, and trained here
     only if that one dies. An interrupt waits for the trainings of other processes that are under way and is raised; a
     second one abandons them. A run that raises stops its own descendants only; it is noted in the store's folder
-    `.failures`, and the first such error is raised at the end.
+    `.failures`, and the first such error is raised at the end. Where nothing can be written, `files.CannotWrite` is
+    raised before anything is trained; where that comes later, as on a full disk, nothing more starts.
     """
     check(device, threads)
     if slots is not None and (type(slots) is not int or slots < 1):
@@ -56,8 +59,9 @@ def run(
         warnings.warn("No C++ compiler is here: trained without torch.compile.", stacklevel=2)
         compiled = False
     runs, store = list(runs), store or Store()
-    store.dir.mkdir(parents=True, exist_ok=True)
-    todo = missing(runs, store)
+    if todo := missing(runs, store):
+        store.check()
+        store.sweep()
     slots = slots or getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
     slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
     with contextlib.ExitStack() as stack:
@@ -113,6 +117,8 @@ class _Sweep:
             device = self.how[0]
             group = [r for r in ready if _alike(r, device) == _alike(ready[0], device)][:TOGETHER]
             ready = _without(group, ready)
+            if self.clock.is_timing(group, self.under_way.values()):
+                continue
             if not self.clock.allows(group):
                 self.given_up.update(group)
                 self.todo = _without(group, self.todo)
@@ -136,6 +142,8 @@ class _Sweep:
             self.given_up.update(group)
             for r in group:
                 self.store.note_failure(r.key, error)
+            if isinstance(error, CannotWrite):  # nor could what comes after it be kept
+                self.given_up.update(self.todo)
         else:
             self.clock.finished(group, job.result())
             for r in group:
@@ -235,6 +243,11 @@ class _Clock:
     def __init__(self, budget, store):
         self.end = None if budget is None else time.monotonic() + budget
         self.pace = {} if budget is None else store.paces()
+
+    def is_timing(self, group, under_way):
+        """Whether a run like these, which nobody has timed, is under way: they wait, so that no more is overrun."""
+        unknown = {r.like for r in group} - self.pace.keys()
+        return self.end is not None and any(r.like in unknown for others in under_way for r in others)
 
     def allows(self, group):
         expected = sum(self.pace.get(r.like, 0) * r.work for r in group)

@@ -15,7 +15,10 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
+
+from lottery import files
 
 BEAT, EXPIRES = 15.0, 90.0  # seconds
 
@@ -67,8 +70,10 @@ class Leases:
 
     def _clock(self):
         """The time by the clock that stamps the files."""
-        (probe := self.folder / ".lock").touch()
-        return probe.stat().st_mtime
+        with contextlib.suppress(OSError):  # a read-only folder is looked at as well
+            (probe := self.folder / ".lock").touch()
+            return probe.stat().st_mtime
+        return time.time()
 
     def _lives(self, path, now):
         """Whether somebody holds this lease."""
@@ -116,16 +121,14 @@ def _is_dead(owner):
 
 def _write(path):
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({**_me(), "since": since}))
-    temporary.replace(path)
+    files.write(path, json.dumps({**_me(), "since": since}).encode())
 
 
 def _owner(path):
     """What a lease says of its owner, or None where nobody can be read out of it."""
     try:
-        owner = json.loads(path.read_text())
+        owner = json.loads(files.read(path))
         sound = isinstance(owner["host"], str) and type(owner["pid"]) is int and isinstance(owner["in"], str)
         return owner if sound and isinstance(owner["since"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -40,6 +40,7 @@ import sys
 from lottery.experiments import PAPERS
 from lottery.experiments.runs import chosen, preset
 
+COUNTS = {"trials": 1_000, "rounds": 1_000, "draws": 1_000}  # more would take hours to list, before any training
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
 
 
@@ -58,7 +59,7 @@ class Paper:
         self.name = next((name for name, at in PAPERS.items() if module.endswith(f".{at}")), module)
         self.settings, self.scales = self.module.SETTINGS, tuple(self.module.SETTINGS)
         self.guessed = self.module.GUESSED
-        self.cells, self.trial, self.override = self.module.cells, self.module.trial, self.module.override
+        self.cells, self.trial = self.module.cells, self.module.trial
         self.measured_items = getattr(self.module, "MEASURED", ())
         self.exact = getattr(self.module, "EXACT", {})
         self.reads = getattr(self.module, "READS", {})
@@ -80,6 +81,13 @@ class Paper:
     def setting(self, scale):
         """The preset of a scale. Raises ValueError for an unknown one."""
         return preset(scale, self.settings)
+
+    def override(self, at, **parameters):
+        """A Setting with other parameters. Raises ValueError for a whole number that no experiment can have."""
+        for name, value in parameters.items():
+            if name in COUNTS and isinstance(value, int) and value > COUNTS[name]:
+                raise ValueError(f"Invalid {name} {value}: give {COUNTS[name]:,} at most.")
+        return self.module.override(at, **parameters)
 
     def runs(self, items, at):
         """All Runs, or Measurements, of some items (None: all) at a Setting or scale: net by net, trial by trial."""

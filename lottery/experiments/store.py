@@ -17,15 +17,18 @@ import math
 import os
 import re
 import sys
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from lottery import files
+
 SHARD = 300  # runs in one shard
 MASK_LIMIT = 500_000  # masks of larger networks are not stored with the run
+PARTS = (".spool", ".artifacts", ".checkpoints", ".failures", ".leases")
+MOST = 2**28  # bytes that a file of runs may hold when it is unpacked; the largest here hold 4 MB
 
 READING = {"step": "int64", "val_loss": "double", "val_acc": "double", "test_acc": "double", "train_acc": "double"}
 
@@ -83,7 +86,7 @@ class Store:
             columns = None if folder.name == ".spool" else ["key"]
             for path in sorted(folder.glob("*.parquet")):
                 with contextlib.suppress(FileNotFoundError):  # packed into a shard by another process meanwhile
-                    stamp = path.stat().st_mtime_ns
+                    stamp = path.lstat().st_mtime_ns
                     if self._tables.get(path, (None,))[0] != stamp:
                         self._tables[path] = stamp, (table := _table(path, columns))
                         for i, key in enumerate(table["key"].to_pylist()):
@@ -103,9 +106,10 @@ class Store:
     def paces(self):
         """`{like: seconds per unit of work}` of the latest run of each kind; a measurement has no iterations."""
         runs = self.columns("started", "model", "dataset", "wall_s", "iterations").values()
+        timed = [run for run in runs if run[0] and run[3] and 0 < run[3] < math.inf]  # none of them was checked
         return {
             (model, dataset) if n else ("measured", model, dataset): wall_s / (n or 1)
-            for _, model, dataset, wall_s, n in sorted(runs, key=lambda values: values[0])
+            for _, model, dataset, wall_s, n in sorted(timed, key=lambda values: values[0])
         }
 
     def row(self, key):
@@ -140,7 +144,10 @@ class Store:
         return row
 
     def put(self, row):
-        """Keep a finished run, atomically; False when it is stored already and this copy is discarded."""
+        """Keep a finished run, atomically; False when it is stored already and this copy is discarded.
+
+        Raises `files.CannotWrite`.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -151,10 +158,21 @@ class Store:
         path = self.dir / ".spool" / f"{row['key']}.parquet"
         if path.exists() and not read(path):
             os.replace(path, path.with_suffix(".damaged"))
-        with _temporary(path) as temporary:
+        with files.temporary(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
             self._folders.clear()
-            return _publish(temporary, path, replace=False)
+            return files.publish(temporary, path, replace=False)
+
+    def check(self):
+        """Make the folder. Raises `files.CannotWrite` where a result could not be kept: before it is trained."""
+        with files.temporary(self.leases / "probe") as probe:
+            probe.write_bytes(bytes(2**16))
+
+    def sweep(self):
+        """Remove what killed processes left some time ago: half-written files, checkpoints of runs that are stored."""
+        for folder in (self.dir, *(self.dir / name for name in PARTS)):
+            files.sweep(folder)
+        files.sweep(self.dir / ".checkpoints", "*.safetensors", lambda path: path.stem in self.keys())
 
     def _holds(self, key):
         """Whether a sound row of this key is there; the spool is asked first, from which a merge takes rows away."""
@@ -180,22 +198,21 @@ class Store:
         return self.dir / ".leases"
 
     def note_failure(self, key, error):
-        """Note why a run ended without a result, or with None that it has one now."""
+        """Note why a run ended without a result, or with None that it has one now; nothing where the disk is full."""
         path = self.dir / ".failures" / f"{key}.json"
-        if error is None:
-            path.unlink(missing_ok=True)
-            return
-        said = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
-        with _temporary(path) as temporary:
-            temporary.write_text(json.dumps({"reason": said, "when": now()}))
-            _publish(temporary, path, replace=True)
+        with contextlib.suppress(OSError):
+            if error is None:
+                path.unlink(missing_ok=True)
+                return
+            said = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
+            files.write(path, json.dumps({"reason": said, "when": now()}).encode())
 
     def failures(self):
         """`{key: {"reason", "when"}}` of the runs that ended without a result and have none since."""
         found = {}
         for path in sorted((self.dir / ".failures").glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                said = json.loads(path.read_text())
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                said = json.loads(files.read(path))
                 found[path.stem] = {"reason": str(said["reason"]), "when": str(said["when"])}
         return {key: said for key, said in found.items() if key not in self.keys()}
 
@@ -230,7 +247,8 @@ class Store:
         A shard is complete before the spool files that it replaces are removed, so a kill loses nothing. Where a run is
         there with another result, the first stays: it is said on stderr, and the other file is kept, ours as .conflict.
         """
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.check()
+        self.sweep()
         with open(self.dir / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             own = self.dir / ".spool"
@@ -265,9 +283,9 @@ class Store:
             name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
             dates = [row["started"][:10] for row in part if re.match(r"\d{4}-\d\d-\d\d", row["started"] or "")]
             path = self.dir / f"{max(dates, default=now()[:10])}-{name}.parquet"
-            with _temporary(path) as temporary:
+            with files.temporary(path) as temporary:
                 pq.write_table(pa.Table.from_pylist(part, schema=schema()), temporary, compression="zstd")
-                _publish(temporary, path, replace=True)
+                files.publish(temporary, path)
 
 
 def load(runs=None, store=None):
@@ -328,49 +346,127 @@ def read(path, keys=None):
 
 
 def _table(path, columns=None):
-    """The columns of `schema`, or some, of a parquet file; without rows when it is damaged, which is told on stderr."""
+    """The columns of `schema`, or some, of a parquet file, and with all of them any that a newer version has added.
+
+    Without rows when it is damaged, or expands to more than MOST bytes, which is told on stderr.
+    """
     import pyarrow as pa
-    from pyarrow.parquet import ParquetFile  # `read_table` would import pandas first
 
     try:
-        with ParquetFile(path) as file:
-            found = file.read(columns)
-        if "key" not in found.column_names:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            print(f"{path} is no ordinary file; it is passed over.", file=sys.stderr)
+            return schema().empty_table()
+        table = _parquet(path, columns)
+        if "key" not in table.column_names:
             print(f"{path} is no result: it has no column 'key'; it is passed over.", file=sys.stderr)
             return schema().empty_table()
-        wanted = [field for field in schema() if columns is None or field.name in columns]
-        known = {f.name: found[f.name].cast(f.type) for f in wanted if f.name in found.column_names}
-        columns = [known[f.name] if f.name in known else pa.nulls(len(found), f.type) for f in wanted]
-        table = pa.table(columns, schema=pa.schema(wanted))
+        for field in (field for field in schema() if columns is None or field.name in columns):
+            if field.name not in table.column_names:
+                table = table.append_column(field, pa.nulls(len(table), field.type))
         table.validate(full=True)  # also that text is text
         return table
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:
-        print(f"Damaged result {path}: {str(error).splitlines()[0]} It is passed over; run it again.", file=sys.stderr)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"Damaged result {path}: {why} It is passed over; run it again.", file=sys.stderr)
         return schema().empty_table()
 
 
+def _parquet(path, columns):
+    """Columns of a parquet file, those of `schema` in its types, or ValueError for more than MOST bytes of them.
+
+    What a column holds is in the file's footer, but for text that is there once and stands in every row: such a row may
+    be as large as the whole column. So where all rows might be too many, few are unpacked at a time.
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile  # `read_table` would import pandas first
+
+    with ParquetFile(path) as file:
+        about = file.metadata
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
+        size = sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
+        if size * about.num_rows <= MOST:
+            return _plain(file.read(columns))
+        if size > MOST:
+            raise ValueError(f"it holds {size} bytes, more than {MOST}.")
+        parts, left = [], MOST
+        for batch in file.iter_batches(max(1, MOST // size), columns=columns):
+            parts.append(_plain(pa.Table.from_batches([batch])))
+            if (left := left - parts[-1].nbytes) < 0:
+                raise ValueError(f"it holds more than {MOST} bytes.")
+        return pa.concat_tables(parts)
+
+
+def _plain(table):
+    """The columns of `schema` in its types, and others as they are, but none as numbers that stand for values."""
+    import pyarrow as pa
+
+    types = {field.name: field.type for field in schema()}
+    for i, name in enumerate(table.column_names):
+        given = table.schema.field(i).type
+        wanted = types.get(name, given.value_type if pa.types.is_dictionary(given) else given)
+        if given != wanted:
+            table = table.set_column(i, name, table[i].cast(wanted))
+    return table
+
+
 def _sound(table, path):
-    """The sound rows of a table; damaged ones are named on stderr."""
-    rows, sound = table.to_pylist(), []
-    for row in rows:
-        if problem := _problem(row):
-            print(f"Damaged run {row['key']} in {path}: {problem} It is passed over; run it again.", file=sys.stderr)
-        else:
+    """The sound rows of a table; others are named on stderr: damaged ones, and those that a newer version wrote."""
+    names, sound = schema().names, []
+    for whole in table.to_pylist():
+        row = {name: whole[name] for name in names}
+        key = row["key"]
+        if not (problem := _problem(row)):
             sound.append(row)
+        elif _digest(whole) == row["payload_sha"] != _digest(row):
+            print(
+                f"Run {key} in {path} was written by a newer version of lottery. It is passed over; update.",
+                file=sys.stderr,
+            )
+        else:
+            print(f"Damaged run {key} in {path}: {problem} It is passed over; run it again.", file=sys.stderr)
     return sound
 
 
 def _problem(row):
     """What is wrong with a stored row, or None: every accuracy is recomputed from the packed correctness."""
+    if not re.fullmatch("[0-9a-f]{24}", row["key"] or ""):
+        return "that is no key."
     for r in ("early_stop", "last"):
         packed, stated, n = row[f"{r}_correct"], row[f"{r}_test_acc"], row["n_test"]
         if packed and n and stated is not None:
+            if not 0 < n <= 8 * len(packed):
+                return f"n_test is {n}, it has {8 * len(packed)} bits at most."
             accuracy = int(unpack(packed, n).sum()) / n
             if abs(accuracy - stated) > 1e-9:
                 return f"{r}_test_acc is {stated:.4f}, its test images give {accuracy:.4f}."
-    return None if _digest(row) == row["payload_sha"] else "its content does not match its hash."
+    if _digest(row) != row["payload_sha"]:
+        return "its content does not match its hash."
+    return _nonsense(row)
+
+
+SHARES = ("density", *(f"{r}_{name}" for r in ("early_stop", "last") for name in READING if name.endswith("acc")))
+OBJECTS = ("spec", "layers", "train_loss", "certificate", "moves", "values", "numbers")
+
+
+def _nonsense(row):
+    """What cannot be in a row, whoever signed it, or None."""
+    for name in (*SHARES, "val_acc", "test_acc"):
+        values = row[name] if isinstance(row[name], list) else [row[name]]
+        if wrong := [value for value in values if value is not None and (value < 0 or value > 1)]:
+            return f"{name} is {wrong[0]}, no share."
+    for name in OBJECTS:
+        try:
+            if row[name] is not None and not isinstance(json.loads(row[name]), dict):
+                return f"{name} is no JSON object."
+        except (ValueError, RecursionError):
+            return f"{name} is no JSON object."
+    if not row["spec"] or not isinstance(json.loads(row["certificate"] or "{}").get("versions"), dict):
+        return "it does not say what it is of."
+    return None if row["started"] else "it does not say when it was started."
 
 
 def unpack(packed, n):
@@ -418,33 +514,6 @@ def _signed(table):
 
     row = table.to_pylist()[0]
     return pa.Table.from_pylist([{**row, "payload_sha": _digest(row)}], schema=schema())
-
-
-@contextlib.contextmanager
-def _temporary(path):
-    """A fresh name beside `path`, on the same file system, gone afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _publish(temporary, path, replace):
-    """Give a finished file its name in one step; without `replace`, False when the name is taken."""
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.chmod(temporary, 0o644)
-    if replace:
-        os.replace(temporary, path)
-        return True
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    return True
 
 
 def now():
