@@ -419,23 +419,33 @@ def test_what_cannot_be_scored_is_refused_before_the_first_training(monkeypatch,
         Chapter("grasp", scale="smoke", recompute="missing", **given)
 
 
-@pytest.mark.parametrize("paper", ["lth", "grasp"])
+TAKEN = {
+    "lth": {"conv2", "conv4", "mnist", "global"},
+    "grasp": {"resnet20", "cifar10", "snip"},
+    "cs": {"resnet20", "digits", "epoch", "iteration", "as-described", "code"},
+    "str": {"resnet32", "resnet50", "mobilenetv1", "cifar100", "exp", "filter", "weight", "global"},
+}
+
+
+@pytest.mark.parametrize("paper", TAKEN)
 def test_every_value_that_a_parameter_lists_can_be_declared_or_is_refused(paper):
     """The values named in the comments of a notebook's first cell, at the smallest scale."""
     cells = json.loads(NOTEBOOK.with_name(f"{paper}.ipynb").read_text(encoding="utf-8"))["cells"]
     [first] = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     taken = []
     for line in "".join(first["source"]).splitlines():
-        if match := re.match(r"(model|dataset|scope|criterion|init): str = None  # (.+)", line):
+        if match := re.match(r"(\w+): str = None  # (.+)", line):
             listed = re.findall(r"\b[a-z][a-z]+[0-9_]*[a-z0-9_]*\b", match[2])
             known = {"model": models.MODELS, "dataset": data.SETS, "scope": ("layer", "global"), "init": INITS}
-            for value in (v for v in listed if v in known.get(match[1], CRITERIA)):
+            quoted = re.findall(r'"([a-z-]+)"', match[2])
+            known = known.get(match[1], CRITERIA if match[1] == "criterion" else quoted)
+            for value in dict.fromkeys(v for v in (*listed, *quoted) if v in known):
                 more = {"rewind_to": 5} if value == "rewind" else {}
                 with contextlib.suppress(Refused):
                     chapter = Chapter(paper, scale="smoke", **{match[1]: value}, **more)
                     taken.append(value)
                     assert chapter.module.runs(chapter.module.main, chapter.settings["smoke"])
-    assert {"lth": {"conv2", "conv4", "mnist", "global"}, "grasp": {"resnet20", "cifar10", "snip"}}[paper] <= set(taken)
+    assert TAKEN[paper] <= set(taken), TAKEN[paper] - set(taken)
 
 
 def test_an_exploration_at_all_scales_says_that_training_needs_one():
