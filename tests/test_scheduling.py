@@ -1,6 +1,7 @@
 """The engine: which runs are trained, when and in what order; failures, interrupts, budgets, pools."""
 
 import concurrent.futures as futures
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -105,6 +106,23 @@ def test_a_run_that_fails_stops_its_descendants_only(tmp_path):
         train([r for chain in chains for r in chain], tmp_path, executor)
     assert set(executor.ran) == {chains[0][0], *chains[2]}
     assert set(Store(tmp_path).rows()) == {r.key for r in executor.ran}
+
+
+def test_the_progress_counts_what_was_trained(tmp_path, monkeypatch):
+    lines, failing = engine._Lines(6), Failing(replace(DENSE, seed=1))
+    monkeypatch.setattr(engine, "_bar", lambda total, progress: contextlib.nullcontext(lines))
+    with pytest.raises(RuntimeError, match="seed 1 failed"):
+        train([replace(DENSE, seed=seed) for seed in range(6)], tmp_path, failing)
+    assert (lines.done, lines.total) == (5, 6)
+
+
+def test_a_log_is_told_once_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(engine.time, "monotonic", iter([0, 30, 59, 60, 60, 100, 121, 121]).__next__)
+    with engine._bar(6, True) as lines:  # nothing here is a terminal
+        for _ in range(5):
+            lines.update(1)
+    told = [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["3 of 6 runs", "5 of 6 runs"]
 
 
 def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path):

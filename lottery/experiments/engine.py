@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -148,8 +149,8 @@ class _Sweep:
             self.clock.finished(group, job.result())
             for r in group:
                 self.store.note_failure(r.key, None)
+            self.bar.update(len(group))
         self.leases.release([r.key for r in group])
-        self.bar.update(len(group))
 
     def _look(self):
         """What was another process's and is stored now, or free again."""
@@ -291,7 +292,25 @@ def _end_with(parent):
     os._exit(1)
 
 
+class _Lines:
+    """What tqdm draws on a terminal, in a log: a line a minute at most."""
+
+    def __init__(self, total):
+        self.total, self.done, self.last = total, 0, time.monotonic()
+
+    def update(self, n):
+        self.done += n
+        if time.monotonic() - self.last >= 60:
+            self.last = time.monotonic()
+            self.write(f"{time.strftime('%H:%M:%S')}  {self.done} of {self.total} runs")
+
+    def write(self, text):
+        print(text, file=sys.stderr, flush=True)
+
+
 def _bar(total, progress):
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="run", disable=None if progress else True)
+    if progress and not sys.stderr.isatty():
+        return contextlib.nullcontext(_Lines(total))
+    return tqdm(total=total, unit="run", disable=not progress)
