@@ -236,7 +236,7 @@ def failing(submit, fn, *args):
     future = concurrent.futures.Future()
     try:
         future.set_result(submit(fn, *args).result())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         future.set_exception(error)
     return future
 
@@ -248,6 +248,25 @@ def test_a_training_outlives_a_checkpoint_that_cannot_be_written(tmp_path):
     with pytest.warns(UserWarning, match="^No checkpoint: Cannot write"):
         history = training.fit(net, data.load("digits"), Recipe(iterations=20, eval_every=10), checkpoint=kept)
     assert history.last.step == 20
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.unlink()])
+def test_a_sweep_trains_a_parents_damaged_weights_again_and_goes_on(tmp_path, damage):
+    """They are damaged when the child is about to read them, as by a disk or by another process."""
+    executor, submit = Inline(), Inline.submit
+
+    def submit_after_damage(fn, runs, *args):
+        if runs == [child(DENSE)] and executor.ran == [DENSE]:
+            damage(Store(tmp_path).artifact(DENSE.key))
+        return failing(lambda *given: submit(executor, *given), fn, runs, *args)
+
+    executor.submit = submit_after_damage
+    assert experiments.run([child(DENSE)], executor, store=Store(tmp_path), progress=False) == []
+    assert executor.ran == [DENSE, child(DENSE), DENSE, child(DENSE)]
+    train([child(DENSE)], tmp_path / "undisturbed")
+    mine, other = (Store(folder).get(child(DENSE)) for folder in (tmp_path, tmp_path / "undisturbed"))
+    assert (mine["last_correct"], mine["mask"]) == (other["last_correct"], other["mask"])
+    assert not Store(tmp_path).failures()
 
 
 # Budgets and bounds ---------------------------------------------------------------------------------------------------

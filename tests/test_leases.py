@@ -119,3 +119,15 @@ def test_of_many_takers_each_run_has_one(tmp_path):
     for p in processes:
         p.join()
     assert sorted(key for some in got for key in some) == sorted(keys)
+
+
+def test_leases_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
+    assert taken_by_another(tmp_path, ["dead"]) == {"dead"}
+    mine = Leases(tmp_path)
+    mine.take(["mine"])
+    (tmp_path / "cut").write_text('{"host": "x"')
+    Leases(tmp_path).sweep()
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["mine"]
+    mine.close()
+    Leases(tmp_path / "none").sweep()
+    assert not (tmp_path / "none").exists()

@@ -216,3 +216,12 @@ def test_docstrings_are_plain_text():
         "",
     ]
     assert extension.columns(["", "    kind  value", "    a     1"]) == ["", "::", "", "    kind  value", "    a     1"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_actions_are_pinned_by_hash_with_their_tag_beside_it(path):
+    """A tag can be moved to other code; the hash cannot."""
+    used = re.findall(r"uses: *(.*)", path.read_text())
+    assert used
+    for action in used:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action

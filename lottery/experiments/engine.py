@@ -15,7 +15,7 @@ import torch
 from lottery import data, models, training
 from lottery.experiments.leases import Leases
 from lottery.experiments.runs import Measurement
-from lottery.experiments.store import Store
+from lottery.experiments.store import DamagedWeights, Store
 from lottery.experiments.work import execute, start
 from lottery.files import CannotWrite
 from lottery.methods import NOTHING
@@ -86,10 +86,10 @@ class _Sweep:
     """One call of `run`: what is to do, what is under way, what was given up."""
 
     def __init__(self, runs, todo, store, executor, slots, leases, clock, how, bar):
-        self.todo, self.store, self.executor, self.slots = todo, store, executor, slots
+        self.runs, self.todo, self.store, self.executor, self.slots = runs, todo, store, executor, slots
         self.leases, self.clock, self.how, self.bar = leases, clock, how, bar
         self.parents = {p for r in (*todo, *runs) if not getattr(r, "budget", None) for p in needs(r)}
-        self.under_way, self.given_up, self.elsewhere, self.errors = {}, set(), set(), []
+        self.under_way, self.given_up, self.elsewhere, self.again, self.errors = {}, set(), set(), set(), []
 
     def run(self):
         while self.todo or self.under_way:
@@ -138,7 +138,12 @@ class _Sweep:
 
     def _finish(self, job):
         group = self.under_way.pop(job)
-        if error := job.exception():
+        error = job.exception()
+        if isinstance(error, DamagedWeights) and not self.again.intersection(group):
+            self.leases.release([r.key for r in group])
+            self._plan_again(group)
+            return
+        if error:
             self.errors.append(error)
             self.given_up.update(group)
             for r in group:
@@ -151,6 +156,13 @@ class _Sweep:
                 self.store.note_failure(r.key, None)
             self.bar.update(len(group))
         self.leases.release([r.key for r in group])
+
+    def _plan_again(self, group):
+        """The weights that a group starts from were damaged and are set aside: they are trained again first, once."""
+        self.again.update(group)
+        busy = self.given_up.union(*self.under_way.values())
+        self.todo = [r for r in missing(self.runs, self.store) if r not in busy]
+        self.parents.update(p for r in self.todo if not getattr(r, "budget", None) for p in needs(r))
 
     def _look(self):
         """What was another process's and is stored now, or free again."""

@@ -51,6 +51,15 @@ class Leases:
             if {name: owner.get(name) for name in _me()} == _me():
                 (self.folder / key).unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Remove the leases of the dead."""
+        if self.folder.is_dir():
+            with self._locked():
+                now = self._clock()
+                for path in (path for path in self.folder.iterdir() if not path.name.startswith(".")):
+                    if path.is_file() and not self._lives(path, now):
+                        path.unlink()
+
     def close(self) -> None:
         """Give back everything."""
         self.stop.set()

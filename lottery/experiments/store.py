@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from lottery import files
+from lottery.experiments.leases import Leases
 
 SHARD = 300  # runs in one shard
 MASK_LIMIT = 500_000  # masks of larger networks are not stored with the run
@@ -63,6 +64,10 @@ def root(start=None):
         if (folder / "results").is_dir() and (folder / "lottery").is_dir():
             return folder / "results"
     raise FileNotFoundError(f"No results folder around {here}: work inside a clone, or name one with --results-dir.")
+
+
+class DamagedWeights(ValueError):
+    """Weights that are not what was written; they are set aside when this is raised."""
 
 
 class Store:
@@ -169,7 +174,8 @@ class Store:
             probe.write_bytes(bytes(2**16))
 
     def sweep(self):
-        """Remove what killed processes left some time ago: half-written files, checkpoints of runs that are stored."""
+        """Remove what killed processes left: their leases, half-written files, checkpoints of runs that are stored."""
+        Leases(self.leases).sweep()
         for folder in (self.dir, *(self.dir / name for name in PARTS)):
             files.sweep(folder)
         files.sweep(self.dir / ".checkpoints", "*.safetensors", lambda path: path.stem in self.keys())
@@ -229,17 +235,19 @@ class Store:
     def load_artifact(self, key):
         """What `save_artifact` kept, and the file's sha256.
 
-        Raises ValueError for weights that are damaged, or another run's: set aside, and trained again by the next call.
+        Raises DamagedWeights for those that are damaged, another run's or gone; they are set aside, and the next call
+        of `run` trains them again.
         """
         from lottery import tensorfile
 
         path = self.artifact(key)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, FileNotFoundError):
             tensors, about, sha = tensorfile.read(path)
             if about == {"run": key}:
                 return tensors, sha
-        path.rename(path.with_suffix(".damaged"))
-        raise ValueError(f"Damaged weights {path}: set aside; run again, and they are trained again.")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.rename(path.with_suffix(".damaged"))
+        raise DamagedWeights(f"Damaged weights {path}: set aside; run again, and they are trained again.")
 
     def merge(self, source=None):
         """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.

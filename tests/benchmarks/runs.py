@@ -13,12 +13,14 @@ from lottery.experiments import store
 WEIGHTS = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
 
 
-def fill(folder, n):
+def fill(folder, n, masks=True):
     """Write n runs into shards below `folder`: those that the lottery ticket paper's items declare, and others."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     template = [_row(rng, level) for level in range(min(n, store.SHARD))]
+    template = template if masks else [row | {"mask": None} for row in template]
     declared = [r for scale in ("laptop", "paper") for r in experiments.lth.runs(None, scale)]
+    declared = [r for r in declared if isinstance(r, experiments.Run)]
     declared = [None] * (n - len(declared)) + declared[:n]
     for start in range(0, n, store.SHARD):
         rows = [_named(template[i % len(template)], i, declared[i]) for i in range(start, min(start + store.SHARD, n))]
