@@ -49,8 +49,13 @@ def recipe(epochs, images, batch_size=256, lr=0.256, warmup=5, **changes):
 
 def weight_decay(published, recipe):
     """The paper's λ for another recipe, so that λ · Σ lr / (1 − momentum) is the same; five digits are kept."""
-    pull = sum(recipe.lr_at(t) for t in range(0, recipe.iterations, recipe.lr_every)) * recipe.lr_every
-    return float(f"{published * PULL * (1 - recipe.momentum) / pull:.5g}")
+    return float(f"{published * PULL * (1 - recipe.momentum) / _sum_of_rates(recipe):.5g}")
+
+
+@functools.cache
+def _sum_of_rates(recipe):
+    """Σ lr of a training; cached, since every claim asks for every run."""
+    return sum(recipe.lr_at(t) for t in range(0, recipe.iterations, recipe.lr_every)) * recipe.lr_every
 
 
 def convolutional(model, dataset, recipe, **options):
@@ -270,7 +275,7 @@ def _learnt(net, run, level, at, granularity=None, variant=""):
 
 def rank_decay(published, net, recipe):
     """As `weight_decay`, beside the paper's training of a FastGRNN."""
-    theirs, ours = (sum(r.lr_at(t) for t in range(r.iterations)) for r in (RECURRENT[net].recipe, recipe))
+    theirs, ours = map(_sum_of_rates, (RECURRENT[net].recipe, recipe))
     return float(f"{published * theirs / ours:.5g}")
 
 

@@ -311,7 +311,7 @@ def load(runs=None, store=None):
 
 
 class Rows(Mapping):
-    """`{key: row}` of a store, as the rows of `load`: each is read and checked when it is first asked for."""
+    """`{key: row}` of a store, as the rows of `load`: each is looked for, read and checked once, when it is asked for."""
 
     def __init__(self, store):
         self.store, self.found = store, {}
@@ -319,10 +319,12 @@ class Rows(Mapping):
 
     def __getitem__(self, key):
         if key not in self.found:
-            if not (row := self.store.row(key)):
-                raise KeyError(key)
-            known = {name: value for name, value in row.items() if value is not None}
-            self.found[key] = row | self.numbers | known | {"stale": stale(row)}
+            self.found[key] = row = self.store.row(key)
+            if row:
+                known = {name: value for name, value in row.items() if value is not None}
+                self.found[key] = row | self.numbers | known | {"stale": stale(row)}
+        if self.found[key] is None:
+            raise KeyError(key)
         return self.found[key]
 
     def __iter__(self):
