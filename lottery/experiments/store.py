@@ -311,7 +311,7 @@ def load(runs=None, store=None):
 
 
 class Rows(Mapping):
-    """`{key: row}` of a store, as the rows of `load`: each is looked for, read and checked once, when it is asked for."""
+    """`{key: row}` of a store, as the rows of `load`: each is looked for and checked once, when it is asked for."""
 
     def __init__(self, store):
         self.store, self.found = store, {}
