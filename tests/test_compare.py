@@ -151,6 +151,7 @@ def test_between_two_runs_by_hand():
     assert compare.at_density(0.02, [0.04, 0.01], [90.0, 80.0]) == pytest.approx(85)
     assert compare.at_density(0.02, [0.04, 0.021, 0.01], [90.0, 88.0, 80.0]) > 87
     assert compare.at_density(0.02, [0.02, 0.01], [90.0, 80.0]) == 90
+    assert compare.at_density(0.02, [0.05, 0.01], [90.0, 80.0]) is None  # too far apart
     assert list(compare.at_density(0.02, [0.04, 0.01], np.array([[2.0, 4.0], [0.0, 0.0]]))) == pytest.approx([1, 2])
 
 

@@ -42,8 +42,8 @@ def declared(store):
     found, stored = {}, set(store.keys())
     for paper in PAPERS:
         module = papers.paper(paper)
-        for scale in (scale for scale in module.scales if scale != "smoke"):
-            evidence = {"paper": "full", "primary": "full"}.get(scale, "reduced or stand-in")
+        for scale in module.scales:
+            evidence = {"paper": "full", "primary": "full", "smoke": "none"}.get(scale, "reduced or stand-in")
             for r in module.runs(None, scale):
                 if r.key in stored:
                     found.setdefault(r.key, (paper, evidence, r))

@@ -1,0 +1,247 @@
+"""What the runs of `experiments.compare` say: every method at a density, who is above whom, whose masks agree.
+
+Everything takes the frame of `networks`, one row for each stored network; what is not stored is left out and counted.
+"""
+
+import functools
+import itertools
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from lottery import claims, data, models
+from lottery import masks as M
+from lottery.experiments import compare
+from lottery.experiments.soft_threshold import macs_left
+from lottery.experiments.store import unpack_masks
+
+COLUMNS = ["method", "seed", "point", "x", "density", "test", "validation", "macs", "layers", "row", "total", "after"]
+COLUMNS += ["hours"]
+GROUPS = {  # by when the mask is found
+    "after a training": ("imp", "rewind", "oneshot", "cs"),
+    "before the training": ("grasp", "snip", "synflow", "magnitude", "random"),
+    "during the training": ("gmp", "str", "dnw", "l0", "set", "rigl"),
+}
+
+
+WORDS = {"dense": "dense network", "imp": "LTH iterative", "rewind": "LTH rewinding", "oneshot": "LTH one-shot"}
+WORDS |= {"grasp": "GraSP", "synflow": "SynFlow", "rigl": "RigL", "magnitude": "magnitude", "random": "random"}
+
+
+def words(method):
+    """A method in as few words as tell it from the others: "gmp@begin=0.1" → "GMP begin=0.1"."""
+    name, _, options = method.partition("@")
+    return f"{WORDS.get(name, name.upper())} {options}".strip()
+
+
+def networks(chapter, item):
+    """One row for each stored network of an item, at the highest scale of which anything is stored: a DataFrame.
+
+    Columns: method (with "@options" where it has some), seed, point, x (the density asked for, NaN where none is),
+    density, test and validation (accuracies, %), macs (left, for one image), layers ({layer: density}), row (the
+    store's), total and after (costs, in trainings), hours (of a core, with all that it was trained from). In `attrs`:
+    scale, stored, declared (networks), densities.
+    """
+    import pandas as pd
+
+    scales = [name for name in chapter.scales if chapter.stored(item, name)[0]] or chapter.scales[:1]
+    at, store, rows = chapter.settings[scales[0]], chapter.store, []
+    for arm, x, point in compare.cells(item, at):
+        for seed in compare.seeds(item, at):
+            [run] = compare.trial(arm, at, seed, point)
+            if row := store.get(run):
+                total, after = compare.cost(run)
+                rows.append({
+                    "method": _method(arm), "seed": seed, "point": point, "x": x, "density": row["density"],
+                    "test": _percent(row["last_test_acc"]), "validation": _percent(row["last_val_acc"]),
+                    "macs": macs_left(row)[0], "layers": {n: k / m for n, (k, m) in json.loads(row["layers"]).items()},
+                    "row": row, "total": total, "after": after, "hours": _seconds(run, store) / 3600,
+                })  # fmt: skip
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    stored, declared = chapter.stored(item, scales[0])
+    densities = at.nets[compare.ITEMS[item][0]].densities if compare.ITEMS[item][0] in at.nets else ()
+    frame.attrs = {"scale": scales[0], "stored": stored, "declared": declared, "densities": densities}
+    return frame
+
+
+def _method(arm):
+    net, method = arm.split("/")
+    options = net.partition("@")[2]
+    return f"{method}@{options}" if options else method
+
+
+def _percent(share):
+    return np.nan if share is None else 100 * share
+
+
+def _seconds(run, store):
+    found = 0.0
+    while run:
+        row = store.row(run.key)
+        found, run = found + (row["wall_s"] if row else 0.0), run.parent
+    return found
+
+
+def at(frame, method, density, quantity="test"):
+    """{seed: value} of a method at a density: of its network there, or between the two around it; what is out of reach
+    is left out. The dense network is at every density."""
+    found, of = {}, frame[frame["method"] == method]
+    for seed, part in of.groupby("seed"):
+        values = list(part[quantity])
+        if method.startswith("dense"):
+            found[seed] = values[0]
+        elif part["x"].notna().all():
+            found.update((seed, v) for x, v in zip(part["x"], values, strict=True) if x == density)
+        elif (value := compare.at_density(density, list(part["density"]), values)) is not None:
+            found[seed] = value
+    return found
+
+
+def summary(frame, quantity="test"):
+    """[{method, density, mean, half, n}] over trials; half: of the 95 % interval, NaN for one trial."""
+    rows = []
+    for method, density in itertools.product(dict.fromkeys(frame["method"]), frame.attrs["densities"]):
+        if values := list(at(frame, method, density, quantity).values()):
+            low, high = claims.t_interval(values)
+            half = (high - low) / 2 if len(values) > 1 else np.nan
+            rows.append({"method": method, "density": density, "mean": np.mean(values), "half": half, "n": len(values)})
+    return rows
+
+
+# Who is above whom ----------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two methods at one density: difference of their accuracies in points, 95 % interval, trials in common, p.
+
+    word: "above" | "below" after Holm's correction over all pairs, "alike" where the 90 % interval lies within ±margin,
+    else "open".
+    """
+
+    a: str
+    b: str
+    d: float
+    interval: tuple[float, float]
+    n: int
+    p: float
+    word: str
+
+
+def pairs(frame, density, margin):
+    """All pairs of methods at a density that have two trials or more in common; the dense network stays out."""
+    methods = (m for m in dict.fromkeys(frame["method"]) if not m.startswith("dense"))
+    values, tests = {m: at(frame, m, density) for m in methods}, []
+    for a, b in itertools.combinations(values, 2):
+        d = np.array([values[a][seed] - values[b][seed] for seed in values[a].keys() & values[b].keys()])
+        if len(d) > 1:
+            tests.append((a, b, d, min(claims.p_value("direction", sign * d, margin) for sign in (1, -1))))
+    found = []
+    for (a, b, d, p), passed in zip(tests, claims.holm([p for *_, p in tests]), strict=True):
+        word = ("above" if d.mean() > 0 else "below") if passed else "open"
+        if not passed and claims.same(d, margin).word == "reproduced":
+            word = "alike"
+        found.append(Pair(a, b, float(d.mean()), claims.t_interval(d), len(d), p, word))
+    return found
+
+
+def matrix(found, methods):
+    """{(a, b): word} of some `pairs`, both ways round."""
+    turned = {"above": "below", "below": "above"}
+    words = {(p.a, p.b): p.word for p in found} | {(p.b, p.a): turned.get(p.word, p.word) for p in found}
+    return {(a, b): words.get((a, b)) for a in methods for b in methods}
+
+
+def said(frame, density, margin):
+    """Who wins at a density, in a sentence or two: the highest mean, what it is above, and what may be as good."""
+    found = pairs(frame, density, margin)
+    here = {row["method"]: row["mean"] for row in summary(frame) if row["density"] == density and row["n"] > 1}
+    here = {method: mean for method, mean in here.items() if not method.startswith("dense")}
+    if not found:
+        return f"At {100 * density:g} % fewer than two methods have two trials."
+    best = max(here, key=here.get)
+    cells = matrix(found, here)
+    by = {word: [words(m) for m in here if m != best and cells[best, m] == word] for word in ("above", "alike", "open")}
+    n = sorted({p.n for p in found})
+    trials = f"{n[0]}{f' to {n[-1]}' * (len(n) > 1)} trials"
+    text = f"**{100 * density:g} %** ({trials}): the highest mean, {here[best]:.2f} %, has **{words(best)}**"
+    said = [f"it is above {listed(by['above'])}" if by["above"] else "it is above none of the others for sure"]
+    said += [f"within {margin:g} points of {listed(by['alike'])}"] if by["alike"] else []
+    said += [f"{listed(by['open'])} may be as good"] if by["open"] else []
+    total = sum(p.word in ("above", "below") for p in found)
+    return f"{text}; {'; '.join(said)}. Of {len(found)} pairs {total} are told apart."
+
+
+def listed(some):
+    """ "a", "a and b", "a, b and c"."""
+    return some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
+
+
+# Whose masks agree ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _shapes(model, dataset, options):
+    facts = data.SETS[dataset]
+    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
+    return {name: tuple(layer.weight.shape) for name, layer in M.prunable(net).items()}
+
+
+def masks(row):
+    """The stored masks of a row, `{layer: bool [weights]}`, or None where they were not kept."""
+    if not row["mask"]:
+        return None
+    shapes = _shapes(row["model"], row["dataset"], tuple(map(tuple, json.loads(row["spec"])["options"])))
+    return {name: m.numpy().ravel() for name, m in unpack_masks(row["mask"], shapes).items()}
+
+
+def overlap(a, b):
+    """(share of kept weights that both masks keep, what masks of the same layer densities give by chance)."""
+    both = sum(int((a[name] & b[name]).sum()) for name in a)
+    chance = sum(int(a[name].sum()) * int(b[name].sum()) / a[name].size for name in a)
+    size = (sum(int(m.sum()) for m in a.values()) + sum(int(m.sum()) for m in b.values())) / 2
+    return both / size, chance / size
+
+
+def overlaps(frame, density):
+    """{(a, b): (overlap, by chance)} of methods' masks nearest to a density, means over trials of the same seed.
+
+    (a, a) is of two seeds of one method. Left out: methods whose masks are not stored, or not within a factor of 1.5.
+    """
+    kept = {}
+    for (method, seed), part in frame.groupby(["method", "seed"], sort=False):
+        part = part[[row["mask"] is not None for row in part["row"]]]
+        part = part[(part["density"] / density).between(1 / 1.5, 1.5)]
+        if len(part) and not method.startswith("dense"):
+            nearest = min(part.index, key=lambda i: abs(np.log(part["density"][i] / density)))
+            kept.setdefault(method, {})[seed] = masks(part["row"][nearest])
+    found = {}
+    for a, b in itertools.combinations_with_replacement(kept, 2):
+        if a == b:
+            some = [overlap(kept[a][s], kept[a][t]) for s, t in itertools.combinations(kept[a], 2)]
+        else:
+            some = [overlap(kept[a][s], kept[b][s]) for s in kept[a].keys() & kept[b].keys()]
+        if some:
+            found[a, b] = tuple(np.mean(some, axis=0))
+    return found
+
+
+# How the methods were tuned -------------------------------------------------------------------------------------------
+
+
+def tuned(frame):
+    """{method: {configuration: validation accuracy in %, or None}} at the density of tuning; see `compare.CONFIGS`."""
+    density = min(frame.attrs["densities"], key=lambda d: abs(d - compare.TUNED_AT))
+    found = {}
+    for method, configs in compare.CONFIGS.items():
+        values = {config: at(frame, f"{method}@{config}", density, "validation") for config in configs}
+        found[method] = {config: next(iter(v.values()), None) for config, v in values.items()}
+    return found
+
+
+def chosen(tried):
+    """{method: the configuration with the highest validation accuracy, of equals the first}; "default" without any."""
+    return {
+        method: max(values, key=lambda config: -1 if values[config] is None else values[config])
+        for method, values in tried.items()
+    }

@@ -1,0 +1,171 @@
+"""lottery.experiments.audit: what is drawn, that it is trained from nothing, what counts as having come out again."""
+
+import contextlib
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from small_runs import DENSE, fake, train
+from typer.testing import CliRunner
+
+from lottery import cli
+from lottery.experiments import Run, Store, audit, compare, engine
+
+RECORD = {"packages": {"torch": "2"}, "device": "CPU", "threads": 1, "compile": False, "versions": {}}
+
+
+def row(accuracy=0.9, losses=(2.0, 1.0), precision="float32", **record):
+    """A stored row, as far as it is compared; losses at steps 1 and 500."""
+    return {
+        "spec": json.dumps({"recipe": {"precision": precision}}), "fingerprint": "f", "last_test_acc": accuracy,
+        "train_loss": json.dumps(dict(zip(("1", "500"), losses, strict=True))), "values": None,
+        "certificate": json.dumps(RECORD | record),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("other", "parents", "outcome", "reason"),
+    [
+        (row(), (), "identical", ""),
+        (row(threads=2), (), "identical", ""),  # bit by bit though it need not be
+        (row(0.9001), (), "miss", "last_test_acc otherwise, under the same record"),
+        (row(0.9001, threads=2), (), "within tolerance", "threads 1 and 2"),
+        (row(0.9031, threads=2), (), "miss", "under another record"),
+        (row(0.9031, threads=2), ("miss",), "explained miss", "parents"),
+        (row(0.9031, threads=2), ("within tolerance",), "miss", "under another record"),
+        (row(0.9, (2.001, 1.0), threads=2), (), "within tolerance", "threads"),
+        (row(0.9, (2.003, 1.0), threads=2), (), "miss", "train_loss otherwise, under another record"),
+        (
+            row(0.9, (2.003, 1.0), threads=2),
+            ("within tolerance",),
+            "within tolerance",
+            "threads",
+        ),  # another mask's loss
+        (row(0.9, (2.0, 1.2), threads=2), (), "within tolerance", "threads"),  # after 500 steps they have parted
+        (row(0.9001) | {"fingerprint": "g"}, (), "explained miss", "on other data"),
+    ],
+)
+def test_what_counts_as_having_come_out_again(other, parents, outcome, reason):
+    found = audit.compare(row(), other, parents)
+    assert found["outcome"] == outcome
+    assert reason in found["reason"]
+
+
+def test_an_older_version_explains_a_miss():
+    assert audit.compare(row(versions={"training": 0}), row(0.8))["outcome"] == "explained miss"
+
+
+def test_a_beginning_is_compared_in_what_it_has():
+    begun = {name: row()[name] for name in ("fingerprint", "certificate")}
+    assert audit.compare(row(), begun | {"train_loss": '{"1": 2.0}'})["outcome"] == "identical"
+    found = audit.compare(row(), begun | {"train_loss": '{"1": 2.1}'})
+    assert (found["outcome"], found["accuracy"]) == ("miss", None)
+    assert found["loss"] == pytest.approx(0.05)
+    other = begun | {"certificate": row(threads=2)["certificate"], "train_loss": '{"1": 2.1}'}
+    assert (
+        audit.compare(row(), other, ["within tolerance"])["outcome"] == "explained miss"
+    )  # nothing is left to compare
+
+
+def test_bfloat16_parts_earlier_and_further():
+    mine, other = row(precision="bfloat16"), row(0.91, precision="bfloat16", threads=2)
+    assert audit.compare(mine, other)["outcome"] == "within tolerance"
+
+
+def test_what_is_drawn_takes_turns_and_follows_from_the_commit():
+    runs = {f"a{i}": ("lth", "full", None) for i in range(20)} | {f"b{i}": ("grasp", "full", None) for i in range(3)}
+    first = audit.draw(runs, 6, "1234")
+    assert sorted(key[0] for key in first) == ["a", "a", "a", "b", "b", "b"]
+    assert first == audit.draw(dict(reversed(runs.items())), 6, "1234")
+    assert first != audit.draw(runs, 6, "5678")
+    assert len(audit.draw(runs, 30, "1234")) == 23
+
+
+def test_parents_come_first():
+    child = Run(parent=DENSE, recipe=DENSE.recipe, dataset="digits")
+    assert list(audit.needed([child])) == [DENSE, child]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A ticket of two rounds and SNIP, on the digits; the weights that the ticket stands on are gone."""
+    folder = tmp_path_factory.mktemp("results")
+    small = replace(DENSE, recipe=replace(DENSE.recipe, iterations=20, inputs="standard"))
+    one = replace(small, parent=small)
+    two, snip = replace(one, parent=one), replace(small, criterion="snip", density=0.1)
+    train([two, snip], folder)
+    shutil.rmtree(folder / ".artifacts")
+    return Store(folder), {r.key: ("lth", "none", r) for r in (two, snip)}, one
+
+
+def test_stored_runs_come_out_again_from_nothing(stored):
+    """Three trainings of the ticket and one of SNIP, bit by bit; what is on the way is compared as well."""
+    store, known, _ = stored
+    found = audit.audit(list(known), known, store, report=lambda _: None)
+    assert [r["outcome"] for r in found] == ["identical"] * 4
+    assert sorted(r["drawn"] for r in found) == [False, False, True, True]
+    assert list(store.dir.glob(".artifacts/*")) == []
+    said = audit.said(audit.record(found, store, "0123456789", False, 3.2))
+    assert "2 of 4 stored results, drawn by the hash of commit 01234567 from 1 groups" in said
+    assert "2 more on the way to them: 4 identical." in said
+
+
+def test_the_first_steps_come_out_again(stored, monkeypatch):
+    monkeypatch.setattr(audit, "PREFIX", 5)
+    store, known, one = stored
+    runs = [r for _, _, r in known.values()]
+    rows = dict(audit._again(runs, audit._settings(runs, store, "cpu"), prefix=True))
+    assert [len(json.loads(rows[r]["train_loss"])) for r in runs] == [3, 3]  # of steps 1, 2 and 5
+    for r in (*runs, one):
+        assert audit.compare(store.row(r.key), rows[r])["outcome"] == "identical"
+    assert rows[one]["last_test_acc"] == store.row(one.key)["last_test_acc"]  # a parent is trained to its end
+
+
+def test_a_result_that_does_not_come_out_is_exit_status_1(stored, monkeypatch, tmp_path):
+    store, known, _ = stored
+    wrong, row = min(known), Store.row
+
+    def altered(self, key):
+        found = row(self, key)
+        return found | {"val_loss": [0.0]} if key == wrong and self.dir == store.dir else found
+
+    monkeypatch.setattr(audit, "declared", lambda _: known)
+    monkeypatch.setattr(audit, "_processes", lambda jobs: contextlib.nullcontext(engine._Here()))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "row", altered)  # what the store says, not what is trained
+        told = call(wrong, "--commit", "ab", "--json", tmp_path / "audit.json", "--results-dir", store.dir)
+    assert told.exit_code == 1
+    [miss] = [run for run in json.loads((tmp_path / "audit.json").read_text())["runs"] if run["key"] == wrong]
+    assert (miss["outcome"], miss["reason"]) == ("miss", "stored with val_loss otherwise, under the same record")
+    assert f"* {wrong} (lth): miss, stored with val_loss otherwise" in audit.said(tmp_path / "audit.json")
+    assert call("--runs", 1, "--commit", "ab", "--results-dir", store.dir).exit_code == 0
+
+
+def call(*words):
+    return CliRunner().invoke(cli.app, ["audit", *map(str, words)])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--runs", 0], "Invalid runs 0: give a whole number from 1."),
+        (["--jobs", 0], "Invalid jobs 0: give a whole number from 1."),
+        (["--json", "nowhere/audit.json"], "No folder nowhere: make it first, or name another file."),
+        (["0123", "--commit", "ab"], "No declared run is stored under '0123': `lottery audit --list` names some."),
+    ],
+)
+def test_bad_input_is_one_line(words, said, stored, monkeypatch):
+    monkeypatch.setattr(audit, "declared", lambda _: {})
+    told = call(*words, "--results-dir", stored[0].dir)
+    assert (told.exit_code, told.stderr) == (2, f"lottery: {said}\n")
+
+
+def test_what_is_declared_is_what_is_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "PAPERS", {"compare": "compare"})
+    run = compare.runs("lenet", "smoke")[0]
+    store = Store(tmp_path)
+    store.put(fake(run))
+    assert audit.declared(store) == {run.key: ("compare", "none", run)}
+    assert audit.seconds([run], store) == 1.5
+    assert audit.said(tmp_path / "none.json").startswith("No audit is kept")
