@@ -70,6 +70,8 @@ class Log:
             elif what == "end":
                 kept.add(key)
                 at.pop(key, None)
+            elif what == "failed":  # the weights of its parent were damaged, say
+                at.pop(key, None)
             elif what == "dead":
                 at = {k: pid for k, pid in at.items() if pid != who}
             elif what == "damaged":
@@ -97,10 +99,14 @@ def write(folder, log):
     def logged(runs, *args):
         for r in runs:
             log.say("begin", os.getpid(), r.key)
-        seconds = execute(runs, *args)
-        for r in runs:
-            log.say("end", os.getpid(), r.key)
-        return seconds
+        how = "failed"
+        try:
+            seconds = execute(runs, *args)
+            how = "end"
+            return seconds
+        finally:
+            for r in runs:
+                log.say(how, os.getpid(), r.key)
 
     engine.execute = logged
     try:

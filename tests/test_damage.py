@@ -315,3 +315,12 @@ def test_runs_that_are_left_are_another_exit_status(tmp_path):
     told = CliRunner().invoke(cli.app, words)
     assert told.exit_code == cli.LEFT == 3
     assert re.search(r"0 trained now, \d+ left\.\n$", told.stdout)
+
+
+@pytest.mark.parametrize("paper", list(experiments.PAPERS))
+@pytest.mark.parametrize("name", ["model", "dataset"])
+@pytest.mark.parametrize("value", ["snip", 5, ["digits"]])
+def test_an_unknown_model_or_data_set_is_refused_by_every_paper(paper, name, value):
+    module = papers.paper(paper)
+    with pytest.raises(ValueError, match=rf"^Invalid {name} {re.escape(repr(value))}: give one of [^\n]*\.$"):
+        module.override(module.setting("smoke"), **{name: value})

@@ -37,6 +37,7 @@ import copy
 import importlib
 import sys
 
+from lottery import data, models
 from lottery.experiments import PAPERS
 from lottery.experiments.runs import chosen, preset
 
@@ -83,7 +84,10 @@ class Paper:
         return preset(scale, self.settings)
 
     def override(self, at, **parameters):
-        """A Setting with other parameters. Raises ValueError for a whole number that no experiment can have."""
+        """A Setting with other parameters. Raises ValueError for a number or name that no experiment can have."""
+        for name, known in (("model", models.MODELS), ("dataset", data.SETS)):
+            if (value := parameters.get(name)) is not None and value not in list(known):
+                raise ValueError(f"Invalid {name} {value!r}: give one of {', '.join(known)}.")
         for name, value in parameters.items():
             if name in COUNTS and isinstance(value, int) and value > COUNTS[name]:
                 raise ValueError(f"Invalid {name} {value}: give {COUNTS[name]:,} at most.")
