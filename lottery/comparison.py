@@ -164,7 +164,8 @@ def said(frame, density, margin):
     by = {word: [words(m) for m in here if m != best and cells[best, m] == word] for word in ("above", "alike", "open")}
     n = sorted({p.n for p in found})
     trials = f"{n[0]}{f' to {n[-1]}' * (len(n) > 1)} trials"
-    text = f"**{100 * density:g} %** ({trials}): the highest mean, {here[best]:.2f} %, has **{words(best)}**"
+    text = f"**{100 * density:g} %** ({len(here)} methods, {trials}): the highest mean, {here[best]:.2f} %, has "
+    text += f"**{words(best)}**"
     said = [f"it is above {listed(by['above'])}" if by["above"] else "it is above none of the others for sure"]
     said += [f"within {margin:g} points of {listed(by['alike'])}"] if by["alike"] else []
     said += [f"{listed(by['open'])} may be as good"] if by["open"] else []

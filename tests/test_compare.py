@@ -3,13 +3,16 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import train
 
-from lottery import data, masks, models
+from lottery import comparison, data, masks, models
 from lottery.baselines import erk, synflow
-from lottery.experiments import Store, compare, grasp, work
+from lottery.chapter import Chapter
+from lottery.experiments import Store, compare, grasp, papers, work
 
 LAPTOP, SMOKE = compare.setting("laptop"), compare.setting("smoke")
 
@@ -183,3 +186,92 @@ def test_never_beyond_the_runs(found, density):
 )
 def test_costs_in_trainings(arm, point, cost):
     assert compare.cost(only(arm, point)) == pytest.approx(cost)
+
+
+# What the runs say ----------------------------------------------------------------------------------------------------
+
+
+def frame(densities=(0.1, 0.05), **accuracies):
+    """A frame as `comparison.networks` makes it, of {method: {density: one accuracy a trial}}."""
+    rows = [
+        {"method": method, "seed": seed, "x": density, "density": density, "test": accuracy}
+        for method, by in accuracies.items()
+        for density, trials in by.items()
+        for seed, accuracy in enumerate(trials)
+    ]
+    found = pd.DataFrame(rows)
+    found.attrs["densities"] = densities
+    return found
+
+
+BEST, SECOND, OTHER = [98.0, 98.1, 98.2, 98.1, 98.0], [98.0, 98.05, 98.25, 98.1, 98.05], [80.0, 85.0, 90.0, 84.0, 81.0]
+
+
+def test_who_is_above_whom():
+    found = frame(imp={0.1: BEST}, snip={0.1: OTHER}, cs={0.1: SECOND})
+    words = comparison.matrix(comparison.pairs(found, 0.1, 0.2), ("imp", "snip", "cs"))
+    assert (words["imp", "snip"], words["snip", "imp"], words["imp", "cs"]) == ("above", "below", "alike")
+    assert comparison.said(found, 0.1, 0.2) == (
+        "**10 %** (3 methods, 5 trials): the highest mean, 98.09 %, has **CS**; it is above SNIP; within 0.2 points of "
+        "LTH iterative. Of 3 pairs 2 are told apart."
+    )
+    assert comparison.said(found, 0.05, 0.2) == "At 5 % fewer than two methods have two trials."
+
+
+def test_holm_asks_more_of_more_pairs():
+    """The same two methods, told apart alone, are not among many that do not differ."""
+    a, b = [1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 1.6, 2.4, 2.9, 4.4]
+    rng = np.random.default_rng(0)
+    others = {f"gmp@begin=0.{i}": {0.1: list(rng.normal(3, 2, 5))} for i in range(8)}
+    alone = comparison.pairs(frame(imp={0.1: a}, snip={0.1: b}), 0.1, 0.1)
+    among = comparison.pairs(frame(imp={0.1: a}, snip={0.1: b}, **others), 0.1, 0.1)
+    assert [p.word for p in alone] == ["above"]
+    assert [p.word for p in among if {p.a, p.b} == {"imp", "snip"}] == ["open"]
+    assert len(among) == 45
+
+
+def test_only_trials_in_common_are_compared():
+    found = comparison.pairs(frame(imp={0.1: [3.0, 4.0, 99.0]}, snip={0.1: [1.0, 2.5]}), 0.1, 0.1)
+    assert [(p.n, p.d) for p in found] == [(2, 1.75)]
+
+
+def test_a_method_without_a_density_is_read_between_its_own_runs():
+    found = frame((0.02,), dense={1.0: [99.0]}, cs={0.04: [90.0], 0.01: [80.0]})
+    found.loc[found["method"] == "cs", "x"] = np.nan
+    assert comparison.at(found, "cs", 0.02) == {0: pytest.approx(85)}
+    assert comparison.at(found, "cs", 0.05) == {}
+    assert comparison.at(found, "dense", 0.02) == {0: 99.0}
+
+
+def test_overlap_by_hand():
+    """Of 4 and 4 weights kept in a layer of 8, 3 in common; by chance 2. A layer that both keep whole agrees anyway."""
+    a = {"one": np.array([1, 1, 1, 1, 0, 0, 0, 0], bool), "two": np.ones(4, bool)}
+    b = {"one": np.array([0, 1, 1, 1, 1, 0, 0, 0], bool), "two": np.ones(4, bool)}
+    assert comparison.overlap(a, b) == (7 / 8, 6 / 8)
+
+
+def test_what_is_tuned_is_chosen_by_validation():
+    tried = {"gmp": {"default": 97.0, "lr=0.03": 98.0, "budget=global": None}, "l0": dict.fromkeys(("default", "x"))}
+    assert comparison.chosen(tried) == {"gmp": "lr=0.03", "l0": "default"}
+
+
+def test_what_is_written_down_as_chosen_is_what_the_stored_tuning_says(tmp_path):
+    """Nothing is chosen before all of it is stored."""
+    found = comparison.networks(Chapter("compare", "laptop", results_dir=tmp_path), "lenet-tuning")
+    complete = found.attrs["stored"] == found.attrs["declared"]
+    wanted = comparison.chosen(comparison.tuned(found)) if complete else {}
+    assert compare.CHOSEN["lenet"] == {method: config for method, config in wanted.items() if config != "default"}
+
+
+def test_networks_are_read_with_their_costs(tmp_path):
+    at = compare.override(SMOKE, trials=1, methods=("imp", "snip"))
+    train(papers.paper("compare").runs("lenet", at), tmp_path)
+    chapter = Chapter("compare", "smoke", results_dir=tmp_path, trials=1, methods=["imp", "snip"])
+    found = comparison.networks(chapter, "lenet")
+    assert (found.attrs["stored"], found.attrs["declared"], len(found)) == (4, 4, 4)
+    cost = {(r["method"], r["density"]): r["mean"] for r in comparison.summary(found, "total")}
+    assert cost == {("imp", 0.2): 3, ("imp", 0.1): 4, ("snip", 0.2): 1, ("snip", 0.1): 1}
+    assert {len(list(layers)) for layers in found["layers"]} == {3}
+    agree = comparison.overlaps(found, 0.1)
+    assert set(agree) == {("imp", "snip")}
+    assert all(0 < v < 1 for v in agree["imp", "snip"])

@@ -37,7 +37,11 @@ EXPLORATIONS = {
     "convolutions": TRAINED | {"model": "conv2", "iterations": 10, "rounds": 3, "trials": 1},
 }
 # One bad parameter of each notebook; tests/test_chapter.py has those of the class that refuses them.
-BAD = {"lth": TRAINED | {"rate": 1.5}, "grasp": TRAINED | {"temperature": -1.0}}
+BAD = {
+    "lth": TRAINED | {"rate": 1.5},
+    "grasp": TRAINED | {"temperature": -1.0},
+    "compare": TRAINED | {"iterations": 2},
+}
 # One number of each figure that draws printed points, and one of the table of claims: the label of the figure or
 # section; file, start of the line, what becomes of the number.
 REPORTED = {
@@ -132,6 +136,8 @@ def others(folder, anew):
         anew_too = {"scale": "smoke", "recompute": "all"}
         runs = {name: (anew.clone, anew_too | {"notebook": f"{name}.ipynb"}) for name in ("grasp", "cs")}
         runs |= {name: (anew.clone, given) for name, given in EXPLORATIONS.items()}
+        some = ["dense", "imp", "snip", "cs", "gmp", "gmp@begin=0.0"]
+        runs["compare"] = anew.clone, TRAINED | {"methods": some, "notebook": "compare.ipynb"}
         runs |= {f"bad-{name}": (anew.clone, given | {"notebook": f"{name}.ipynb"}) for name, given in BAD.items()}
         runs |= {"damaged": (damaged(folder), {}), "reported": (other_reported(folder), {})}
         yield {name: pool.submit(papermill, at, folder / name, **given) for name, (at, given) in runs.items()}
@@ -215,6 +221,20 @@ def test_cs_from_nothing_fills_every_figure(others, capsys):
     assert " that are not stored" not in run.text
     [store] = run.results.iterdir()
     assert {r.key for r in cs.runs(None, "smoke")} <= set(Store(store).rows())
+
+
+def test_the_comparison_of_a_reader_s_methods_fills_every_figure(others, capsys):
+    """Two networks of the digits, with a variant of a method beside it."""
+    run = others["compare"].result().completed()
+    with capsys.disabled():
+        print(f" [comparison, six methods trained, beside others: {run.seconds:.0f} s] ", end="")
+    for number, cell in enumerate(run.notebook.cells, start=1):
+        drawn = [o["data"]["image/svg+xml"] for o in cell.get("outputs", []) if is_picture(o)]
+        assert bool(drawn) == ("figure" in cell.metadata.get("mystnb", {})), number
+        assert not any("no run is stored yet" in text for text in drawn), number
+    said = "".join(o["data"].get("text/markdown", "") for o in run.outputs(lambda output: "data" in output))
+    assert "| GMP begin=0.0 | 2 |" in said
+    assert "not stored (" not in said
 
 
 # Other parameters
