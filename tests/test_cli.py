@@ -365,11 +365,12 @@ def test_an_interrupted_run_keeps_what_is_under_way_and_goes_on_where_it_stopped
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert "will be kept" in out + err
+    kept = int(re.search(r"Stopping: (\d) trainings will be kept", err)[1])  # one may just have ended
+    assert 1 <= kept <= 2
     assert "Traceback" not in out + err
 
     before = finished(tmp_path)
-    assert 2 + 2 <= len(before) < everything
+    assert 2 + kept <= len(before) < everything
     assert set(Store(tmp_path).rows()) == {path.stem for path in before}
 
     two = lth.override(lth.setting("smoke"), iterations=300, rounds=3, trials=2)
