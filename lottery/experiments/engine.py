@@ -289,7 +289,23 @@ def _pool(slots):
         return _Here()
     from joblib.externals.loky import ProcessPoolExecutor
 
-    return ProcessPoolExecutor(slots, initializer=_worker, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(slots, initializer=_worker, initargs=(os.getpid(),))
+    with _uninterrupted():  # a worker that is still starting would die of an interrupt, and what it was given with it
+        pool.submit(int)
+    return pool
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """An interrupt waits until the end; processes that are started meanwhile never see one."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker(parent):
