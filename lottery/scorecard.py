@@ -485,7 +485,7 @@ class _At:
         claim, kind = self.claim, self.claim["kind"]
         own = self.judge.experiment.reads.get(claim["quantity"])
         read = own or functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
-        reasons = [self._untested(x, cell) for x, cell in zip(self.cells, rows, strict=True)]
+        reasons = [self._untested(x, cell, own) for x, cell in zip(self.cells, rows, strict=True)]
         tested = [cell for cell, reason in zip(rows, reasons, strict=True) if not reason]
         note = "" if tested and (kind.startswith(C.RANGED) or not any(reasons)) else max(reasons)
         if note and not all(arm for cell in rows for trial in cell for arm in trial):
@@ -501,11 +501,13 @@ class _At:
             verdict = C.sized(verdict, kind, 0 if kind.endswith("value") else self.unit(size), error)
         return verdict, d, tested
 
-    def _untested(self, x, cell):
-        """Why one cell, [trial][arm], is not tested, or ""."""
+    def _untested(self, x, cell, own=None):
+        """Why one cell, [trial][arm], is not tested, or ""; own: what reads the quantity, if it is the paper's own."""
+        densities = " and ".join(f"{at:g} %" for at in dict.fromkeys(x) if at is not None)
         if out := sum(not all(arms) for arms in cell):
-            densities = " and ".join(f"{at:g} %" for at in dict.fromkeys(x))
             return f"{densities} is out of reach in {out} of {len(cell)} trials"
+        if own and (lost := sum(any(np.isnan(own(row)).any() for arm in arms for row in arm) for arms in cell)):
+            return f"at {densities} {lost} of {len(cell)} trials have no {self.claim['quantity']}"
         share = _censored(cell) if self.claim["reading"] == "early_stop" else 0
         return (share and f"{100 * share:.0f} % of an arm's minima lie in the last tenth of its training") or ""
 

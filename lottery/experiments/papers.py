@@ -17,7 +17,7 @@ and may have
                 `prunings(item)`, the module `measured(item, arm, x, seed, scale) -> [Measurement]`
     EXACT       {quantity: function of an arm -> number} for claims that need arithmetic only
     READS       {quantity: function of a stored row -> number} for claims about what only this paper reads of its runs;
-                a quantity named "… ratio" returns a logarithm
+                a quantity named "… ratio" returns a logarithm; NaN where a network has no such number
     shares(arm, x, rows, quantity) -> [share], or None     how much each stored row of a trial counts for an arm at what
                 the paper prints as x %; None where x is out of reach. Default: all alike
     seeds(item, at) -> range    of the trials of an item; default: the Setting's

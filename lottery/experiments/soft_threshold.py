@@ -382,9 +382,14 @@ def _spread(row):
     return math.log(max(alpha.values()) / min(alpha.values()))
 
 
+def _log(x):
+    """Not a number for a network that has no weight left."""
+    return math.log(x) if x else math.nan
+
+
 READS = {
-    "MACs": lambda row: math.log(macs_left(row)[0]),
-    "MACs per weight": lambda row: math.log(np.divide(*macs_left(row)) / row["density"]),
+    "MACs": lambda row: _log(macs_left(row)[0]),
+    "MACs per weight": lambda row: _log(np.divide(*macs_left(row)) / (row["density"] or math.inf)),
     "onset beside the law, epochs": onset_beside_law,
     "threshold in the last third ratio": _rise,
     "sparsity at half time beside half of the last, points": _half,
