@@ -154,11 +154,11 @@ def test_readings_by_hand():
 
 def test_a_network_that_has_lost_every_weight_has_no_macs():
     """What is compared as a logarithm has no value there, and the claim's cell is not tested."""
-    layers = {name: [0, 9] for name in soft_threshold.macs_of("resnet8", "digits", ())}
+    layers = {name: [0, 9] for name in E.macs_of("resnet8", "digits", ())}
     row = {"spec": json.dumps({"options": []}), "model": "resnet8", "dataset": "digits", "density": 0.0}
     row["layers"] = json.dumps(layers)
-    assert math.isnan(soft_threshold.READS["MACs"](row))
-    assert math.isnan(soft_threshold.READS["MACs per weight"](row))
+    assert math.isnan(E.READS["MACs"](row))
+    assert math.isnan(E.READS["MACs per weight"](row))
     [name, *_] = layers
     row |= {"layers": json.dumps(layers | {name: [9, 9]}), "density": 0.01}
-    assert soft_threshold.READS["MACs"](row) > 0
+    assert E.READS["MACs"](row) > 0
