@@ -233,7 +233,7 @@ def test_any_executor_by_its_name(tmp_path, tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["run", "ttt"], "Unknown paper 'ttt': choose one of lth, cs, str, grasp."),
+        (["run", "ttt"], "Unknown paper 'ttt': choose one of lth, cs, str, grasp, compare."),
         (["run", "lth", "fig99"], "Unknown item 'fig99' of lth: choose from fig1, "),
         (["run", "lth", "fig3", "table1"], "Unknown item 'table1' of lth: "),
         (["run", "lth", "fig3", "lth-fig3"], "Unknown claim 'lth-fig3': "),

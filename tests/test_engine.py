@@ -513,7 +513,7 @@ def test_execute_leaves_threads_and_random_states(tmp_path):
 
 def test_threads_are_given_back_after_an_error(tmp_path):
     threads = torch.get_num_threads()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(store.DamagedWeights):
         work.execute([child(DENSE)], tmp_path, threads=threads + 1)
     assert torch.get_num_threads() == threads
 
