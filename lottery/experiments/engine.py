@@ -289,10 +289,12 @@ def _pool(slots):
         return _Here()
     from joblib.externals.loky import ProcessPoolExecutor
 
-    pool = ProcessPoolExecutor(slots, initializer=_worker, initargs=(os.getpid(),))
-    with _uninterrupted():  # a worker that is still starting would die of an interrupt, and what it was given with it
-        pool.submit(int)
-    return pool
+    class Pool(ProcessPoolExecutor):
+        def submit(self, *args, **kwargs):
+            with _uninterrupted():  # a worker that still starts would die of an interrupt, and its run with it
+                return super().submit(*args, **kwargs)
+
+    return Pool(slots, initializer=_worker, initargs=(os.getpid(),))
 
 
 @contextlib.contextmanager
