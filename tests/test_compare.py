@@ -272,6 +272,6 @@ def test_networks_are_read_with_their_costs(tmp_path):
     cost = {(r["method"], r["density"]): r["mean"] for r in comparison.summary(found, "total")}
     assert cost == {("imp", 0.2): 3, ("imp", 0.1): 4, ("snip", 0.2): 1, ("snip", 0.1): 1}
     assert {len(list(layers)) for layers in found["layers"]} == {3}
-    agree = comparison.overlaps(found, 0.1)
+    agree = comparison.overlaps(found, 0.2)
     assert set(agree) == {("imp", "snip")}
     assert all(0 < v < 1 for v in agree["imp", "snip"])

@@ -238,8 +238,8 @@ SETTINGS = {
     "laptop": Setting({"lenet": LENET, "resnet8": RESNET8}),
     "smoke": Setting(
         {
-            "lenet": Net(Run(dataset="digits", recipe=QUICK), kept=(0.1,), **FEW),
-            "resnet8": Net(grasp.dense("resnet8", "digits", QUICK, width=4), **FEW),
+            "lenet": Net(Run(dataset="digits", recipe=QUICK), kept=(0.2,), **FEW),
+            "resnet8": Net(grasp.dense("resnet8", "digits", QUICK, width=4), kept=(0.2,), **FEW),
         },
         trials=2,
     ),
