@@ -330,6 +330,7 @@ def main(
     runs = [r for r in _asked(paper, items, trials) if r.dataset == "imagenet"]
     if not runs:
         raise ValueError(f"Nothing of {paper} {' '.join(items or ())} is trained on ImageNet: `lottery run` trains it.")
+    _device()  # before the group talks: each process has its own GPU
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
