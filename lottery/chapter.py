@@ -120,6 +120,17 @@ class Chapter:
         frame = self.frame(item, scale)
         return frame[~frame["seed"].isin(part)]
 
+    def shown(self, item):
+        """(frame, badge) of an item, or of those trials of which every run is stored; else (None, how to get them)."""
+        try:
+            self.scale(item)
+            return self.frame(item), self.badge(item)
+        except Refused as how:
+            for name in self.scales:
+                if name != "smoke" and self._runs(item, name) and (part := self.trials(item, name)) is not None:
+                    return part, self.badge(item, name)
+            return None, str(how)
+
     def frame(self, item, scale=None):
         """One row for each stored run of the item, with `arm` and `point`, as `experiments.load` gives them.
 

@@ -85,6 +85,12 @@ def tree(folder):
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
+def train(runs, clone):
+    """Put runs into the clone's results that `everything` does not have."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert experiments.run(runs, pool, store=Store(clone / "results/ours"), progress=False) == []
+
+
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
@@ -106,24 +112,37 @@ def test_best_is_the_highest_scale_that_is_complete(commit):
     assert Chapter("lth", scale="smoke").scale("fig12") == "smoke"
 
 
+def test_an_item_under_way_is_shown_with_the_trials_that_are_complete(clone, monkeypatch):
+    nothing, how = Chapter("lth").shown("fig12")
+    assert nothing is None
+    assert how.startswith("fig12 needs ")
+    monkeypatch.setitem(lth.SETTINGS, "primary", replace(presets()["primary"], trials=2))
+    *first, last = sorted(lth.runs("fig12", "primary"), key=lambda r: r.seed)
+
+    def shown():
+        frame, badge = Chapter("lth").shown("fig12")
+        return len(frame), set(frame["seed"]), re.search(r"(\d+) trials", badge)[1]
+
+    train(first, clone)
+    n = sum(r.seed == 0 for r in first)
+    assert shown() == (n, {0}, "1")
+    train([last], clone)
+    assert shown() == (2 * n, {0, 1}, "2")
+
+
 def test_a_scale_with_fewer_controls_takes_no_figure_from_a_lower_one(commit, clone, monkeypatch):
     primary = changed(replace(presets()["primary"], trials=2), rounds=3, control_rounds=(2,))  # laptop's is at 3
     monkeypatch.setitem(lth.SETTINGS, "primary", primary)
     runs = lth.runs("fig4", primary)
     last = [r for r in runs if r.seed == 1][-1]
-
-    def train(runs):
-        with futures.ThreadPoolExecutor(1) as pool:
-            assert experiments.run(runs, pool, store=Store(clone / "results/ours"), progress=False) == []
-
     commit(lth.runs("fig4", "laptop"))
-    train([r for r in runs if r != last])
+    train([r for r in runs if r != last], clone)
     chapter = Chapter("lth")
     assert chapter.scale("fig4") == "laptop"
     assert chapter.partial("fig4") == {"primary": (len(runs) - 1, len(runs))}
     assert set(chapter.trials("fig4", "primary")["seed"]) == {0}  # the other lacks a network
     assert "1 trials of" in chapter.badge("fig4", "primary")
-    train([last])
+    train([last], clone)
     chapter = Chapter("lth")
     assert chapter.scale("fig4") == "laptop"
     assert set(chapter.trials("fig4", "primary")["seed"]) == {0, 1}

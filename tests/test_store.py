@@ -486,6 +486,12 @@ def test_weights_of_another_run_are_refused(tmp_path):
             mine.load_artifact(key)
 
 
+def test_weights_that_are_gone_are_not_said_to_be_set_aside(tmp_path):
+    with pytest.raises(store.DamagedWeights, match=r"^No weights .*key\.safetensors: run again, "):
+        Store(tmp_path).load_artifact("key")
+    assert not list(tmp_path.rglob("*.damaged"))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_every_damaged_byte_of_weights_is_seen(tmp_path_factory, data):

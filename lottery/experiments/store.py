@@ -235,8 +235,8 @@ class Store:
     def load_artifact(self, key):
         """What `save_artifact` kept, and the file's sha256.
 
-        Raises DamagedWeights for those that are damaged, another run's or gone; they are set aside, and the next call
-        of `run` trains them again.
+        Raises DamagedWeights for those that are damaged, another run's or gone; the file is set aside, and the next
+        call of `run` trains them again.
         """
         from lottery import tensorfile
 
@@ -245,8 +245,10 @@ class Store:
             tensors, about, sha = tensorfile.read(path)
             if about == {"run": key}:
                 return tensors, sha
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        try:
             path.rename(path.with_suffix(".damaged"))
+        except FileNotFoundError:
+            raise DamagedWeights(f"No weights {path}: run again, and they are trained again.") from None
         raise DamagedWeights(f"Damaged weights {path}: set aside; run again, and they are trained again.")
 
     def merge(self, source=None):
