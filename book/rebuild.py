@@ -2,8 +2,8 @@
 notebooks named after it), and `rebuild.py nbval` is the notebooks' part of `make test`.
 
 Papermill executes every notebook with its committed parameters into book/_build/notebooks; the copy is brought into a
-normal form and compared with the committed outputs; then Jupyter Book builds the committed notebooks, which it never
-executes. Nothing outside book/_build is written, except by `notebooks`.
+normal form and compared with the committed outputs. Beside that Jupyter Book builds the committed notebooks, which it
+never executes. Nothing outside book/_build is written, except by `notebooks`.
 """
 
 import difflib
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -148,6 +148,14 @@ def build() -> None:
     where = ("--config", "book/_config.yml", "--toc", "book/_toc.yml", "--path-output", "book")
     if call("-c", start, "build", ".", *where, "-W", "-n", "--keep-going", "--quiet"):
         sys.exit("The book has warnings.")
+
+
+def book() -> None:
+    """Check all notebooks and, beside that, build the book: it takes the committed ones."""
+    with ThreadPoolExecutor(1) as pool:
+        built = pool.submit(build)
+        check()
+    built.result()
     print(f"The book is built. Open {BUILD / 'html' / 'index.html'}")
 
 
@@ -165,15 +173,14 @@ def nbval() -> None:
 
 
 def main(mode: str = "book", *names: str) -> None:
-    modes = {"book": (check, build), "notebooks": (refresh,), "nbval": (nbval,)}
+    modes = {"book": book, "notebooks": refresh, "nbval": nbval}
     if mode not in modes:
         sys.exit(f"Unknown mode {mode!r}: choose one of {', '.join(modes)}.")
     os.environ |= (environment := private_environment())
     for key in os.environ.keys() - environment:
         del os.environ[key]
     call("-c", "import matplotlib.font_manager")  # makes its cache now, not with a message in the middle of a notebook
-    for step in modes[mode]:
-        step(*names)
+    modes[mode](*names)
 
 
 if __name__ == "__main__":

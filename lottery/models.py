@@ -228,7 +228,7 @@ def create(name, seed=None, init=None, sigma=None, **options):
         model = MODELS[name](**options)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_meta:  # there only sizes are asked
             draw(module, generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
