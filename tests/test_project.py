@@ -1,5 +1,6 @@
 """The repository itself: pins, packaging, what committed notebooks must carry, and the comparison of `make book`."""
 
+import ast
 import importlib.util
 import itertools
 import re
@@ -121,6 +122,15 @@ def test_outputs_are_clean_and_complete(notebook):
     counts = [cell.execution_count for _, cell in code_cells(notebook) if cell.source.strip()]
     assert counts == list(range(1, len(counts) + 1)), "run `make notebooks`"
     assert not any(output.output_type == "error" for _, cell in code_cells(notebook) for output in cell.outputs)
+
+
+def test_what_a_cell_says_is_displayed(notebook):
+    """A sentence or table that is neither a cell's last expression nor handed to `display` is seen by nobody."""
+    for number, cell in enumerate(notebook.cells, start=1):
+        found = ast.parse(cell.source).body if cell.cell_type == "code" else []
+        alone = [node for part in found for node in ast.walk(part) if isinstance(node, ast.Expr)]
+        calls = [node.value for node in alone if node is not found[-1] and isinstance(node.value, ast.Call)]
+        assert not {"say", "table", "listing"} & {getattr(call.func, "id", "") for call in calls}, number
 
 
 def test_one_cell_of_parameters(notebook):
