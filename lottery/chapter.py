@@ -170,17 +170,20 @@ class Chapter:
         at, paper = self.settings[scale], self.module.setting("paper")
         same, run, papers = self.stands_beside_paper(item, scale), self._runs(item, scale)[0], self._papers(item)[0]
         share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
+        papers_n = len(self.module.seeds(item, paper))
         cells = f"{len(self.module.cells(item, at))} of {len(self.module.cells(item, paper))}"
         parts = [
             "the paper's network and data" if same else f"stand-in: {names.net(run.model, run.dataset)}",
             f"{100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations:,} iterations",
-            f"{n} trials of {paper.trials}" if n <= paper.trials else f"{n} trials, the paper {paper.trials}",
+            f"{n} trials of {papers_n}" if n <= papers_n else f"{n} trials, the paper {papers_n}",
             ", ".join(sorted(frame["device"].unique())),
             f"{len(self.module.guessed)} settings guessed",
             f"{cells} points of the paper's figure",
         ]
         parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
         parts += [f"{n} of {m} trainings stored of {names.SCALES.get(name, name)}" for name, (n, m) in others.items()]
+        if diverged := sum(frame["status"] == "diverged"):
+            parts.append(f"{diverged} of {len(frame)} trainings diverged")
         return " · ".join(parts + self._changes())
 
     def _changes(self):

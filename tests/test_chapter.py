@@ -130,6 +130,13 @@ def test_an_item_under_way_is_shown_with_the_trials_that_are_complete(clone, mon
     assert shown() == (2 * n, {0, 1}, "2")
 
 
+def test_a_badge_counts_what_diverged(clone, everything):
+    runs, store = lth.runs("fig12", "smoke"), Store(clone / "results/ours")
+    for r in runs:
+        store.put(everything.get(r) | ({"status": "diverged"} if r == runs[-1] else {}))
+    assert f" · 1 of {len(runs)} trainings diverged" in Chapter("lth").badge("fig12")
+
+
 def test_a_scale_with_fewer_controls_takes_no_figure_from_a_lower_one(commit, clone, monkeypatch):
     primary = changed(replace(presets()["primary"], trials=2), rounds=3, control_rounds=(2,))  # laptop's is at 3
     monkeypatch.setitem(lth.SETTINGS, "primary", primary)
