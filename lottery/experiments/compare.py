@@ -156,7 +156,17 @@ OTHER = {  # the third configuration of a method
     "rigl": "fraction=0.1",
 }
 CONFIGS = {name: ("default", "lr=0.03", other) for name, other in OTHER.items()}
-CHOSEN = {"lenet": {}}  # {net: {method: the one of its CONFIGS with the highest validation accuracy}}; else the default
+CHOSEN = {  # {net: {method: the one of its CONFIGS with the highest validation accuracy}}; else the default
+    "lenet": {
+        "dense": "lr=0.03",
+        "snip": "reinit_linear=false",
+        "magnitude": "share=erk",
+        "random": "share=erk",
+        "gmp": "budget=global",
+        "dnw": "lr=0.03",
+        "rigl": "fraction=0.1",
+    }
+}
 
 
 # The settings ---------------------------------------------------------------------------------------------------------
