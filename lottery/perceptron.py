@@ -14,7 +14,6 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize as P
 
@@ -86,11 +85,12 @@ def _plain_tensors(model, linear):
 def _is_watched(p):
     """Whether somebody holds the node in which p's gradients are summed, as `register_multi_grad_hook` does.
 
-    Its hooks cannot be listed; but a node that nobody holds is made anew each time it is asked for.
+    Its hooks cannot be listed; but a node that nobody holds is made anew each time it is asked for. It must not be a
+    local variable here: a profiler, such as that of Dask's workers, keeps frames for a moment after they have ended.
     """
-    get_gradient_edge(p).node.metadata["seen"] = True
-    node = get_gradient_edge(p).node
-    return node.metadata.pop("seen", False)
+    with torch.enable_grad():
+        p.view_as(p).grad_fn.next_functions[0][0].metadata["seen"] = True
+        return p.view_as(p).grad_fn.next_functions[0][0].metadata.pop("seen", False)
 
 
 def trainable(models, shape=None):

@@ -24,7 +24,8 @@ def only(arm, point, seed=0, at=LAPTOP):
 
 def test_golden_keys():
     """Published keys never change: results that are stored under them would be lost."""
-    assert only("lenet/dense", 1.0).key == "e373c5506c52f57f3f839412"
+    assert only("lenet@default/dense", 1.0).key == "e373c5506c52f57f3f839412"
+    assert only("lenet/dense", 1.0).key == "6fbd8523d191c2469d62cf7b"  # as it was tuned
 
 
 # What is declared -----------------------------------------------------------------------------------------------------
@@ -32,10 +33,10 @@ def test_golden_keys():
 
 @pytest.mark.parametrize("net", ["lenet", "resnet8"])
 def test_all_methods_have_the_dense_network_and_its_recipe(net):
-    """What is finally used is trained as the dense network is; STR's weight decay is its knob."""
-    dense = only(f"{net}/dense", 1.0)
+    """What is finally used is trained as the dense network is, but for what was tuned and STR's weight decay."""
+    dense = only(f"{net}@default/dense", 1.0)
     for arm, _, point in compare.cells(net, LAPTOP):
-        run = only(arm, point)
+        run = only(arm.replace("/", "@default/"), point)
         same = (
             "iterations",
             "batch_size",
@@ -72,7 +73,7 @@ def test_iterative_pruning_passes_through_every_density():
         found.append(run.density)
         run = run.parent
     assert found[::-1] == list(LAPTOP.nets["lenet"].levels)
-    assert run == only("lenet/dense", 1.0)
+    assert run == only("lenet@default/dense", 1.0)
     assert only("lenet/imp", 0.01).parent.parent == only("lenet/imp", 0.02)
     assert only("lenet/rewind", 0.2).rewind_to == round(6600 / 32)
 
