@@ -27,7 +27,10 @@ class Method:
         """Called once where a training goes on from a parent of the same method, whose final state is on the model."""
 
     def param_groups(self, model: torch.nn.Module, recipe) -> list[dict]:
-        """The optimiser's groups. Here: all trainable parameters, all with the recipe's weight decay."""
+        """The optimiser's groups. Here: all trainable parameters, all with the recipe's weight decay.
+
+        A group may have a "rate", which its learning rate is multiplied by in every step.
+        """
         return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": recipe.weight_decay}]
 
     def penalty(self, model: torch.nn.Module) -> torch.Tensor | None:

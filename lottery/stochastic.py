@@ -26,7 +26,7 @@ Differs from the authors' code in:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -133,9 +133,16 @@ class Bernoulli(Drawn):
 
 @dataclass(frozen=True)
 class _Drawn(Method):
-    """What L0 and supermasks share: masks drawn before each step, whose parameters do not decay."""
+    """What L0 and supermasks share: masks drawn before each step, whose parameters do not decay.
+
+    rate: the gates' learning rate, in units of the recipe's.
+    """
 
     layers: tuple[str, ...] | None = None
+    rate: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self):
+        need(self, "rate", 0 < self.rate < math.inf, "give a number above 0")
 
     def gate(self, weight):
         """A new parametrization for a weight."""
@@ -160,11 +167,11 @@ class _Drawn(Method):
         return model
 
     def param_groups(self, model, recipe):
-        """Two groups: the gates' parameters without weight decay, all others that are trained with the recipe's."""
+        """Two groups: the gates' parameters, without weight decay and at their own rate, and all others trained."""
         own = {id(gate.logits): gate.logits for gate in gates(model).values()}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         decays = [{"params": rest, "weight_decay": recipe.weight_decay}] if rest else []
-        return [*decays, {"params": list(own.values()), "weight_decay": 0.0}]
+        return [*decays, {"params": list(own.values()), "weight_decay": 0.0, "rate": self.rate}]
 
     def before_step(self, t, step):
         """Draw the noise of the step, layer by layer, from the training's own key."""
@@ -196,6 +203,8 @@ class L0(_Drawn):
     drop: 1 − σ(log α) at the start, the gates' drop rate; 0.5 in the authors' code (0.2 for the inputs of their MLP).
     beta, gamma, zeta: β, γ < 0, ζ > 1 of the hard concrete distribution.
     layers: names of the layers that get gates, the denominator of densities; None: all prunable ones.
+    rate: the gates' learning rate, in units of the recipe's. SGD at the weights' own moves a gate by little more than
+        the penalty, which is the same for all of them: none closes, or all do. At 100 the data have a say.
     """
 
     lam: float = 0.1 / 60_000
@@ -205,6 +214,7 @@ class L0(_Drawn):
     zeta: float = 1.1
 
     def __post_init__(self):
+        super().__post_init__()
         need(self, "lam", 0 <= self.lam < math.inf, "give the weight of the penalty, a number from 0")
         need(self, "drop", 0 < self.drop < 1, "give a drop rate, 0 < drop < 1")
         need(self, "beta", 0 < self.beta <= 1, "give a temperature, 0 < beta <= 1")
@@ -231,7 +241,7 @@ class Supermask(_Drawn):
 
     s0: where every s starts; 0 in the authors' code, a mask of density ½.
     rescale: multiply a layer's weights by its size over the number of ones in its mask (dynamic weight rescaling).
-    layers: as of `L0`.
+    layers, rate: as of `L0`.
 
     `attach` freezes all parameters of the model but s, biases among them; batch norm keeps its running statistics. The
     authors train s by SGD with a learning rate of 100.
@@ -241,6 +251,7 @@ class Supermask(_Drawn):
     rescale: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         need(self, "s0", abs(self.s0) <= 80, "give a number near 0, at most 80 in size")
         need(self, "rescale", isinstance(self.rescale, bool), "give True or False")
 

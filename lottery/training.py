@@ -182,10 +182,12 @@ def optimizer(model, recipe, groups=None):
 
 def _build(groups, recipe):
     device = next(p.device for group in groups for p in group["params"])
-    lr = torch.tensor(recipe.lr, device=device) if _captures(device) else recipe.lr
+    groups = [{**group, "lr": recipe.lr * group.get("rate", 1.0)} for group in groups]
+    if _captures(device):
+        groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in groups]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=_captures(device))
-    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+        return torch.optim.Adam(groups, fused=True, capturable=_captures(device))
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
 
 
 def can_compile(device: str) -> bool:
@@ -460,10 +462,11 @@ class _Loop:
             return
         self.lr = lr
         for group in self.step.optimizer.param_groups:
+            its = lr * group.get("rate", 1.0)
             if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
+                group["lr"].fill_(its)
             else:
-                group["lr"] = lr
+                group["lr"] = its
 
     def read(self):
         """One reading of every network that is under way, the last one of those that end here."""

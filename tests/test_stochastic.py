@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -290,6 +291,26 @@ def test_gates_do_not_decay():
     assert only["weight_decay"] == 0
 
 
+def test_gates_have_their_own_rate():
+    """Two steps without momentum, the second at a tenth of the rate: a gate moves by rate · lr · its gradient."""
+    recipe = replace(SGD, momentum=0.0, weight_decay=0.0, iterations=2, eval_every=1, milestones=(1,), gamma=0.1)
+
+    def moved(method, n):
+        net = method.attach(mlp())
+        start = {name: gate.log_alpha.detach().clone() for name, gate in stochastic.gates(net).items()}
+        trained(net, replace(recipe, iterations=n, milestones=(1,) if n > 1 else ()), method)
+        return {name: gate.log_alpha.detach() - start[name] for name, gate in stochastic.gates(net).items()}, net
+
+    (one, plain), (three, fast) = moved(L0(lam=0.01), 1), moved(L0(lam=0.01, rate=3.0), 1)
+    for name, change in one.items():
+        torch.testing.assert_close(three[name], 3 * change, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(M.original(M.prunable(fast)[name]), M.original(M.prunable(plain)[name]))
+    slow, _ = moved(L0(lam=1e3, rate=1e-6), 2)  # the penalty alone counts, and hardly changes: 1 + 0.1 of a step
+    first, _ = moved(L0(lam=1e3, rate=1e-6), 1)
+    for name, change in first.items():
+        torch.testing.assert_close(slow[name], 1.1 * change, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -298,6 +319,8 @@ def test_gates_do_not_decay():
         (lambda: L0(beta=0), "Invalid beta 0: give a temperature, 0 < beta <= 1."),
         (lambda: L0(gamma=0), "Invalid gamma 0: give a number below 0."),
         (lambda: L0(zeta=1), "Invalid zeta 1: give a number above 1."),
+        (lambda: L0(rate=0), "Invalid rate 0: give a number above 0."),
+        (lambda: Supermask(rate=math.inf), "Invalid rate inf: give a number above 0."),
         (lambda: Supermask(s0=math.nan), "Invalid s0 nan: give a number near 0, at most 80 in size."),
         (lambda: Supermask(rescale=1), "Invalid rescale 1: give True or False."),
         (lambda: L0(layers=("9",)).attach(mlp()), "Unknown names in layers: 9; the model has 1, 3, 5."),
