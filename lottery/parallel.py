@@ -341,9 +341,9 @@ def main(
                 train(r, images, store, accumulate, workers)
                 if leases:
                     leases.release([r.key])
-    if dist.get_rank() == 0:
-        left = len(missing(runs, Store(results_dir)))
-        typer.echo(f"{len(runs)} runs: {left} left.")
+        if dist.get_rank() == 0:
+            left = len(missing(runs, Store(results_dir)))
+            typer.echo(f"{len(runs)} runs: {left} left.")
 
 
 def _agreed(value):
