@@ -1,10 +1,12 @@
 """Files that a kill, a full disk or somebody else may have had in hand: written whole or not at all, read with care."""
 
 import contextlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 STALE = 3600.0  # seconds after which a temporary file is what a killed process left
 
@@ -84,3 +86,65 @@ def _folder(path):
         yield f
     finally:
         os.close(f)
+
+
+class Chunk(NamedTuple):
+    """What the footer of a parquet file says of one column in one group of rows: number of values, unpacked bytes."""
+
+    column: str
+    values: int
+    size: int
+
+
+def chunks(path: Path) -> list[Chunk]:
+    """The column chunks of a parquet file that pyarrow has opened. Raises ValueError for a footer that says no such.
+
+    pyarrow's own `RowGroupMetaData.column` ends the process where a chunk's statistics are damaged.
+    """
+    with open(path, "rb") as f:
+        f.seek(-8, os.SEEK_END)
+        length = int.from_bytes(f.read(4), "little")
+        f.seek(-8 - length, os.SEEK_END)
+        footer = iter(f.read(length))
+    try:  # FileMetaData.row_groups → RowGroup.columns → ColumnChunk.meta_data
+        about = [chunk[3] for group in _thrift(12, footer)[4] for chunk in group[1]]
+        found = [Chunk(m[3][0].decode(), m[5], m[6]) for m in about]
+        if not all(type(n) is int and n >= 0 for chunk in found for n in chunk[1:]):
+            raise ValueError("a size below 0")
+        return found
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration, RecursionError) as error:
+        raise ValueError(f"its footer is damaged ({type(error).__name__}).") from None
+
+
+def _thrift(kind, data):
+    """The next value of Thrift's compact protocol; a struct is {number of the field: value}."""
+    if kind in (1, 2):
+        return kind == 1
+    if kind == 3:
+        return next(data)
+    if kind in (4, 5, 6):
+        n = _varint(data)
+        return (n >> 1) ^ -(n & 1)
+    if kind in (7, 8):
+        n = 8 if kind == 7 else _varint(data)
+        return bytes(itertools.islice(data, n))
+    if kind in (9, 10):  # of booleans, each is a byte
+        head = next(data)
+        n = head >> 4 if head < 0xF0 else _varint(data)
+        return [_thrift(3 if head & 15 < 3 else head & 15, data) for _ in range(n)]
+    if kind != 12:
+        raise ValueError(f"no kind {kind} in parquet")
+    fields, number = {}, 0
+    while head := next(data):
+        number = number + (head >> 4) if head >> 4 else _thrift(5, data)
+        fields[number] = _thrift(head & 15, data)
+    return fields
+
+
+def _varint(data):
+    """Seven bits a byte, the lowest first, to the first byte below 128."""
+    found = shift = 0
+    while (byte := next(data)) > 127:
+        found |= (byte & 127) << shift
+        shift += 7
+    return found | byte << shift

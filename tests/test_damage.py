@@ -114,6 +114,32 @@ def test_a_small_file_that_expands_to_gigabytes_is_not_unpacked(tmp_path, capsys
     assert re.search(r"Damaged result .*many\.parquet: it holds more than 1048576 bytes\.", many)
 
 
+@pytest.mark.parametrize("by", [0x01, 0x06, 0x80])
+def test_a_footer_with_any_byte_changed_ends_no_process(tmp_path, by, capsys):
+    """pyarrow's own look at a column ends the process where statistics of a list's levels are damaged."""
+    pq.write_table(
+        pa.table({"key": ["a" * 24, "b" * 24], "val_acc": [[0.5, None], []]}), path := tmp_path / "t.parquet"
+    )
+    content, footer = path.read_bytes(), pq.ParquetFile(path).metadata
+    for i in range(len(content) - 8 - footer.serialized_size, len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ by]) + content[i + 1 :])
+        store.read(path)
+    assert "Damaged result" in capsys.readouterr().err
+
+
+def test_a_footer_tells_what_each_column_holds(tmp_path):
+    table = pa.table({"n": range(1000), "of": [[{"text": "ä"}] * 3] * 1000, "given": [True, None] * 500})
+    pq.write_table(table, path := tmp_path / "t.parquet", row_group_size=300)
+    about = pq.ParquetFile(path).metadata
+    columns = [about.row_group(i).column(j) for i in range(4) for j in range(3)]
+    wanted = [(c.path_in_schema.split(".")[0], c.num_values, c.total_uncompressed_size) for c in columns]
+    assert [tuple(chunk) for chunk in files.chunks(path)] == wanted
+    cut = path.read_bytes()[-about.serialized_size // 2 - 8 : -8]
+    path.write_bytes(cut + len(cut).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(ValueError, match=r"^its footer is damaged \("):
+        files.chunks(path)
+
+
 def test_what_is_no_ordinary_file_is_passed_over(tmp_path, capsys):
     """A pipe that nobody writes to would be read for ever."""
     Store(tmp_path).put(fake())

@@ -395,12 +395,9 @@ def _parquet(path, columns):
     from pyarrow.parquet import ParquetFile  # `read_table` would import pandas first
 
     with ParquetFile(path) as file:
-        about = file.metadata
-        groups = [about.row_group(i) for i in range(about.num_row_groups)]
-        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
-        size = sum(max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks)
-        if size * about.num_rows <= MOST:
+        chunks = [chunk for chunk in files.chunks(path) if columns is None or chunk.column in columns]
+        size = sum(max(chunk.size, 8 * chunk.values) for chunk in chunks)
+        if size * file.metadata.num_rows <= MOST:
             return _plain(file.read(columns))
         if size > MOST:
             raise ValueError(f"it holds {size} bytes, more than {MOST}.")
