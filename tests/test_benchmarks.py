@@ -144,6 +144,7 @@ ROW = {"name": str, "title": str, "unit": str, "per": str, "load": float, "wall_
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("name", ["lenet_step", "imp", "scores_vgg19", "sparse_inference", "sparse_training"])
 def test_benchmarks_run(name, monkeypatch):
     monkeypatch.setattr(measure, "CORES", 1)
@@ -168,6 +169,7 @@ def test_benchmarks_run(name, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("name", ["resnet20_cs_step", "conv4_step"])
 def test_every_variant_of_a_conv_step_runs(name):
     for kind in workloads.OURS, workloads.BFLOAT16, workloads.PRACTICE, workloads.EAGER:
@@ -175,6 +177,7 @@ def test_every_variant_of_a_conv_step_runs(name):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_peak_memory_of_a_process_of_its_own():
     found = measure.peak("lenet_step", workloads.EAGER, small=True)
     assert 0 < found["before"] <= found["MiB"] < 10_000

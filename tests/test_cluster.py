@@ -19,6 +19,7 @@ from lottery.training import Recipe
 pytest.importorskip("distributed", reason="needs the extra lottery[cluster]")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.endurance,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:distributed"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]

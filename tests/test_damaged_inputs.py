@@ -6,6 +6,7 @@ from damaged_inputs import BAD
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_damaged_inputs_are_refused_in_one_line_or_read_as_they_were():
     """`python tests/damaged_inputs.py --inputs 10000` tries more of them."""

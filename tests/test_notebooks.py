@@ -30,12 +30,8 @@ spec.loader.exec_module(rebuild)
 
 COMMITTED = nbformat.read(ROOT / "notebooks/lth.ipynb", as_version=4)
 TRAINED = {"scale": "smoke", "recompute": "missing"}
-EXPLORATIONS = {
-    "rewinding": TRAINED
-    | {"init": "rewind", "rewind_to": 10, "iterations": 60, "rounds": 3, "trials": 1, "seed": 5, "scope": "global"}
-    | {"rate": 0.5},
-    "convolutions": TRAINED | {"model": "conv2", "iterations": 10, "rounds": 3, "trials": 1},
-}
+EXPLORATION = TRAINED | {"model": "conv2", "init": "rewind", "rewind_to": 5, "iterations": 10, "rounds": 3}
+EXPLORATION |= {"trials": 1, "seed": 5, "scope": "global", "rate": 0.5}
 # One bad parameter of each notebook; tests/test_chapter.py has those of the class that refuses them.
 BAD = {
     "lth": TRAINED | {"rate": 1.5},
@@ -130,14 +126,16 @@ def anew(folder):
 
 
 @pytest.fixture(scope="module")
-def others(folder, anew):
-    """Futures of all other executions, two at a time."""
+def others(folder, anew, request):
+    """Futures of all other executions that the selected tests look at, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        anew_too = {"scale": "smoke", "recompute": "all"}
-        runs = {name: (anew.clone, anew_too | {"notebook": f"{name}.ipynb"}) for name in ("grasp", "cs")}
-        runs |= {name: (anew.clone, given) for name, given in EXPLORATIONS.items()}
-        some = ["dense", "imp", "snip", "cs", "gmp", "gmp@begin=0.0"]
-        runs["compare"] = anew.clone, TRAINED | {"methods": some, "notebook": "compare.ipynb"}
+        runs = {}
+        if any(item.get_closest_marker("endurance") for item in request.session.items):
+            anew_too = {"scale": "smoke", "recompute": "all"}
+            runs |= {name: (anew.clone, anew_too | {"notebook": f"{name}.ipynb"}) for name in ("grasp", "cs")}
+            some = ["dense", "imp", "snip", "cs", "gmp", "gmp@begin=0.0"]
+            runs["compare"] = anew.clone, TRAINED | {"methods": some, "notebook": "compare.ipynb"}
+        runs["exploration"] = anew.clone, EXPLORATION
         runs |= {f"bad-{name}": (anew.clone, given | {"notebook": f"{name}.ipynb"}) for name, given in BAD.items()}
         runs |= {"damaged": (damaged(folder), {}), "reported": (other_reported(folder), {})}
         yield {name: pool.submit(papermill, at, folder / name, **given) for name, (at, given) in runs.items()}
@@ -198,6 +196,7 @@ def test_smoke_from_nothing_shows_what_it_trained(anew):
     assert {row["init"] for row in others} == {"continue"}  # the chains of training on between rounds
 
 
+@pytest.mark.endurance
 def test_grasp_from_nothing_fills_every_figure(others, capsys):
     run = others["grasp"].result().completed()
     with capsys.disabled():
@@ -212,6 +211,7 @@ def test_grasp_from_nothing_fills_every_figure(others, capsys):
     assert set(Store(store).rows()) == {r.key for r in grasp.runs(None, "smoke")}
 
 
+@pytest.mark.endurance
 def test_cs_from_nothing_fills_every_figure(others, capsys):
     run = others["cs"].result().completed()
     with capsys.disabled():
@@ -223,6 +223,7 @@ def test_cs_from_nothing_fills_every_figure(others, capsys):
     assert {r.key for r in cs.runs(None, "smoke")} <= set(Store(store).rows())
 
 
+@pytest.mark.endurance
 def test_the_comparison_of_a_reader_s_methods_fills_every_figure(others, capsys):
     """Two networks of the digits, with a variant of a method beside it."""
     run = others["compare"].result().completed()
@@ -240,13 +241,13 @@ def test_the_comparison_of_a_reader_s_methods_fills_every_figure(others, capsys)
 # Other parameters
 
 
-@pytest.mark.parametrize("name", EXPLORATIONS)
-def test_an_exploration_completes_without_verdict(name, others):
-    run, given = others[name].result().completed(), EXPLORATIONS[name]
+def test_an_exploration_completes_without_verdict(others):
+    """Of a convolutional network, whose weights are rewound."""
+    run, given = others["exploration"].result().completed(), EXPLORATION
     assert run.text.count("exploration: no verdict") == 2  # the summary and the table of claims
     assert len(run.outputs(is_picture)) == sum(any(map(is_picture, c.get("outputs", []))) for c in COMMITTED.cells)
     rows = Store(run.results).rows().values()
-    assert {row["seed"] for row in rows} == {given.get("seed", 0)}
+    assert {row["seed"] for row in rows} == {given["seed"]}
     assert {row["iterations"] for row in rows} == {given["iterations"]}
     assert max(row["level"] for row in rows) == given["rounds"]
     assert not (run.clone / "results/ours").exists()

@@ -170,6 +170,7 @@ def two(store, folder, tmp_path, stop=-1):
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_two_processes_killed_and_started_again_end_where_one_ends(alone, folder, tmp_path):
     one = Store(tmp_path / "one")
     for r in runs():

@@ -5,6 +5,7 @@ import sweep_faults
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_sweep_survives_twenty_random_moments(monkeypatch):
     """Every kind of disturbance three times or more; `python tests/sweep_faults.py --moments 60` does more of them."""

@@ -83,7 +83,7 @@ NETS = {
 }
 CHUNKS = {"resnet32-c100": 4}  # two draws of 5 images per class, halved; the others one draw of 10
 LAPTOP = {"resnet32-c10": dense("resnet8", "cifar10_16", recipe(30, precision="bfloat16"))}
-SMOKE = {"resnet32-c10": dense("resnet8", "digits", recipe(3, 42, batch_size=32, augment="none"), width=8)}
+SMOKE = {"resnet32-c10": dense("resnet8", "digits", recipe(3, 14, batch_size=96, augment="none"), width=8)}
 SETTINGS = {  # highest scale first
     "paper": Setting(NETS),
     "laptop": Setting(

@@ -405,7 +405,7 @@ SETTINGS = {  # highest scale first
     "smoke": Setting(
         {
             "lenet": Net(
-                Run(dataset="digits", recipe=Recipe(iterations=100, eval_every=10, test_readings="all")), **SMOKE
+                Run(dataset="digits", recipe=Recipe(iterations=60, eval_every=10, test_readings="all")), **SMOKE
             )
         }
         | SMOKE_CONV,
