@@ -114,10 +114,14 @@ def execute(path: Path) -> tuple[Path, str]:
 
 
 def executed(*names: str) -> Iterator[tuple[Path, Path]]:
-    """Pairs (committed notebook, its executed copy) of all or some; two at a time, of one thread. Raises SystemExit."""
+    """Pairs (committed notebook, its executed copy) of all or some, large ones first; two at a time, of one thread.
+
+    Raises SystemExit when one fails.
+    """
     shutil.rmtree(BUILD / "notebooks", ignore_errors=True)
     (BUILD / "notebooks").mkdir(parents=True)
-    paths = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if not names or path.stem in names)
+    paths = [path for path in NOTEBOOKS.glob("*.ipynb") if not names or path.stem in names]
+    paths.sort(key=lambda path: (-path.stat().st_size, path.name))
     with ProcessPoolExecutor(2) as pool:
         for path, (copy, failure) in zip(paths, pool.map(execute, paths), strict=True):
             if failure:
