@@ -175,7 +175,7 @@ class Chapter:
         parts = [
             "the paper's network and data" if same else f"stand-in: {names.net(run.model, run.dataset)}",
             f"{100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations:,} iterations",
-            f"{n} trials of {papers_n}" if n <= papers_n else f"{n} trials, the paper {papers_n}",
+            f"{n} of {names.trials(papers_n)}" if n <= papers_n else f"{names.trials(n)}, the paper {papers_n}",
             ", ".join(sorted(frame["device"].unique())),
             f"{len(self.module.guessed)} settings guessed",
             f"{cells} points of the paper's figure",

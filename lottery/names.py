@@ -93,6 +93,11 @@ def arm(name):
     return called.get(last) or ARMS.get(last, name)
 
 
+def trials(n: int) -> str:
+    """ "1 trial", "5 trials"."""
+    return f"{n} trial{'s' * (n != 1)}"
+
+
 def net(model, dataset=None):
     """The words for a network, and the data it is trained on: "vgg19", "cifar10" → "VGG-19, CIFAR-10".
 

@@ -63,7 +63,7 @@ def forest(card):
 
 
 def _forest_line(row):
-    basis = f"{row['evidence']}, {row['trials']} trials" if row["trials"] else row["evidence"]
+    basis = f"{row['evidence']}, {names.trials(row['trials'])}" if row["trials"] else row["evidence"]
     said = short(row)
     return (
         f'<tr><th scope="row"><a href="#{anchor(row)}">{escape(said[:1].upper() + said[1:])}</a></th>'
@@ -268,7 +268,7 @@ def _line(row):
         share = "" if row["steps_fraction"] is None else f", {100 * row['steps_fraction']:.3g} % of the steps"
         nets, sets = (row[k].split(", ") for k in ("net", "data"))
         where = " and ".join(names.net(n, d) for n, d in itertools.product(nets, sets))
-        basis.append(f"{row['trials']} trials{share}; {where}")
+        basis.append(f"{names.trials(row['trials'])}{share}; {where}")
     changed = ", before that: ".join(filter(None, [row["stale"], row["was"]]))
     notes = [n for n in (scorecard.note(row), changed) if n]
     more = [f"Rule: {row['rule']}.", f"Read: {row['quantity']}."]

@@ -184,7 +184,7 @@ def _lead(primary, tested):
 
 def _trials(rows):
     n = sorted({row["trials"] for row in rows if row["trials"]})
-    return f"{n[0]} trials" if len(n) == 1 else f"{n[0]} to {n[-1]} trials" if n else "no trials"
+    return names.trials(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]} trials" if n else "no trials"
 
 
 def _named(begin, rows):

@@ -121,7 +121,7 @@ def test_an_item_under_way_is_shown_with_the_trials_that_are_complete(clone, mon
 
     def shown():
         frame, badge = Chapter("lth").shown("fig12")
-        return len(frame), set(frame["seed"]), re.search(r"(\d+) trials", badge)[1]
+        return len(frame), set(frame["seed"]), re.search(r"(\d+)(?: of \d+)? trial", badge)[1]
 
     train(first, clone)
     n = sum(r.seed == 0 for r in first)
@@ -148,7 +148,7 @@ def test_a_scale_with_fewer_controls_takes_no_figure_from_a_lower_one(commit, cl
     assert chapter.scale("fig4") == "laptop"
     assert chapter.partial("fig4") == {"primary": (len(runs) - 1, len(runs))}
     assert set(chapter.trials("fig4", "primary")["seed"]) == {0}  # the other lacks a network
-    assert "1 trials of" in chapter.badge("fig4", "primary")
+    assert "1 of 5 trials" in chapter.badge("fig4", "primary")
     train([last], clone)
     chapter = Chapter("lth")
     assert chapter.scale("fig4") == "laptop"
@@ -239,7 +239,7 @@ def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
     assert Chapter("lth").badge("fig4").split(" · ") == [
         "the paper's network and data",  # as far as the presets of these tests go
         "50 % of the paper's steps",
-        "1 trials of 5",
+        "1 of 5 trials",
         device,
         f"{len(lth.GUESSED)} settings guessed",
         "6 of 7 points of the paper's figure",
