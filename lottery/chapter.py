@@ -120,15 +120,26 @@ class Chapter:
         frame = self.frame(item, scale)
         return frame[~frame["seed"].isin(part)]
 
-    def shown(self, item):
-        """(frame, badge) of an item, or of those trials of which every run is stored; else (None, how to get them)."""
+    def points(self, item, scale):
+        """`frame` at a scale, of the points, arms at a density, of which every trial is stored (None: there is none)."""
+        frame = self.frame(item, scale)
+        trials = frame.groupby(["arm", "point"], dropna=False)["seed"].transform("nunique")
+        found = frame[trials == len(self.module.seeds(item, self.settings[scale]))]
+        return found if len(found) else None
+
+    def shown(self, item, points=False):
+        """(frame, badge) of an item, or of those trials of which every run is stored; else (None, how to get them).
+
+        points: where no trial is complete, those points of which every trial is.
+        """
         try:
             self.scale(item)
             return self.frame(item), self.badge(item)
         except Refused as how:
-            for name in self.scales:
-                if name != "smoke" and self._runs(item, name) and (part := self.trials(item, name)) is not None:
-                    return part, self.badge(item, name)
+            for part in (self.trials, self.points)[: 1 + points]:
+                for name in self.scales:
+                    if name != "smoke" and self._runs(item, name) and (frame := part(item, name)) is not None:
+                        return frame, self.badge(item, name, frame)
             return None, str(how)
 
     def frame(self, item, scale=None):
@@ -161,17 +172,19 @@ class Chapter:
         names = pd.DataFrame({"arm": arms, "point": [point for _, point, _ in labels]})
         return pd.concat([names, frame], axis=1)
 
-    def badge(self, item, scale=None):
-        """What the item's numbers rest on, in one line: at its scale, or the `trials` at another."""
+    def badge(self, item, scale=None, frame=None):
+        """What the item's numbers rest on, in one line: at its scale, or a frame of it at another, or its `trials`."""
         if self.is_measured(item):
             return self._measured_badge(item, self.scale(item))
-        frame, others = (self.trials(item, scale), {}) if scale else (self.frame(item), self.partial(item))
+        others = {} if scale else self.partial(item)
+        if frame is None:
+            frame = self.trials(item, scale) if scale else self.frame(item)
         scale = scale or self.scale(item)
         at, paper = self.settings[scale], self.module.setting("paper")
         same, run, papers = self.stands_beside_paper(item, scale), self._runs(item, scale)[0], self._papers(item)[0]
         share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
         papers_n = len(self.module.seeds(item, paper))
-        cells = f"{len(self.module.cells(item, at))} of {len(self.module.cells(item, paper))}"
+        cells = f"{len(frame[['arm', 'point']].drop_duplicates())} of {len(self.module.cells(item, paper))}"
         parts = [
             "the paper's network and data" if same else f"stand-in: {names.net(run.model, run.dataset)}",
             f"{100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations:,} iterations",

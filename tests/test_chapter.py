@@ -130,6 +130,16 @@ def test_an_item_under_way_is_shown_with_the_trials_that_are_complete(clone, mon
     assert shown() == (2 * n, {0, 1}, "2")
 
 
+def test_where_no_trial_is_complete_points_may_be_shown_of_which_every_trial_is(clone, monkeypatch):
+    monkeypatch.setitem(lth.SETTINGS, "primary", replace(presets()["primary"], trials=2))
+    runs = lth.runs("fig12", "primary")
+    train([r for r in runs if r.init == "reset" and r.level < 3 and (r.level, r.seed) != (2, 1)], clone)
+    assert Chapter("lth").shown("fig12")[0] is None
+    frame, badge = Chapter("lth").shown("fig12", points=True)
+    assert sorted(zip(frame["level"], frame["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert re.search(r"· 2 of \d+ points of the paper's figure", badge)
+
+
 def test_a_badge_counts_what_diverged(clone, everything):
     runs, store = lth.runs("fig12", "smoke"), Store(clone / "results/ours")
     for r in runs:
