@@ -121,7 +121,7 @@ class Chapter:
         return frame[~frame["seed"].isin(part)]
 
     def points(self, item, scale):
-        """`frame` at a scale, of the points, arms at a density, of which every trial is stored (None: there is none)."""
+        """`frame` at a scale, of the points (an arm and a density) of which every trial is stored; None without any."""
         frame = self.frame(item, scale)
         trials = frame.groupby(["arm", "point"], dropna=False)["seed"].transform("nunique")
         found = frame[trials == len(self.module.seeds(item, self.settings[scale]))]
@@ -180,7 +180,7 @@ class Chapter:
         if frame is None:
             frame = self.trials(item, scale) if scale else self.frame(item)
         scale = scale or self.scale(item)
-        at, paper = self.settings[scale], self.module.setting("paper")
+        paper = self.module.setting("paper")
         same, run, papers = self.stands_beside_paper(item, scale), self._runs(item, scale)[0], self._papers(item)[0]
         share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
         papers_n = len(self.module.seeds(item, paper))

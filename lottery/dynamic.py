@@ -301,7 +301,7 @@ def dense_gradient(model, x, y, loss=F.cross_entropy):
     Of a copy in training mode: the model's modes, buffers and gradients and the random state stay as they are.
     """
     net, w = grasp.scored_copy(model)
-    with grasp._same_rng(x), torch.enable_grad():
+    with grasp.same_rng(x), torch.enable_grad():
         return dict(zip(w, torch.autograd.grad(loss(net(x), y), list(w.values()), materialize_grads=True), strict=True))
 
 

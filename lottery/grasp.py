@@ -58,7 +58,7 @@ def scores(model, batches, temperature=200.0):
     """
     net, theta = scored_copy(model)
     w, batches, T = list(theta.values()), _drawn(batches), temperature
-    with _same_rng(w[0]), _twice_differentiable():
+    with same_rng(w[0]), _twice_differentiable():
         g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, T))
         _check_gradients(g)
         Hg = _sum(batches, w, lambda x, y: _times_hessian(g, net, w, x, y, T))
@@ -155,7 +155,7 @@ def gradient_norm(model, batches, temperature=1.0):
     """
     net, theta = scored_copy(model)
     w, on, batches = list(theta.values()), M.read(model), _drawn(batches)
-    with _same_rng(w[0]):
+    with same_rng(w[0]):
         g = _sum(batches, w, lambda x, y: [len(y) * v for v in _gradient(net, w, x, y, temperature)])
     kept = [v * on[name] if name in on else v for name, v in zip(theta, g, strict=True)]
     return math.hypot(*(float(torch.linalg.vector_norm(v)) for v in kept)) / sum(len(y) for _, y in batches)
@@ -171,7 +171,7 @@ def ntk(model, x):
     """
     net, theta = scored_copy(model)
     w, on = list(theta.values()), M.read(model)
-    with _same_rng(w[0]), _twice_differentiable(), torch.enable_grad():
+    with same_rng(w[0]), _twice_differentiable(), torch.enable_grad():
         Z = net(_wide(x.to(w[0].device))).flatten()
         u = torch.zeros_like(Z, requires_grad=True)
         Ju = torch.autograd.grad(Z, w, u, create_graph=True, materialize_grads=True)  # Jᵀu is linear in u, hence:
@@ -201,7 +201,7 @@ def summed_gradient(model, batches, temperature=1.0):
     """(θ, g): the effective weights and Σ_c ∇CE(f(x_c)/T, y_c), as `{layer: tensor}`; see `scores`."""
     net, theta = scored_copy(model)
     w, batches = list(theta.values()), _drawn(batches)
-    with _same_rng(w[0]):
+    with same_rng(w[0]):
         g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
     _check_gradients(g)
     return {name: v.detach() for name, v in theta.items()}, dict(zip(theta, g, strict=True))
@@ -295,6 +295,6 @@ def _check_gradients(g):
         raise ValueError("All gradients are zero, so no weight ranks above another: is a layer cut off or dead?")
 
 
-def _same_rng(like):
+def same_rng(like):
     """Random state as before on leaving: dropout in the scored copy must not shift what is drawn afterwards."""
     return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])

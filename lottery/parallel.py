@@ -242,7 +242,7 @@ class Loop(training._Loop):
             dist.broadcast(tensor, 0)
         mine = list(range(n))[dist.get_rank() :: dist.get_world_size()]
         found = torch.zeros(n + 1, dtype=torch.float64, device=like.device)  # whether each is right, and the loss
-        with training._modes_kept(model):
+        with training.modes_kept(model):
             model.eval()
             rows = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
             for which, (x, y) in zip(rows, DataLoader(split.x, batch_sampler=rows, num_workers=2), strict=True):
@@ -274,10 +274,10 @@ def train(r: Run, folder: Path | str, store: Store, accumulate: int = 1, workers
     loop.run(training.Checkpoint(store.checkpoint(r.key), {"run": r.key, "versions": versions()}, every))
     [history] = loop.histories(time.perf_counter() - loop.began)
     if dist.get_rank() == 0:
-        certificate = work._certificate(work._algorithms(r), started, history.wall_s, device, torch.get_num_threads())
+        certificate = work.certify(work.algorithms_of(r), started, history.wall_s, device, torch.get_num_threads())
         certificate |= {"devices": dist.get_world_size(), "accumulate": accumulate, "group": [r.key], **net.hashes}
-        certificate["weights"] = store.save_artifact(r.key, work._artifact(r, net))
-        store.put({**work._row(r, shown, net.model, history, certificate), "moves": None})
+        certificate["weights"] = store.save_artifact(r.key, work.artifact_of(r, net))
+        store.put({**work.row_of(r, shown, net.model, history, certificate), "moves": None})
         store.checkpoint(r.key).unlink(missing_ok=True)
     dist.barrier()
     return history

@@ -298,7 +298,7 @@ def autocast(recipe, like):
 
 
 @contextlib.contextmanager
-def _modes_kept(model):
+def modes_kept(model):
     """Every module leaves in the mode in which it came, training or evaluation: some may be frozen."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -316,7 +316,7 @@ def evaluate(model, split, normalise, batch_size=None, smoothing=0.0):
     batch_size: default 2,500; on a CPU 250, for fully connected networks 1,000: activations should fit in the cache.
     """
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
-    with _modes_kept(model):
+    with modes_kept(model):
         model.eval()
         plain = not torch.is_autocast_enabled(like.device.type)
         forward = (plain and perceptron.forward(model)) or model
@@ -581,7 +581,7 @@ class _Member:
         self.model, self.data, self.recipe, self.normalise, self.method = model, data, recipe, normalise, method
         self.evaluate = evaluate
         self.masks, self.modes = method.masks(model), contextlib.ExitStack()
-        self.modes.enter_context(_modes_kept(model))
+        self.modes.enter_context(modes_kept(model))
         layers, masks = M.masked(model), M.read(model)
         self.behind = {name: (m, M.original(layers[name]).detach()[~m]) for name, m in masks.items()}
         self.history, self.best, self.best_step, self.best_loss = History(), None, None, math.inf

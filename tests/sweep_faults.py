@@ -84,7 +84,7 @@ def prepare():
     torch.set_num_threads(1)
     engine.LOOK = 0.02
     training.Checkpoint.__init__.__defaults__ = (0.0,)  # seconds between two: one at every reading
-    work._code()
+    work.code()
     with tempfile.TemporaryDirectory() as folder:
         sys.addaudithook(fuse := _Fuse(0))
         write(folder, Log(os.devnull))

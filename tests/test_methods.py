@@ -320,7 +320,7 @@ def test_denormals_are_flushed_in_a_training_and_left_alone_outside(tmp_path):
         def before_step(self, t, step):
             seen[0].append((tiny * 1).item())
 
-    with work._settings(1):
+    with work.settings_for(1):
         training.fit(lenet(), data.load("digits"), Recipe(iterations=2, eval_every=2), method=Look())
     assert seen[0] == [0.0, 0.0]
     assert (tiny * 1).item() > 0

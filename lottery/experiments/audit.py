@@ -163,14 +163,14 @@ def _again(runs, settings, prefix):
 
 def _beginning(r, store, device, threads, compiled):
     """What the row of a run has after its first PREFIX steps."""
-    with work._settings(threads):
-        images = take(work._images(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
+    with work.settings_for(threads):
+        images = take(work.images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
         given, begin = work.spending(r, images, store), work.start(r)
         net = work.initialise(given, images, store, device)
         how = {"start": begin, "stop": min(begin + PREFIX, r.recipe.iterations), "method": given.method}
         how |= {"opt": net.optimizer, "compiled": compiled}
-        history = work._fit(net.model, images, r.recipe, seed=int(r.key[:15], 16), **how)
-    certificate = work._certificate(work._algorithms(r), now(), history.wall_s, device, threads)
+        history = work.fit_alike(net.model, images, r.recipe, seed=int(r.key[:15], 16), **how)
+    certificate = work.certify(work.algorithms_of(r), now(), history.wall_s, device, threads)
     certificate = json.dumps(certificate | {"compile": compiled})
     losses = {str(t): loss for t, loss in history.train_loss.items()}
     return {"train_loss": json.dumps(losses), "fingerprint": images.fingerprint, "certificate": certificate}
@@ -242,7 +242,7 @@ def _numbers(found):
 
 def record(found, store, by, prefix, wall_s):
     """What is kept of an audit: when, by which commit's hash, where, and what came out of each run."""
-    torch, device = work.torch.__version__, work._device_name("cpu")
+    torch, device = work.torch.__version__, work.device_name("cpu")
     head = {"schema": 1, "when": now(), "commit": by, "prefix": prefix, "torch": torch, "device": device}
     return head | {"wall_s": round(wall_s), "stored": len(store.keys()), "runs": found}
 

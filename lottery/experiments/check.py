@@ -33,7 +33,7 @@ def refuse(runs, store=None):
         what = r.model, r.dataset, r.criterion, r.score, r.train_fraction
         if store and r.density and not r.parent and r.criterion in ("snip", "grasp") and what not in scored:
             scored.add(what)
-            whole = work._images(r.dataset, r.valid, r.balanced, r.split_seed)
+            whole = work.images_of(r.dataset, r.valid, r.balanced, r.split_seed)
             work.initialise(r, take(whole, r.train_fraction), store)
 
 
@@ -52,9 +52,9 @@ def _left(r):
         if not r.parent:
             return before
         if r.scope == "global":
-            return lth._after(before if isinstance(before, dict) else {"": before}, r.rate)
+            return lth.after(before if isinstance(before, dict) else {"": before}, r.rate)
         each = rates(_empty(r.model, r.dataset, r.options), r)
-        return lth._after(before, each) if isinstance(before, dict) else None
+        return lth.after(before, each) if isinstance(before, dict) else None
     except ValueError as error:
         raise ValueError(f"After {r.level} rounds: {error}" if r.level > 1 else str(error)) from None
 

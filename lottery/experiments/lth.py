@@ -403,11 +403,7 @@ SETTINGS = {  # highest scale first
         {"lenet": Net(Run(recipe=Recipe(iterations=15_000, test_readings="all")), **LAPTOP)} | LAPTOP_CONV
     ),
     "smoke": Setting(
-        {
-            "lenet": Net(
-                Run(dataset="digits", recipe=Recipe(iterations=60, eval_every=10, test_readings="all")), **SMOKE
-            )
-        }
+        {"lenet": Net(Run(dataset="digits", recipe=Recipe(iterations=60, eval_every=10, test_readings="all")), **SMOKE)}
         | SMOKE_CONV,
         trials=2,
     ),

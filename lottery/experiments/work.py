@@ -31,10 +31,10 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
     denormal numbers, and its warning filters are left as they were.
     """
     store, started, r = Store(results_dir, also), now(), runs[0]
-    with _settings(threads):
+    with settings_for(threads):
         if isinstance(r, Measurement):
             return _measure(r, store, started, device, threads)
-        images = take(_images(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
+        images = take(images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
         given = [spending(r, images, store) for r in runs]
         nets = [initialise(r, images, store, device) for r in given]
         orders = [int(r.key[:15], 16) for r in runs]
@@ -42,23 +42,23 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         if len(runs) == 1:
             [net], [order] = nets, orders
             kept = training.Checkpoint(store.checkpoint(r.key), {"run": r.key, "versions": versions()})
-            histories = [_fit(net.model, images, r.recipe, seed=order, opt=net.optimizer, checkpoint=kept, **how)]
+            histories = [fit_alike(net.model, images, r.recipe, seed=order, opt=net.optimizer, checkpoint=kept, **how)]
         else:
             histories = training.fit([net.model for net in nets], images, r.recipe, seed=orders, **how)
         if compiled:  # every network counts as a recompilation; at the eighth torch.compile gives up for good
             torch.compiler.reset()
     keep_weights = keep_weights or [False] * len(runs)
     for r, net, history, keep in zip(runs, nets, histories, keep_weights, strict=True):
-        weights = store.save_artifact(r.key, _artifact(r, net)) if keep else None
-        certificate = _certificate(_algorithms(r), started, history.wall_s, device, threads)
+        weights = store.save_artifact(r.key, artifact_of(r, net)) if keep else None
+        certificate = certify(algorithms_of(r), started, history.wall_s, device, threads)
         certificate |= {"compile": compiled, "group": [r.key for r in runs], "weights": weights, **net.hashes}
         moves = _moves(r, images, net.model, store) if r.init == "survivors" else None
-        store.put({**_row(r, images, net.model, history, certificate), "moves": moves})
+        store.put({**row_of(r, images, net.model, history, certificate), "moves": moves})
         store.checkpoint(r.key).unlink(missing_ok=True)
     return sum(history.wall_s for history in histories)
 
 
-def _fit(model, images, recipe, seed, **how):
+def fit_alike(model, images, recipe, seed, **how):
     """`training.fit`; dropout draws from torch's own generator, so that is given the seed for as long."""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -67,7 +67,7 @@ def _fit(model, images, recipe, seed, **how):
 
 
 @contextlib.contextmanager
-def _settings(threads):
+def settings_for(threads):
     """So many threads, and denormal numbers flushed to 0; the caller's settings afterwards.
 
     Adam's moments of weights on rarely lit pixels decay into denormal numbers, on which some CPUs are slow.
@@ -109,7 +109,7 @@ def start(r):
 def _measure(r, store, started, device, threads):
     began = time.perf_counter()
     columns = r.measure(device, *(store.load_artifact(p.key)[0] for p in r.trained))
-    certificate = _certificate(r.versions, started, time.perf_counter() - began, device, threads)
+    certificate = certify(r.versions, started, time.perf_counter() - began, device, threads)
     row = {name: getattr(r, name) for name in ("key", "model", "dataset", "seed")} | {"status": "finished"}
     row |= {name: certificate[name] for name in ("started", "device", "wall_s")}
     row |= {"spec": json.dumps(r.spec(), sort_keys=True), "certificate": json.dumps(certificate, sort_keys=True)}
@@ -117,19 +117,19 @@ def _measure(r, store, started, device, threads):
     return certificate["wall_s"]
 
 
-def _certificate(algorithms, started, wall_s, device, threads):
+def certify(algorithms, started, wall_s, device, threads):
     """How a result came about; `algorithms`: the modules whose VERSION it depends on."""
     return {
         "versions": {name: v for name, v in versions().items() if name in algorithms},
         "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": threads,
         "compile": False,
         "flush_denormal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "started": started,
         "wall_s": round(wall_s, 3),
-        "code": _code(),
+        "code": code(),
     }
 
 
@@ -203,7 +203,7 @@ def _values(r, m, create, source, images, device, generator):
     if r.init == "rewind" and r.rewind_to:  # θ_k of the training at the root, with what that one learns beside weights
         root = r.root.method.attach(create(seed=r.seed)).to(device)
         order = int(r.root.key[:15], 16)
-        _fit(root, images, r.root.recipe, seed=order, stop=r.rewind_to, method=r.root.method)
+        fit_alike(root, images, r.root.recipe, seed=order, stop=r.rewind_to, method=r.root.method)
         return M.state(root)
     return theta_0
 
@@ -217,7 +217,7 @@ def _restore(model, theta):
 APART = ("mask", "learned", "optimizer")  # what an artifact holds beside `masks.state`, by prefix
 
 
-def _artifact(r, net):
+def artifact_of(r, net):
     """All that a child may need: θ, the masks that are on the model or else those it has learned, the momentum."""
     masks = M.read(net.model)
     learned = {} if masks else r.method.masks(net.model)
@@ -270,7 +270,8 @@ def scores(r, model, images, generator, device="cpu"):
     return {name: v.cpu() for name, v in ranked.items()}
 
 
-def _row(r, images, model, history, certificate):
+def row_of(r, images, model, history, certificate):
+    """The row of the store of a finished training: every column of `store.schema`."""
     m = r.method.masks(model)
     row = {
         "key": r.key,
@@ -320,7 +321,7 @@ def _nulls(values):
     return [None if np.isnan(v) else v for v in values]
 
 
-def _algorithms(r):
+def algorithms_of(r):
     """The modules with a VERSION that a result depends on."""
     ranked = {"snip": ("grasp", "baselines"), "grasp": ("grasp",)}.get(r.criterion, ("baselines",))
     ranked = ranked if r.density else ("lth",)
@@ -329,7 +330,8 @@ def _algorithms(r):
 
 
 @functools.lru_cache(maxsize=2)
-def _images(name, valid, balanced, split_seed):
+def images_of(name, valid, balanced, split_seed):
+    """The data set of a Run; the last ones stay loaded."""
     return data.load(name, valid=valid, balanced=balanced, split_seed=split_seed)
 
 
@@ -338,14 +340,15 @@ def _part(tensors, prefix):
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _device_name(device):
+def device_name(device):
+    """What a row says a run was trained on: the GPU's name, or the CPU's kind and vector instructions."""
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @functools.cache
-def _code():
+def code():
     """Commit and hash of the package's source: information only, neither makes a run stale."""
     folder = Path(__file__).parents[1]
     source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
