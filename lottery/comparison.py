@@ -170,7 +170,7 @@ def said(frame, density, margin):
     said += [f"within {margin:g} points of {listed(by['alike'])}"] if by["alike"] else []
     said += [f"{listed(by['open'])} may be as good"] if by["open"] else []
     total = sum(p.word in ("above", "below") for p in found)
-    return f"{text}; {'; '.join(said)}. Of {len(found)} pairs {total} are told apart."
+    return f"{text}; {'; '.join(said)}. Pairs told apart: {total} of {len(found)}."
 
 
 def listed(some):

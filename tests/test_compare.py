@@ -215,7 +215,7 @@ def test_who_is_above_whom():
     assert (words["imp", "snip"], words["snip", "imp"], words["imp", "cs"]) == ("above", "below", "alike")
     assert comparison.said(found, 0.1, 0.2) == (
         "**10 %** (3 methods, 5 trials): the highest mean, 98.09 %, has **CS**; it is above SNIP; within 0.2 points of "
-        "LTH iterative. Of 3 pairs 2 are told apart."
+        "LTH iterative. Pairs told apart: 2 of 3."
     )
     assert comparison.said(found, 0.05, 0.2) == "At 5 % fewer than two methods have two trials."
 
