@@ -41,7 +41,7 @@ def networks(chapter, item):
     Columns: method (with "@options" where it has some), seed, point, x (the density asked for, NaN where none is),
     density, test and validation (accuracies, %), macs (left, for one image), layers ({layer: density}), row (the
     store's), total and after (costs, in trainings), hours (of a core, with all that it was trained from). In `attrs`:
-    scale, stored, declared (networks), densities.
+    scale, stored, declared (networks), densities, trials (declared).
     """
     import pandas as pd
 
@@ -62,6 +62,7 @@ def networks(chapter, item):
     stored, declared = chapter.stored(item, scales[0])
     densities = at.nets[compare.ITEMS[item][0]].densities if compare.ITEMS[item][0] in at.nets else ()
     frame.attrs = {"scale": scales[0], "stored": stored, "declared": declared, "densities": densities}
+    frame.attrs["trials"] = len(compare.seeds(item, at))
     return frame
 
 
@@ -129,12 +130,12 @@ class Pair(NamedTuple):
 
 
 def pairs(frame, density, margin):
-    """All pairs of methods at a density that have two trials or more in common; the dense network stays out."""
+    """All pairs of methods at a density that have all declared trials in common; the dense network stays out."""
     methods = (m for m in dict.fromkeys(frame["method"]) if not m.startswith("dense"))
     values, tests = {m: at(frame, m, density) for m in methods}, []
     for a, b in itertools.combinations(values, 2):
         d = np.array([values[a][seed] - values[b][seed] for seed in values[a].keys() & values[b].keys()])
-        if len(d) > 1:
+        if len(d) >= enough(frame):
             tests.append((a, b, d, min(claims.p_value("direction", sign * d, margin) for sign in (1, -1))))
     found = []
     for (a, b, d, p), passed in zip(tests, claims.holm([p for *_, p in tests]), strict=True):
@@ -143,6 +144,11 @@ def pairs(frame, density, margin):
             word = "alike"
         found.append(Pair(a, b, float(d.mean()), claims.t_interval(d), len(d), p, word))
     return found
+
+
+def enough(frame):
+    """Trials from which on words are said: all that are declared, two at least."""
+    return max(2, frame.attrs["trials"])
 
 
 def matrix(found, methods):
@@ -155,10 +161,10 @@ def matrix(found, methods):
 def said(frame, density, margin):
     """Who wins at a density, in a sentence or two: the highest mean, what it is above, and what may be as good."""
     found = pairs(frame, density, margin)
-    here = {row["method"]: row["mean"] for row in summary(frame) if row["density"] == density and row["n"] > 1}
-    here = {method: mean for method, mean in here.items() if not method.startswith("dense")}
+    here = {row["method"]: row["mean"] for row in summary(frame) if row["density"] == density}
+    here = {method: mean for method, mean in here.items() if any(method in (p.a, p.b) for p in found)}
     if not found:
-        return f"At {100 * density:g} % fewer than two methods have two trials."
+        return f"At {100 * density:g} % fewer than two methods have the {enough(frame)} trials that decide."
     best = max(here, key=here.get)
     cells = matrix(found, here)
     by = {word: [words(m) for m in here if m != best and cells[best, m] == word] for word in ("above", "alike", "open")}

@@ -50,7 +50,7 @@ def prune(model, rate, scope="layer", masks=None):
     """
     weights, m = _ranked(model, rate, masks)
     survivors = {name: int(m[name].sum()) for name in m}
-    k = after(survivors, _rates(rate, weights, scope))
+    k = kept(survivors, _rates(rate, weights, scope))
     found = M.keep({name: w.abs() for name, w in weights.items()}, k, within=m)
     M.warn_of_collapse(found)
     return found
@@ -79,7 +79,7 @@ def _rates(rate, weights, scope):
     return rate
 
 
-def after(survivors, rate):
+def kept(survivors, rate):
     """What a round at `rate` leaves of `{layer: survivors}`: of each by its own rate, or of all together."""
     if isinstance(rate, dict):
         return {name: _keep(n, rate[name], f"layer {name!r}") for name, n in survivors.items()}
@@ -101,7 +101,7 @@ def check_rounds(model, rounds, rate=0.2, scope="layer"):
     rates, left = _rates(rate, weights, scope), {name: int(m[name].sum()) for name in m}
     for r in range(1, max(1, rounds) + 1):
         try:
-            k = after(left, rates)
+            k = kept(left, rates)
         except ValueError as error:
             raise error if r == 1 else ValueError(f"Round {r} of {rounds}: {error}") from None
         left = k if isinstance(k, dict) else {"the model": k}

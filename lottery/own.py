@@ -123,7 +123,10 @@ class Hook:
         self._step = SimpleNamespace(model=model, recipe=recipe, loss=nn.functional.cross_entropy, start=0)
 
     def groups(self):
-        """The method's parameter groups, with weight decay as it needs it, for any optimiser of `torch.optim`."""
+        """The method's parameter groups, with weight decay as it needs it, for any optimiser of `torch.optim`.
+
+        Where a group has a "rate", as L0's gates may, its learning rate is to be multiplied by it.
+        """
         return self._method.param_groups(self._model, self._step.recipe)
 
     def before_step(self, t, optimizer, x=None, y=None):

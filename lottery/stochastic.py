@@ -204,7 +204,7 @@ class L0(_Drawn):
     beta, gamma, zeta: β, γ < 0, ζ > 1 of the hard concrete distribution.
     layers: names of the layers that get gates, the denominator of densities; None: all prunable ones.
     rate: the gates' learning rate, in units of the recipe's. SGD at the weights' own moves a gate by little more than
-        the penalty, which is the same for all of them: none closes, or all do. At 100 the data have a say.
+        the penalty, which is the same for all of them: none closes, or all do. At 1,000 λ sets the density by degrees.
     """
 
     lam: float = 0.1 / 60_000

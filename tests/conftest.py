@@ -1,5 +1,7 @@
-"""The same examples, threads and order in every run: fast tests first, but where two processes share the files the one
-that takes longest, which the other would wait for."""
+"""The same examples, threads and order in every run: fast tests first.
+
+Where processes share the files the notebooks come first: they take longest, and would be waited for.
+"""
 
 import os
 

@@ -117,9 +117,8 @@ def test_a_small_file_that_expands_to_gigabytes_is_not_unpacked(tmp_path, capsys
 @pytest.mark.parametrize("by", [0x01, 0x06, 0x80])
 def test_a_footer_with_any_byte_changed_ends_no_process(tmp_path, by, capsys):
     """pyarrow's own look at a column ends the process where statistics of a list's levels are damaged."""
-    pq.write_table(
-        pa.table({"key": ["a" * 24, "b" * 24], "val_acc": [[0.5, None], []]}), path := tmp_path / "t.parquet"
-    )
+    table = pa.table({"key": ["a" * 24, "b" * 24], "val_acc": [[0.5, None], []]})
+    pq.write_table(table, path := tmp_path / "t.parquet")
     content, footer = path.read_bytes(), pq.ParquetFile(path).metadata
     for i in range(len(content) - 8 - footer.serialized_size, len(content)):
         path.write_bytes(content[:i] + bytes([content[i] ^ by]) + content[i + 1 :])

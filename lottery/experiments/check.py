@@ -52,9 +52,9 @@ def _left(r):
         if not r.parent:
             return before
         if r.scope == "global":
-            return lth.after(before if isinstance(before, dict) else {"": before}, r.rate)
+            return lth.kept(before if isinstance(before, dict) else {"": before}, r.rate)
         each = rates(_empty(r.model, r.dataset, r.options), r)
-        return lth.after(before, each) if isinstance(before, dict) else None
+        return lth.kept(before, each) if isinstance(before, dict) else None
     except ValueError as error:
         raise ValueError(f"After {r.level} rounds: {error}" if r.level > 1 else str(error)) from None
 
