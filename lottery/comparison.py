@@ -158,13 +158,25 @@ def matrix(found, methods):
     return {(a, b): words.get((a, b)) for a in methods for b in methods}
 
 
+def winners(frame, margin):
+    """`said` of each density, and of those that nothing can be said of one sentence."""
+    lines = {d: said(frame, d, margin) for d in frame.attrs["densities"]}
+    if silent := [f"{100 * d:g}" for d, line in lines.items() if line is None]:
+        text = f"At {listed(silent)} % fewer than two methods have the {enough(frame)} trials that decide."
+        return [*filter(None, lines.values()), text]
+    return list(lines.values())
+
+
 def said(frame, density, margin):
-    """Who wins at a density, in a sentence or two: the highest mean, what it is above, and what may be as good."""
+    """Who wins at a density, in a sentence or two: the highest mean, what it is above, and what may be as good.
+
+    None where fewer than two methods have all declared trials.
+    """
     found = pairs(frame, density, margin)
     here = {row["method"]: row["mean"] for row in summary(frame) if row["density"] == density}
     here = {method: mean for method, mean in here.items() if any(method in (p.a, p.b) for p in found)}
     if not found:
-        return f"At {100 * density:g} % fewer than two methods have the {enough(frame)} trials that decide."
+        return None
     best = max(here, key=here.get)
     cells = matrix(found, here)
     by = {word: [words(m) for m in here if m != best and cells[best, m] == word] for word in ("above", "alike", "open")}

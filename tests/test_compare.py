@@ -217,14 +217,17 @@ def test_who_is_above_whom():
         "**10 %** (3 methods, 5 trials): the highest mean, 98.09 %, has **CS**; it is above SNIP; within 0.2 points of "
         "LTH iterative. Pairs told apart: 2 of 3."
     )
-    assert comparison.said(found, 0.05, 0.2) == "At 5 % fewer than two methods have the 2 trials that decide."
+    assert comparison.winners(found, 0.2) == [
+        comparison.said(found, 0.1, 0.2),
+        "At 5 % fewer than two methods have the 2 trials that decide.",
+    ]
 
 
 def test_nothing_is_said_before_all_declared_trials():
     """The rule is of five trials; the first four are no smaller study, whatever they would say."""
     found = frame(declared=5, imp={0.1: BEST}, snip={0.1: OTHER[:4]})
     assert comparison.pairs(found, 0.1, 0.2) == []
-    assert comparison.said(found, 0.1, 0.2) == "At 10 % fewer than two methods have the 5 trials that decide."
+    assert comparison.winners(found, 0.2) == ["At 10 and 5 % fewer than two methods have the 5 trials that decide."]
     found = frame(declared=5, imp={0.1: BEST}, snip={0.1: OTHER}, cs={0.1: [99.0] * 4})
     assert comparison.said(found, 0.1, 0.2) == (
         "**10 %** (2 methods, 5 trials): the highest mean, 98.08 %, has **LTH iterative**; it is above SNIP. "
