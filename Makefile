@@ -1,4 +1,4 @@
-.PHONY: help setup book notebooks labs test lint lock clean
+.PHONY: help setup book notebooks labs test nbval lint lock clean
 unexport PYTHONHOME PYTHONPATH
 
 # The first Python on the path that fits, or the one named by `make PYTHON=/path/to/python3.12 book`.
@@ -11,7 +11,8 @@ RUN = .venv/bin/python
 help:
 	@echo "make book       re-run every notebook, compare with what is committed, build the book"
 	@echo "make labs       student copies, solutions and graders of the labs"
-	@echo "make test       run the tests and check the notebooks' outputs"
+	@echo "make test       run the tests but those of endurance, which .ci/run adds"
+	@echo "make nbval      run the notebooks under nbval; make book compares the same cells"
 	@echo "make notebooks  re-run every notebook and keep the new outputs"
 	@echo "make lint       ruff"
 	@echo "make lock       resolve requirements.lock and environment.yml anew"
@@ -30,7 +31,10 @@ labs: setup
 	@$(RUN) book/teaching/build.py
 
 test: setup
-	@.ci/test
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not endurance"
+
+nbval: setup
+	@$(RUN) book/rebuild.py nbval
 
 lint: setup
 	@$(RUN) -m ruff check

@@ -1,5 +1,5 @@
 """Re-run the book: `rebuild.py` is `make book`, `rebuild.py notebooks` refreshes the committed copies (or those of the
-notebooks named after it), and `rebuild.py nbval` is the notebooks' part of `make test`.
+notebooks named after it), and `rebuild.py nbval` runs them under nbval.
 
 Papermill executes every notebook with its committed parameters into book/_build/notebooks; the copy is brought into a
 normal form and compared with the committed outputs. Beside that Jupyter Book builds the committed notebooks, which it
