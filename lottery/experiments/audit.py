@@ -112,8 +112,9 @@ def audit(keys, known, store, prefix=False, jobs=1, device="cpu", report=print):
     chains, found = {}, []
     for r in (known[key][2] for key in keys):
         chains.setdefault(r.key if isinstance(r, Measurement) else r.root.key, []).append(r)
+    longest_first = sorted(chains.values(), key=lambda some: -seconds(some, store, prefix))  # none is waited for
     with _processes(jobs) as pool:
-        tasks = [pool.submit(_again, some, _settings(some, store, device), prefix) for some in chains.values()]
+        tasks = [pool.submit(_again, some, _settings(some, store, device), prefix) for some in longest_first]
         for task in as_completed(tasks):
             outcomes = {}  # a chain's runs come parents first
             for r, row in task.result():
