@@ -182,7 +182,8 @@ class _Sweep:
         """After an interrupt: wait for what is under way; after another one do not."""
         if self.under_way:
             n = sum(map(len, self.under_way.values()))
-            self.bar.write(f"Stopping: {n} trainings will be kept when they end; interrupt again to abandon.")
+            kept = f"{n} trainings will be kept when they end" if n > 1 else "one training will be kept when it ends"
+            self.bar.write(f"Stopping: {kept}; interrupt again to abandon.")
         try:
             futures.wait(self.under_way)
         except KeyboardInterrupt:
