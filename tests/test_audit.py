@@ -56,6 +56,11 @@ def test_an_older_version_explains_a_miss():
     assert audit.compare(row(versions={"training": 0}), row(0.8))["outcome"] == "explained miss"
 
 
+def test_of_many_columns_that_differ_three_are_named():
+    one, other = (row() | dict.fromkeys("abcdef", i) for i in (1, 2))
+    assert audit.compare(one, other)["reason"] == "stored with a, b, c and 3 more otherwise, under the same record"
+
+
 def test_a_beginning_is_compared_in_what_it_has():
     begun = {name: row()[name] for name in ("fingerprint", "certificate")}
     assert audit.compare(row(), begun | {"train_loss": '{"1": 2.0}'})["outcome"] == "identical"
@@ -138,7 +143,8 @@ def test_a_result_that_does_not_come_out_is_exit_status_1(stored, monkeypatch, t
     assert told.exit_code == 1
     [miss] = [run for run in json.loads((tmp_path / "audit.json").read_text())["runs"] if run["key"] == wrong]
     assert (miss["outcome"], miss["reason"]) == ("miss", "stored with val_loss otherwise, under the same record")
-    assert f"* {wrong} (lth): miss, stored with val_loss otherwise" in audit.said(tmp_path / "audit.json")
+    far = "; apart: last test accuracy 0.00 points, first losses 0 of their size."
+    assert f"* {wrong} (lth): miss, {miss['reason']}{far}" in audit.said(tmp_path / "audit.json")
     assert call("--runs", 1, "--commit", "ab", "--results-dir", store.dir).exit_code == 0
 
 

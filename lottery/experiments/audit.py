@@ -194,7 +194,8 @@ def compare(stored, row, parents=()):
     near = (accuracy is None or accuracy <= ACCURACY[precision]) and (loss is None or loss <= LOSS)
     if other and near and not accuracy is loss is None:
         return found | {"outcome": CLOSE, "reason": f"another execution record: {', '.join(other)}"}
-    why = f"stored with {', '.join(differ)} otherwise"
+    named = ", ".join(differ) if len(differ) < 5 else f"{', '.join(differ[:3])} and {len(differ) - 3} more"
+    why = f"stored with {named} otherwise"
     for explained, because in (
         (stored["fingerprint"] != row["fingerprint"], "on other data"),
         (stale(stored), "by an older version of an algorithm"),
@@ -266,8 +267,15 @@ def said(kept):
         + f". On {kept['device']}, torch {kept['torch']}."
     ]
     lines += [
-        f"* {r['key']} ({r['paper']}): {r['outcome']}, {r['reason']}."
+        f"* {r['key']} ({r['paper']}): {r['outcome']}, {r['reason']}{_apart(r)}."
         for r in runs
         if r["outcome"] in (EXPLAINED, MISS)
     ]
     return "\n".join(lines)
+
+
+def _apart(r):
+    """How far two results lie from each other, in words; nothing where that cannot be said."""
+    far = [f"last test accuracy {r['accuracy']:.2f} points"] * (r["accuracy"] is not None)
+    far += [f"first losses {r['loss']:.1g} of their size"] * (r["loss"] is not None)
+    return f"; apart: {', '.join(far)}" * bool(far)
