@@ -56,6 +56,18 @@ def test_an_older_version_explains_a_miss():
     assert audit.compare(row(versions={"training": 0}), row(0.8))["outcome"] == "explained miss"
 
 
+@pytest.mark.parametrize(
+    ("kept", "signal", "outcome"),
+    [(1999, 5.0, "within tolerance"), (1997, 5.0, "miss"), (2000, 5.004, "within tolerance"), (2000, 5.01, "miss")],
+)
+def test_elsewhere_a_measurement_agrees_in_its_values_and_in_what_it_keeps_of_a_layer(kept, signal, outcome):
+    def measured(kept, signal, **record):
+        found = {"layers": json.dumps({"fc": [kept, 9000]}), "values": json.dumps({"signal": signal, "all": [signal]})}
+        return row(accuracy=None, **record) | {"train_loss": None} | found
+
+    assert audit.compare(measured(2000, 5.0), measured(kept, signal, threads=2))["outcome"] == outcome
+
+
 def test_of_many_columns_that_differ_three_are_named():
     one, other = (row() | dict.fromkeys("abcdef", i) for i in (1, 2))
     assert audit.compare(one, other)["reason"] == "stored with a, b, c and 3 more otherwise, under the same record"
@@ -143,8 +155,10 @@ def test_a_result_that_does_not_come_out_is_exit_status_1(stored, monkeypatch, t
     assert told.exit_code == 1
     [miss] = [run for run in json.loads((tmp_path / "audit.json").read_text())["runs"] if run["key"] == wrong]
     assert (miss["outcome"], miss["reason"]) == ("miss", "stored with val_loss otherwise, under the same record")
-    far = "; apart: last test accuracy 0.00 points, first losses 0 of their size."
+    far = "; apart: last test accuracy 0.00 points, first losses or values 0 of their size."
     assert f"* {wrong} (lth): miss, {miss['reason']}{far}" in audit.said(tmp_path / "audit.json")
+    unknown = audit.record([miss | {"accuracy": None, "loss": None}], store, "ab", False, 1.0)
+    assert audit.said(unknown).endswith(f"* {wrong} (lth): miss, {miss['reason']}.")
     assert call("--runs", 1, "--commit", "ab", "--results-dir", store.dir).exit_code == 0
 
 

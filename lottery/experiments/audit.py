@@ -181,7 +181,7 @@ def compare(stored, row, parents=()):
     """{outcome, reason, accuracy, loss} of a stored row beside a new one, or the beginning of one.
 
     parents: the outcomes of what it was trained from. accuracy: points by which the last test accuracies differ; loss:
-    relative, the largest of ALIKE's early losses, or of a measurement's values; None where they cannot be compared.
+    relative, the largest of ALIKE's early losses, or of what was measured; None where they cannot be compared.
     """
     precision = json.loads(stored["spec"]).get("recipe", {}).get("precision", "float32")
     parted, missed = set(parents) - {SAME}, {MISS, EXPLAINED}.intersection(parents)
@@ -226,17 +226,22 @@ def _accuracy(stored, row):
 
 
 def _loss(stored, row, steps):
-    """The largest relative difference of the first losses, or of a measurement's values; None where there are none."""
-    name = "values" if row.get("values") else "train_loss"
-    if not row.get(name) or not stored.get(name):
-        return None
-    a, b = (_numbers(json.loads(r[name])) for r in (stored, row))
-    pairs = [(a[t], b[t]) for t in a.keys() & b.keys() if name == "values" or int(t) <= steps]
+    """The largest relative difference of the first losses, or of what was measured; None where there are none."""
+    losses = bool(row.get("train_loss"))
+    a, b = (_steps(r) if losses else _measured(r) for r in (stored, row))
+    pairs = [(a[t], b[t]) for t in a.keys() & b.keys() if not losses or int(t) <= steps]
     return max((abs(x - y) / max(abs(x), 1e-12) for x, y in pairs), default=None)
 
 
-def _numbers(found):
-    return {name: v for name, v in found.items() if isinstance(v, int | float)}
+def _steps(row):
+    return json.loads(row.get("train_loss") or "{}")
+
+
+def _measured(row):
+    """What a measurement says: its values, and the number of weights that it keeps of each layer."""
+    values, layers = (json.loads(row.get(name) or "{}") for name in ("values", "layers"))
+    numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+    return numbers | {f"kept of {name}": kept for name, (kept, _) in layers.items()}
 
 
 # What is told ---------------------------------------------------------------------------------------------------------
@@ -276,6 +281,6 @@ def said(kept):
 
 def _apart(r):
     """How far two results lie from each other, in words; nothing where that cannot be said."""
-    far = [f"last test accuracy {r['accuracy']:.2f} points"] * (r["accuracy"] is not None)
-    far += [f"first losses {r['loss']:.1g} of their size"] * (r["loss"] is not None)
+    words = {"accuracy": "last test accuracy {:.2f} points", "loss": "first losses or values {:.1g} of their size"}
+    far = [said.format(r[name]) for name, said in words.items() if r[name] is not None]
     return f"; apart: {', '.join(far)}" * bool(far)
