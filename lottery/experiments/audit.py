@@ -268,7 +268,11 @@ def said(kept):
         f"**Audit of {kept['when'][:10]}:** {drawn} of {kept['stored']:,} stored results, drawn by the hash of commit "
         f"{kept['commit'][:8]} from {groups} groups of paper and evidence, were "
         f"trained again from nothing ({part}), {len(runs) - drawn} more on the way to them: "
-        + ", ".join(f"{counts[name]} {name}" for name in (SAME, CLOSE, EXPLAINED, MISS) if counts[name])
+        + ", ".join(
+            f"{n} {name}{'es' * (name in (EXPLAINED, MISS) and n > 1)}"
+            for name in (SAME, CLOSE, EXPLAINED, MISS)
+            if (n := counts[name])
+        )
         + f". On {kept['device']}, torch {kept['torch']}."
     ]
     lines += [
