@@ -120,23 +120,29 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def anew(folder):
-    """All runs trained again in a clone without any; alone, since it is timed."""
-    return papermill(clone(folder / "bare", ours=False), folder / "anew", scale="smoke", recompute="all")
+def bare(folder):
+    """A clone without stored runs."""
+    return clone(folder / "bare", ours=False)
 
 
 @pytest.fixture(scope="module")
-def others(folder, anew, request):
+def anew(folder, bare):
+    """All runs trained again in a clone without any; alone, since it is timed, so the tests of it come first."""
+    return papermill(bare, folder / "anew", scale="smoke", recompute="all")
+
+
+@pytest.fixture(scope="module")
+def others(folder, bare, request):
     """Futures of all other executions that the selected tests look at, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         runs = {}
         if any(item.get_closest_marker("endurance") for item in request.session.items):
             anew_too = {"scale": "smoke", "recompute": "all"}
-            runs |= {name: (anew.clone, anew_too | {"notebook": f"{name}.ipynb"}) for name in ("grasp", "cs")}
+            runs |= {name: (bare, anew_too | {"notebook": f"{name}.ipynb"}) for name in ("grasp", "cs")}
             some = ["dense", "imp", "snip", "cs", "gmp", "gmp@begin=0.0"]
-            runs["compare"] = anew.clone, TRAINED | {"methods": some, "notebook": "compare.ipynb"}
-        runs["exploration"] = anew.clone, EXPLORATION
-        runs |= {f"bad-{name}": (anew.clone, given | {"notebook": f"{name}.ipynb"}) for name, given in BAD.items()}
+            runs["compare"] = bare, TRAINED | {"methods": some, "notebook": "compare.ipynb"}
+        runs["exploration"] = bare, EXPLORATION
+        runs |= {f"bad-{name}": (bare, given | {"notebook": f"{name}.ipynb"}) for name, given in BAD.items()}
         runs |= {"damaged": (damaged(folder), {}), "reported": (other_reported(folder), {})}
         yield {name: pool.submit(papermill, at, folder / name, **given) for name, (at, given) in runs.items()}
         pool.shutdown(cancel_futures=True)
@@ -175,6 +181,7 @@ def other_reported(folder):
 # From nothing
 
 
+@pytest.mark.endurance
 def test_smoke_from_nothing_fills_every_figure(anew, capsys):
     with capsys.disabled():
         print(f" [scale smoke from nothing: {anew.seconds:.0f} s] ", end="")
@@ -185,6 +192,7 @@ def test_smoke_from_nothing_fills_every_figure(anew, capsys):
     assert len(anew.outputs(is_picture)) >= len(figures)
 
 
+@pytest.mark.endurance
 def test_smoke_from_nothing_shows_what_it_trained(anew):
     assert not (anew.clone / "results/ours").exists()
     [store] = anew.results.iterdir()
