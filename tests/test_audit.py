@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from lottery import cli
 from lottery.experiments import Run, Store, audit, compare, engine
 
-RECORD = {"packages": {"torch": "2"}, "device": "CPU", "threads": 1, "compile": False, "versions": {}}
+RECORD = {"packages": {"torch": "2"}, "device": "CPU", "processor": "a", "threads": 1, "compile": False}
+RECORD |= {"versions": {}}
 
 
 def row(accuracy=0.9, losses=(2.0, 1.0), precision="float32", **record):
@@ -31,6 +32,8 @@ def row(accuracy=0.9, losses=(2.0, 1.0), precision="float32", **record):
         (row(threads=2), (), "identical", ""),  # bit by bit though it need not be
         (row(0.9001), (), "miss", "last_test_acc otherwise, under the same record"),
         (row(0.9001, threads=2), (), "within tolerance", "threads 1 and 2"),
+        (row(0.9001, processor="b"), (), "within tolerance", "processor a and b"),
+        (row(0.9001, processor=None), (), "miss", "under the same record"),  # as far as it is told
         (row(0.9031, threads=2), (), "miss", "under another record"),
         (row(0.9031, threads=2), ("miss",), "explained miss", "parents"),
         (row(0.9031, threads=2), ("within tolerance",), "miss", "under another record"),

@@ -463,6 +463,7 @@ def test_certificates_are_complete(trained):
         assert certificate["packages"]["torch"] == torch.__version__
         assert {"numpy", "python"} <= certificate["packages"].keys()
         assert certificate["device"] == row["device"]
+        assert certificate["processor"] is None or re.fullmatch(r"\S+( \d+){1,3}", certificate["processor"])
         assert certificate["threads"] == 1
         assert certificate["group"] == [run.key]
         assert (certificate["compile"], certificate["deterministic"]) == (False, False)

@@ -4,7 +4,7 @@ Which ones is drawn by the hash of a commit, so that nobody chooses, and by turn
 a result stands on is trained again as well, in fresh processes and a store of its own: no mask and no weight comes from
 the store, and what is trained on the way is compared, too. With a prefix the drawn run itself stops after 500 steps.
 
-Under the same execution record (torch, CPU capability, threads, compile, …) a result has to come out bit by bit.
+Under the same execution record (torch, processor, threads, compile, …) a result has to come out bit by bit.
 Elsewhere trajectories part: of two LeNets whose arithmetic differs in the last bit the losses are within 1e-6 of each
 other after 100 steps and a per cent apart after 500, of ResNet-8 in bfloat16 a per cent apart after 50. So the first
 losses have to agree within LOSS, for as many steps as ALIKE says, and the last accuracy within ACCURACY points. What
@@ -29,7 +29,8 @@ PREFIX = 500  # steps
 LOSS = 1e-3  # relative
 ALIKE = {"float32": 100, "bfloat16": 10}  # steps
 ACCURACY = {"float32": 0.3, "bfloat16": 1.5}  # points
-RECORD = ("packages", "device", "threads", "compile", "flush_denormal", "deterministic")  # of a certificate
+# What has to agree of two certificates.
+RECORD = ("packages", "device", "processor", "threads", "compile", "flush_denormal", "deterministic")
 TIMES = ("wall_s", "started", "device", "certificate", "payload_sha", "parent", "spec")  # no results
 SAME, CLOSE, EXPLAINED, MISS = "identical", "within tolerance", "explained miss", "miss"
 
@@ -215,9 +216,10 @@ def _value(row, name, like=None):
 
 
 def _other_record(stored, row):
-    """What differs between two execution records, in words."""
+    """What differs between two execution records, in words; a processor only where both tell theirs."""
     a, b = (json.loads(r["certificate"]) for r in (stored, row))
-    return [f"{name} {a.get(name)} and {b.get(name)}" for name in RECORD if a.get(name) != b.get(name)]
+    names = [name for name in RECORD if name != "processor" or None not in (a.get(name), b.get(name))]
+    return [f"{name} {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)]
 
 
 def _accuracy(stored, row):

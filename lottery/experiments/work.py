@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -123,6 +124,7 @@ def certify(algorithms, started, wall_s, device, threads):
         "versions": {name: v for name, v in versions().items() if name in algorithms},
         "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "device": device_name(device),
+        "processor": processor(),
         "threads": threads,
         "compile": False,
         "flush_denormal": True,
@@ -345,6 +347,20 @@ def device_name(device):
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
+def processor():
+    """Maker, family, model and stepping of the processor as Linux tells them, "GenuineIntel 6 143 8"; None elsewhere.
+
+    Two with the same vector instructions need not agree in the last bit of a product.
+    """
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = dict(re.findall(r"^(vendor_id|cpu family|model|stepping)\s*: (.+)$", told, re.MULTILINE))
+    return " ".join(found.values()) or None
 
 
 @functools.cache
