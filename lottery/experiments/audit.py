@@ -288,5 +288,5 @@ def said(kept):
 def _apart(r):
     """How far two results lie from each other, in words; nothing where that cannot be said."""
     words = {"accuracy": "last test accuracy {:.2f} points", "loss": "first losses or values {:.1g} of their size"}
-    far = [said.format(r[name]) for name, said in words.items() if r[name] is not None]
+    far = [text.format(r[name]) for name, text in words.items() if r[name] is not None]
     return f"; apart: {', '.join(far)}" * bool(far)
