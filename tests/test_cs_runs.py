@@ -173,6 +173,17 @@ def test_imp_is_asked_for_the_levels_beside_a_density():
     assert len(cs.arm("resnet20/cs", 12.3, 0, "paper")) == 7 * 5
 
 
+@pytest.mark.parametrize("s0", [-0.1, 0.0, 0.1])
+def test_masks_on_frozen_weights_are_asked_for_by_their_s0(s0):
+    assert only("conv6/supermask", s0).method.s0 == only("conv6/frozen-cs", s0).method.s0 == s0
+
+
+def test_gates_of_l0_learn_at_a_thousand_times_the_rate_of_weights():
+    """At the weights' own rate the penalty alone moves them: all close together, or none."""
+    for scale in ("laptop", "paper"):
+        assert {r.parent.method.rate for r in cs.arm("resnet20/l0", 16.8, 0, scale)} == {1000.0}
+
+
 def rows(*densities):
     return [{"density": d, "level": level} for level, d in enumerate(densities)]
 
