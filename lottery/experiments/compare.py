@@ -230,7 +230,7 @@ LENET = Net(
     densities=(0.2, 0.1, 0.05, 0.02, 0.01),
     levels=(0.67, 0.45, 0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.032, 0.02, 0.014, 0.01),
     knobs={
-        "cs": (-0.2, -0.1, -0.05, -0.03, -0.01, 0.0),
+        "cs": (-0.2, -0.1, -0.05, -0.03, -0.01, -0.005, -0.002, 0.0),
         "str": (1.25, 1.6, 2.0, 2.5, 4.0, 8.0),
         "l0": (3e-6, 4e-6, 1e-5, 1.5e-5, 2.5e-5, 5e-5, 1e-4),  # pilots: 64 % at 3e-6, 11 % at 5e-6, 1.1 % at 5e-5
     },
@@ -261,7 +261,7 @@ ONCE = ("oneshot", "grasp", "snip", "synflow", "magnitude", "random")
 ITEMS = {  # item → net, methods
     "lenet-tuning": ("lenet", tuple(METHODS)),
     "lenet-sparse": ("lenet", ("dense", "imp", "rewind", *ONCE, "gmp")),
-    "lenet-moving": ("lenet", ("dnw", "set", "rigl", "str", "cs")),
+    "lenet-moving": ("lenet", ("dnw", "set", "rigl", "str")),
     "lenet": ("lenet", tuple(METHODS)),
     "resnet8-sparse": ("resnet8", ("dense", "rewind", *ONCE, "gmp")),
     "resnet8-moving": ("resnet8", ("dnw", "set", "rigl", "str")),
