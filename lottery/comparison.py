@@ -86,7 +86,8 @@ def _seconds(run, store):
 
 def at(frame, method, density, quantity="test"):
     """{seed: value} of a method at a density: of its network there, or between the two around it; what is out of reach
-    is left out. The dense network is at every density."""
+    is left out. The dense network is at every density. MACs follow the density: between two networks their logarithm
+    is interpolated."""
     found, of = {}, frame[frame["method"] == method]
     for seed, part in of.groupby("seed"):
         values = list(part[quantity])
@@ -94,8 +95,10 @@ def at(frame, method, density, quantity="test"):
             found[seed] = values[0]
         elif part["x"].notna().all():
             found.update((seed, v) for x, v in zip(part["x"], values, strict=True) if x == density)
-        elif (value := compare.at_density(density, list(part["density"]), values)) is not None:
-            found[seed] = value
+        else:
+            values = np.log(values) if quantity == "macs" else values
+            if (value := compare.at_density(density, list(part["density"]), list(values))) is not None:
+                found[seed] = np.exp(value) if quantity == "macs" else value
     return found
 
 
@@ -194,6 +197,20 @@ def said(frame, density, margin):
 def listed(some):
     """ "a", "a and b", "a, b and c"."""
     return some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
+
+
+def layers(frame, density):
+    """{method: {layer: share of its weights that is kept}}, means over trials, of each method's networks at a density;
+    of a method without one the point whose density is the nearest, within a factor of 2. The dense network stays out.
+    """
+    found = {}
+    for method, part in frame.groupby("method", sort=False):
+        near = part[(part["density"] / density).between(0.5, 2)]
+        if len(near) and not method.startswith("dense"):
+            off = np.abs(np.log(near["density"] / density))
+            shares = near[near["point"] == near.loc[off.idxmin(), "point"]]["layers"]
+            found[method] = {layer: float(np.mean([s[layer] for s in shares])) for layer in shares.iloc[0]}
+    return found
 
 
 # Whose masks agree ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ log axis that falls from left to right, as in the paper. A notebook stores figur
 the page's own colour, and equal figures are equal bytes.
 """
 
+import functools
 import io
 import json
 import re
@@ -303,6 +304,23 @@ def density_axis(ax, density):
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.minorticks_off()
     ax.set_xlabel(DENSITY)
+
+
+ERROR_TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 97, 98, 98.5, 99, 99.5, 99.9)
+
+
+def error_scale(ax, smallest=0.05):
+    """Accuracies in % on the logarithm of the error, so that 97 and 98 % are as far apart as 10 and 40 %.
+
+    To be called when all is drawn: the range stays. smallest: the error in points that smaller ones are drawn at.
+    """
+    low, high = ax.get_ylim()
+    high = 100 - 0.9 * (100 - high + (high - low) / 22)  # a linear axis leaves too wide a margin up there
+    near = functools.partial(np.maximum, smallest)
+    ax.set_yscale("function", functions=(lambda y: -np.log10(near(100 - y)), lambda z: 100 - 10.0**-z))
+    ax.set_ylim(low, min(high, 100 - smallest))
+    ax.set_yticks([t for t in ERROR_TICKS if low <= t <= high], minor=False)
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 def printed(ax, x, y, label, error=None, color="black", size=11):

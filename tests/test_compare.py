@@ -258,6 +258,18 @@ def test_a_method_without_a_density_is_read_between_its_own_runs():
     assert comparison.at(found, "cs", 0.02) == {0: pytest.approx(85)}
     assert comparison.at(found, "cs", 0.05) == {}
     assert comparison.at(found, "dense", 0.02) == {0: 99.0}
+    found["macs"] = [266_200.0, 0.04 * 266_200, 0.01 * 266_200]
+    assert comparison.at(found, "cs", 0.02, "macs") == {
+        0: pytest.approx(0.02 * 266_200)
+    }  # dense layers: as many as weights
+
+
+def test_layers_of_a_method_without_a_density_are_those_of_its_nearest_point():
+    found = frame((0.02,), dense={1.0: [99.0]}, imp={0.1: [97.0], 0.02: [95.0]}, cs={0.03: [90.0, 91.0], 0.009: [80.0]})
+    found["point"] = [1.0, 0.1, 0.02, 0.0, 0.0, -0.1]
+    found["layers"] = [{"fc1": share} for share in (1.0, 0.1, 0.02, 0.02, 0.04, 0.009)]
+    assert comparison.layers(found, 0.02) == {"imp": {"fc1": 0.02}, "cs": {"fc1": pytest.approx(0.03)}}
+    assert comparison.layers(found, 0.3) == {}
 
 
 def test_overlap_by_hand():

@@ -160,6 +160,7 @@ CONFIGS = {name: ("default", "lr=0.03", other) for name, other in OTHER.items()}
 CHOSEN = {  # {net: {method: the one of its CONFIGS with the highest validation accuracy}}; else the default
     "lenet": {
         "dense": "lr=0.03",
+        "cs": "lr=0.03",
         "snip": "reinit_linear=false",
         "magnitude": "share=erk",
         "random": "share=erk",
@@ -230,11 +231,11 @@ LENET = Net(
     densities=(0.2, 0.1, 0.05, 0.02, 0.01),
     levels=(0.67, 0.45, 0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.032, 0.02, 0.014, 0.01),
     knobs={
-        "cs": (-0.2, -0.1, -0.05, -0.03, -0.01, -0.005, -0.002, 0.0),
+        "cs": (-0.05, -0.03, -0.01, -0.005, -0.002, 0.0),
         "str": (1.25, 1.6, 2.0, 2.5, 4.0, 8.0),
         "l0": (3e-6, 4e-6, 1e-5, 1.5e-5, 2.5e-5, 5e-5, 1e-4),  # pilots: 64 % at 3e-6, 11 % at 5e-6, 1.1 % at 5e-5
     },
-    kept=(0.05, -0.03, 2.5, 1e-5),
+    kept=(0.05, -0.03, -0.005, 2.5, 1e-5),
 )
 # L0's λ: one pilot, seed 100, whose weights had eight λ by lot: 13 % at 1e-5, 6 % at 2e-5, 2 % at 4e-5, 0.6 % at 8e-5.
 RESNET8 = Net(
