@@ -262,7 +262,7 @@ ONCE = ("oneshot", "grasp", "snip", "synflow", "magnitude", "random")
 ITEMS = {  # item → net, methods
     "lenet-tuning": ("lenet", tuple(METHODS)),
     "lenet-sparse": ("lenet", ("dense", "imp", "rewind", *ONCE, "gmp")),
-    "lenet-moving": ("lenet", ("dnw", "set", "rigl", "str")),
+    "lenet-moving": ("lenet", ("cs", "str", "dnw", "set", "rigl")),
     "lenet": ("lenet", tuple(METHODS)),
     "resnet8-sparse": ("resnet8", ("dense", "rewind", *ONCE, "gmp")),
     "resnet8-moving": ("resnet8", ("dnw", "set", "rigl", "str")),
