@@ -569,6 +569,18 @@ def test_a_figure_draws_the_summary(tmp_path):
     plt.close(fig)
 
 
+def test_accuracies_are_as_far_apart_as_the_logarithms_of_their_errors():
+    """97 and 98 % as 94 and 96 %; an error of 0 and an interval beyond 100 % are drawn at the smallest."""
+    fig, [ax] = figures.panels(1)
+    ax.errorbar([1, 2, 3], [90.0, 98.0, 100.0], [0.5, 0.1, 3.0])
+    figures.error_scale(ax)
+    height = lambda *at: ax.transData.transform([(1, y) for y in at])[:, 1]  # noqa: E731
+    low, high = np.diff(height(94, 96, 97, 98))[[0, 2]]
+    assert low == pytest.approx(high)
+    assert np.isfinite(height(100.0, 103.0)).all()
+    assert list(ax.get_yticks())[:4] == [90, 95, 97, 98]
+
+
 def test_learning_curves_are_means_over_trials():
     import matplotlib.pyplot as plt
 
