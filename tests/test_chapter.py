@@ -571,6 +571,8 @@ def test_a_figure_draws_the_summary(tmp_path):
 
 def test_accuracies_are_as_far_apart_as_the_logarithms_of_their_errors():
     """97 and 98 % as 94 and 96 %; an error of 0 and an interval beyond 100 % are drawn at the smallest."""
+    import matplotlib.pyplot as plt
+
     fig, [ax] = figures.panels(1)
     ax.errorbar([1, 2, 3], [90.0, 98.0, 100.0], [0.5, 0.1, 3.0])
     figures.error_scale(ax)
@@ -579,6 +581,7 @@ def test_accuracies_are_as_far_apart_as_the_logarithms_of_their_errors():
     assert low == pytest.approx(high)
     assert np.isfinite(height(100.0, 103.0)).all()
     assert list(ax.get_yticks())[:4] == [90, 95, 97, 98]
+    plt.close(fig)
 
 
 def test_learning_curves_are_means_over_trials():
