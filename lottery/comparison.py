@@ -194,6 +194,29 @@ def said(frame, density, margin):
     return f"{text}; {'; '.join(said)}. Pairs told apart: {total} of {len(found)}."
 
 
+def timing(frame, density, margin):
+    """What finding the mask after, during and before the training give at a density, in two sentences: the range of the
+    methods' means, and how many pairs of two groups are told apart. None where fewer than two groups have a pair.
+    """
+    found = pairs(frame, density, margin)
+    here = {m for p in found for m in (p.a, p.b)}
+    of = {m: when for when, some in GROUPS.items() for m in here if m.partition("@")[0] in some}
+    means = {when: [] for when in GROUPS if when in of.values()}
+    for row in summary(frame):
+        if row["density"] == density and row["method"] in of:
+            means[of[row["method"]]].append(row["mean"])
+    if len(means) < 2:
+        return None
+    spans = [f"{when} {min(v):.2f}" + (f" to {max(v):.2f}" if len(v) > 1 else "") for when, v in means.items()]
+    told = []
+    for one, other in itertools.combinations(means, 2):
+        both = [(p.word, of[p.a] == one) for p in found if {of[p.a], of[p.b]} == {one, other}]
+        above = sum(word == ("above" if first else "below") for word, first in both)
+        below = sum(word == ("below" if first else "above") for word, first in both)
+        told.append(f"{one} is above {other} in {above} of {len(both)} pair{'s' * (len(both) > 1)}, below in {below}")
+    return f"**{100 * density:g} %, by when the mask is found**: {listed(spans)} %. Told apart: {'; '.join(told)}."
+
+
 def listed(some):
     """ "a", "a and b", "a, b and c"."""
     return some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"

@@ -247,6 +247,17 @@ def test_holm_asks_more_of_more_pairs():
     assert len(among) == 45
 
 
+def test_when_the_mask_is_found_is_said_by_ranges_and_pairs():
+    found = frame(imp={0.1: BEST}, cs={0.1: SECOND}, snip={0.1: OTHER}, gmp={0.1: [84.1, 84.0, 84.2, 84.1, 84.0]})
+    assert comparison.timing(found, 0.1, 0.2) == (
+        "**10 %, by when the mask is found**: after a training 98.08 to 98.09, before the training 84.00 and during "
+        "the training 84.08 %. Told apart: after a training is above before the training in 2 of 2 pairs, below in 0; "
+        "after a training is above during the training in 2 of 2 pairs, below in 0; before the training is above "
+        "during the training in 0 of 1 pair, below in 0."
+    )
+    assert comparison.timing(frame(imp={0.1: BEST}, cs={0.1: SECOND}), 0.1, 0.2) is None
+
+
 def test_only_trials_in_common_are_compared():
     found = comparison.pairs(frame(imp={0.1: [3.0, 4.0, 99.0]}, snip={0.1: [1.0, 2.5]}), 0.1, 0.1)
     assert [(p.n, p.d) for p in found] == [(2, 1.75)]
