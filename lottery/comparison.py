@@ -199,27 +199,29 @@ def timing(frame, density, margin):
     methods' means, and how many pairs of two groups are told apart. None where fewer than two groups have a pair.
     """
     found = pairs(frame, density, margin)
-    here = {m for p in found for m in (p.a, p.b)}
-    of = {m: when for when, some in GROUPS.items() for m in here if m.partition("@")[0] in some}
-    means = {when: [] for when in GROUPS if when in of.values()}
-    for row in summary(frame):
-        if row["density"] == density and row["method"] in of:
-            means[of[row["method"]]].append(row["mean"])
-    if len(means) < 2:
+    decided = {m for p in found for m in (p.a, p.b)}
+    mean = {r["method"]: r["mean"] for r in summary(frame) if r["density"] == density and r["method"] in decided}
+    groups = {when: [m for m in mean if m.partition("@")[0] in some] for when, some in GROUPS.items()}
+    groups = {when: methods for when, methods in groups.items() if methods}
+    if len(groups) < 2:
         return None
-    spans = [f"{when} {min(v):.2f}" + (f" to {max(v):.2f}" if len(v) > 1 else "") for when, v in means.items()]
-    told = []
-    for one, other in itertools.combinations(means, 2):
-        both = [(p.word, of[p.a] == one) for p in found if {of[p.a], of[p.b]} == {one, other}]
-        above = sum(word == ("above" if first else "below") for word, first in both)
-        below = sum(word == ("below" if first else "above") for word, first in both)
-        told.append(f"{one} is above {other} in {above} of {len(both)} pair{'s' * (len(both) > 1)}, below in {below}")
+    cells, spans, told = matrix(found, mean), [], []
+    for when, methods in groups.items():
+        low, high = (f(mean[m] for m in methods) for f in (min, max))
+        spans.append(f"{when} {low:.2f}" + f" to {high:.2f}" * (len(methods) > 1))
+    for one, other in itertools.combinations(groups, 2):
+        words_ = [cells[a, b] for a in groups[one] for b in groups[other]]
+        above, below, n = words_.count("above"), words_.count("below"), len(words_)
+        told.append(f"{one} is above {other} in {above} of {n} pair{'s' * (n > 1)}, below in {below}")
     return f"**{100 * density:g} %, by when the mask is found**: {listed(spans)} %. Told apart: {'; '.join(told)}."
 
 
 def listed(some):
     """ "a", "a and b", "a, b and c"."""
     return some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
+
+
+# What is kept, and whose masks agree ----------------------------------------------------------------------------------
 
 
 def layers(frame, density):
@@ -234,9 +236,6 @@ def layers(frame, density):
             shares = near[near["point"] == near.loc[off.idxmin(), "point"]]["layers"]
             found[method] = {layer: float(np.mean([s[layer] for s in shares])) for layer in shares.iloc[0]}
     return found
-
-
-# Whose masks agree ----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
