@@ -169,7 +169,8 @@ def test_arms_that_are_no_experiment_here(name, x, scale):
 def test_imp_is_asked_for_the_levels_beside_a_density():
     assert [r.level for r in cs.arm("resnet20/imp", 12.3, 0, "laptop")] == [9, 10]  # 13.4 and 10.7 %
     assert [r.level for r in cs.arm("resnet20/imp", 21.0, 0, "laptop")] == [7]  # 20.97 %
-    assert [(r.level, r.method.s0) for r in cs.arm("resnet20/cs", 12.3, 0, "laptop")] == [(1, 0.0), (3, 0.0), (5, 0.0)]
+    tickets = cs.arm("resnet20/cs", 12.3, 0, "laptop")
+    assert [(r.level, r.method.s0) for r in tickets] == [(1, 0.0), (3, 0.0), (5, 0.0), (8, 0.0)]
     assert len(cs.arm("resnet20/cs", 12.3, 0, "paper")) == 7 * 5
 
 
