@@ -174,7 +174,8 @@ def _lead(primary, tested):
     full = [row for row in tested if row["evidence"] in FULL]
     good = sum(kind(row) == "good" for row in full)
     if not full:
-        return f"None of its {len(primary)} primary claims has been run in full; {len(tested)} have a first answer."
+        have = "has" if len(tested) == 1 else "have"
+        return f"None of its {len(primary)} primary claims has been run in full; {len(tested)} {have} a first answer."
     how = f"the paper's own network, data and length of training, {_trials(full)}"
     if good == len(full):
         every = "The one" if good == 1 else "Both" if good == 2 else f"All {good}"
