@@ -154,13 +154,16 @@ def totals(card):
         f"{chance['tested']} claims were tested on runs. Expected to pass by chance, were none of them true: "
         f"{chance['expected']:.1f}. "
     )
-    for paper, n in card["totals"]["primary"]["by_paper"].items():
-        if n["tested"]:
-            name = names.PAPERS.get(paper, escape(paper))
-            end += (
-                f"{name}: of {n['tested']} primary claims that were tested {n['pass']} pass, "
-                f"{n['after_holm']} also after Holm's correction for their number. "
-            )
+    primary = [
+        f"{names.PAPERS.get(paper, escape(paper))} {n['pass']} of {n['tested']} ({n['after_holm']})"
+        for paper, n in card["totals"]["primary"]["by_paper"].items()
+        if n["tested"]
+    ]
+    if primary:
+        end += (
+            "Primary claims that pass, of those that were tested (in brackets also after Holm's correction for their "
+            f"number): {', '.join(primary)}."
+        )
     return "\n".join(
         [f"**{len(rows)} claims, {sum(row['primary'] for row in rows)} of them primary.**", "", *lines, "", end]
     )
