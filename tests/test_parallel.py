@@ -139,7 +139,7 @@ def test_every_image_comes_once_an_epoch_and_parts_are_even(alone, folder):
 # Two processes
 
 DRIVER = """
-    import os, signal, sys
+    import os, pathlib, signal, sys, time
     sys.path[:0] = [{package!r}, {tests!r}]
     import functools, torch, typer
     from lottery import cli, data, parallel
@@ -147,8 +147,13 @@ DRIVER = """
     torch.set_num_threads(1)
     data.SETS["imagenet"] = given.FACTS
     stop, step = int(sys.argv.pop()), parallel.Step.__call__
+    saved = pathlib.Path(__file__).with_name("saved")  # the first process is here: it has written its checkpoint
     def dies(self, parts):
         if self.t == stop:
+            if os.environ["RANK"] == "0":
+                saved.touch()
+            while not saved.exists():  # or its end would end the first process before that
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, parts)
     parallel.Step.__call__ = dies
