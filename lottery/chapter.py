@@ -191,7 +191,7 @@ class Chapter:
             f"{n} of {names.trials(papers_n)}" if n <= papers_n else f"{names.trials(n)}, the paper {papers_n}",
             ", ".join(sorted(frame["device"].unique())),
             f"{len(self.module.guessed)} settings guessed",
-            f"{cells} points of the paper's figure",
+            f"{cells} points " + ("of the paper's figure" if item.startswith(("fig", "table")) else "declared in full"),
         ]
         parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
         parts += [f"{n} of {m} trainings stored of {names.SCALES.get(name, name)}" for name, (n, m) in others.items()]

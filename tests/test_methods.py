@@ -108,6 +108,26 @@ def test_a_ticket_keeps_the_factor_of_its_search(tmp_path):
     assert json.loads(json.dumps(ticket.spec()))["method"] == {"is": "Ticket", "s0": 0.02, "scale": True}
 
 
+def test_a_shuffled_ticket_keeps_as_many_weights_of_each_layer_at_their_own_values(tmp_path):
+    train(FIRST, tmp_path)
+    images, store = data.load("digits"), Store(tmp_path)
+    ticket = replace(FIRST, parent=FIRST, init="rewind", rewind_to=2, rate=0.0, method=cs.Ticket(0.02))
+    one, other, third = (
+        work.initialise(r, images, store).model
+        for r in (ticket, replace(ticket, shuffled=True), replace(ticket, shuffled=True, draw=1))
+    )
+    for name, m in M.read(one).items():
+        shuffled = M.read(other)[name]
+        assert shuffled.sum() == m.sum()
+        assert not shuffled.equal(m)
+        assert not shuffled.equal(M.read(third)[name])
+        both = shuffled & m
+        assert both.any()
+        assert other.get_submodule(name).weight[both].equal(one.get_submodule(name).weight[both])
+    assert M.state(one).keys() == M.state(other).keys()
+    assert all(t.equal(M.state(other)[name]) for name, t in M.state(one).items())
+
+
 def test_a_round_that_should_carry_momentum_needs_one(tmp_path):
     alone = replace(FIRST, method=replace(FIRST.method, carry=False))
     train(alone, tmp_path)
@@ -281,6 +301,8 @@ def test_layers_are_all_that_is_pruned_and_counted(tmp_path):
     [
         ({"method": "cs"}, "Invalid method 'cs': give one, such as lottery.cs.CS(s0=0.0)."),
         ({"balanced": 1}, "Invalid balanced 1: give True or False."),
+        ({"shuffled": 1}, "Invalid shuffled 1: give True or False."),
+        ({"shuffled": True}, "Invalid shuffled True: there is no mask yet, or one that is still learned."),
         ({"layers": ()}, "Invalid layers (): give a tuple of layer names, or None for all."),
     ],
 )

@@ -76,6 +76,7 @@ CHANGES = {
     "balanced": True,
     "layers": ("fc1", "fc2"),
     "budget": "total",
+    "shuffled": True,
     "method": STR(),
 }
 RECIPE_CHANGES = {
@@ -106,7 +107,7 @@ def test_every_field_enters_the_key():
     assert {f.name for f in dataclasses.fields(Run)} == CHANGES.keys() | {"recipe"}
     assert {f.name for f in dataclasses.fields(Recipe)} == RECIPE_CHANGES.keys()
     trunk = Run()
-    alone = CHANGES.keys() - {"init", "parent", "criterion", "score", "noise", "budget"}
+    alone = CHANGES.keys() - {"init", "parent", "criterion", "score", "noise", "budget", "shuffled"}
     runs = [trunk, *(Run(**{name: CHANGES[name]}) for name in alone)]
     pruned = Run(criterion="grasp", density=0.5, recipe=Recipe(inputs="standard"))
     runs += [pruned, *(replace(pruned, **{name: CHANGES[name]}) for name in ("criterion", "density", "score"))]
@@ -117,6 +118,7 @@ def test_every_field_enters_the_key():
         Run(parent=trunk),
         Run(parent=trunk, init="reinit"),
         Run(parent=trunk, init="survivors"),
+        Run(parent=trunk, shuffled=True),
         *(Run(parent=trunk, budget=budget) for budget in ("layers", "total", "erk")),
         Run(parent=Run(rate=0.3)),
         Run(parent=child(trunk)),

@@ -35,6 +35,7 @@ class Run:
         mask shuffled layer by layer | "continue" the parent's final weights | "survivors" drawn from the survivors'
         own θ₀, layer by layer | "noise" θ₀ + N(0, (noise · σ)²), σ of the layer's θ₀.
     rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
+    shuffled: the mask is shuffled layer by layer, under the values that `init` says.
     draw: tells repetitions of a fresh draw apart.
     criterion: what ranks the weights, "magnitude" | "random" | "snip" | "grasp" | "synflow".
     density: None removes `rate` of the parent's survivors; a fraction keeps that share of all Linear and Conv weights,
@@ -79,6 +80,7 @@ class Run:
     layers: tuple[str, ...] | None = None
     method: Method = NOTHING
     budget: str = ""
+    shuffled: bool = False
 
     def __post_init__(self):
         if self.init not in INITS:
@@ -100,8 +102,11 @@ class Run:
         self._check_criterion()
         if not isinstance(self.method, Method):
             raise ValueError(f"Invalid method {self.method!r}: give one, such as lottery.cs.CS(s0=0.0).")
-        if not isinstance(self.balanced, bool):
-            raise ValueError(f"Invalid balanced {self.balanced!r}: give True or False.")
+        for name in ("balanced", "shuffled"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"Invalid {name} {value!r}: give True or False.")
+        if self.shuffled and (self.parent is None or self.goes_on):
+            raise ValueError("Invalid shuffled True: there is no mask yet, or one that is still learned.")
         if not (self.layers is None or (isinstance(self.layers, tuple) and self.layers)):
             raise ValueError(f"Invalid layers {self.layers!r}: give a tuple of layer names, or None for all.")
         if self.budget and (self.parent is None or self.init != "reset"):
@@ -205,6 +210,7 @@ class Run:
     def __repr__(self):
         drawn = self.init not in ("reset", "rewind", "continue")
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if drawn else "")
+        what += " shuffled" if self.shuffled else ""
         what += f" {self.criterion} to {self.density}" if self.density else ""
         what += f" {self.method}" if self.method != NOTHING else ""
         what += f" budget {self.budget} of {self.parent.key}" if self.budget else ""

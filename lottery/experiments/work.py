@@ -153,7 +153,7 @@ def initialise(r, images, store, device="cpu"):
     else:
         if r.parent or r.density:
             m = pruned(r, source, m, images, torch.Generator().manual_seed(fresh), device)
-        if r.init == "random":
+        if r.init == "random" or r.shuffled:
             m = lth.random_masks(m, torch.Generator().manual_seed(fresh))
         model = create(seed=r.seed)
         learns_masks = type(r.method).masks is not Method.masks  # which then stand in the masks' place
