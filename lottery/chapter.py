@@ -130,16 +130,17 @@ class Chapter:
     def shown(self, item, points=False):
         """(frame, badge) of an item, or of those trials of which every run is stored; else (None, how to get them).
 
-        points: where no trial is complete, those points of which every trial is.
+        points: or those points of which every trial is stored, whichever shows more runs.
         """
         try:
             self.scale(item)
             return self.frame(item), self.badge(item)
         except Refused as how:
-            for part in (self.trials, self.points)[: 1 + points]:
-                for name in self.scales:
-                    if name != "smoke" and self._runs(item, name) and (frame := part(item, name)) is not None:
-                        return frame, self.badge(item, name, frame)
+            for name in self.scales:
+                if name != "smoke" and self._runs(item, name):
+                    frames = [part(item, name) for part in (self.trials, self.points)[: 1 + points]]
+                    if frames := [frame for frame in frames if frame is not None]:
+                        return (frame := max(frames, key=len)), self.badge(item, name, frame)
             return None, str(how)
 
     def frame(self, item, scale=None):

@@ -138,6 +138,14 @@ def test_where_no_trial_is_complete_points_may_be_shown_of_which_every_trial_is(
     frame, badge = Chapter("lth").shown("fig12", points=True)
     assert sorted(zip(frame["level"], frame["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert re.search(r"· 2 of \d+ points of the paper's figure", badge)
+    train([r for r in runs if r.seed == 0], clone)
+    n = len(Chapter("lth").shown("fig12")[0])
+    assert n > 4
+    assert set(Chapter("lth").shown("fig12", points=True)[0]["seed"]) == {0}  # more runs than four at complete points
+    train([r for r in runs if r.seed == 1 and r.init != "reinit"], clone)
+    controls = sum(r.seed == 1 and r.init == "reinit" for r in runs)
+    assert len(Chapter("lth").shown("fig12", points=True)[0]) == 2 * (n - controls) > n
+    assert len(Chapter("lth").shown("fig12")[0]) == n
 
 
 def test_a_badge_counts_what_diverged(clone, everything):
