@@ -292,10 +292,13 @@ class Chapter:
 
 
 def say(*sentences):
-    """Sentences of a result, in Markdown, to be displayed: what a chapter says in words about numbers."""
+    """Sentences of a result, in Markdown, to be displayed: what a chapter says in words about numbers.
+
+    Negative numbers have the minus of the tables.
+    """
     from IPython.display import Markdown
 
-    return Markdown(" ".join(sentences))
+    return Markdown(re.sub(r"(?<=[ (\[])-(?=\d)", "−", " ".join(sentences)))
 
 
 def table(rows, caption, digits=2, index=True):

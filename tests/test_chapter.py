@@ -18,7 +18,7 @@ import typer
 
 import lottery
 from lottery import cli, data, experiments, figures, models, names, training
-from lottery.chapter import Chapter, Refused, table
+from lottery.chapter import Chapter, Refused, say, table
 from lottery.experiments import Store, lth
 from lottery.experiments.runs import CRITERIA, INITS
 
@@ -656,6 +656,10 @@ def test_every_arm_has_one_look_and_no_two_share_it():
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_negative_number_in_a_sentence_has_the_minus_of_the_tables():
+    assert say("From -3.5 to 2", "[-1, 4] (-0.2); 2026-11, a-3.").data == "From −3.5 to 2 [−1, 4] (−0.2); 2026-11, a-3."
 
 
 def test_a_table_is_markdown_with_its_caption():
