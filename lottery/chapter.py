@@ -298,7 +298,11 @@ def say(*sentences):
     """
     from IPython.display import Markdown
 
-    return Markdown(re.sub(r"(?<=[ (\[])-(?=\d)", "−", " ".join(sentences)))
+    return Markdown(_minus(" ".join(sentences)))
+
+
+def _minus(text):
+    return re.sub(r"(?<![^ (\[])-(?=\d)", "−", text)
 
 
 def table(rows, caption, digits=2, index=True):
@@ -334,7 +338,7 @@ def cell(value, digits=2):
         return f"{value:,}".replace("-", "−")
     if isinstance(value, float | np.floating):
         return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
-    return str(value).replace("|", "\\|")
+    return _minus(str(value).replace("|", "\\|"))
 
 
 LISTED = 75  # columns, so that a listing needs no sideways scrolling in the book

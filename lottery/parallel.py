@@ -24,6 +24,7 @@ import itertools
 import math
 import os
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import typer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lottery import cli, data, training
 from lottery.experiments import Store, papers, work
@@ -147,9 +148,9 @@ class Feed:
         if self.t != t:
             sampler = itertools.chain.from_iterable(map(self.mine, range(t, self.recipe.iterations)))
             pinned = self.like.is_cuda
-            self.loader = iter(
-                DataLoader(self.images, batch_sampler=_List(sampler), num_workers=self.workers, pin_memory=pinned)
-            )
+            # Not forked: a fork of this process, which has threads, can hang before it begins.
+            start = {"num_workers": self.workers, "multiprocessing_context": "spawn" if self.workers else None}
+            self.loader = iter(DataLoader(self.images, batch_sampler=_List(sampler), pin_memory=pinned, **start))
         self.t = t + 1
         n = sum(map(len, self.chosen(t)))
         self.now = [(x, y, len(y) / n) for x, y in itertools.islice(self.loader, self.accumulate)]
@@ -242,10 +243,11 @@ class Loop(training._Loop):
             dist.broadcast(tensor, 0)
         mine = list(range(n))[dist.get_rank() :: dist.get_world_size()]
         found = torch.zeros(n + 1, dtype=torch.float64, device=like.device)  # whether each is right, and the loss
-        with training.modes_kept(model):
+        with training.modes_kept(model), futures.ThreadPoolExecutor(4) as threads:
             model.eval()
             rows = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-            for which, (x, y) in zip(rows, DataLoader(split.x, batch_sampler=rows, num_workers=2), strict=True):
+            for which in rows:
+                x, y = default_collate(list(threads.map(split.x.__getitem__, which)))
                 logits = model(x.to(like)).to(like.dtype)
                 y = y.to(like.device)
                 found[which] = (logits.argmax(1) == y).double()

@@ -249,7 +249,7 @@ def number(v, digits=4):
     """A value for reading."""
     if v is None:
         return "–"
-    return f"{v:,.0f}" if abs(v) >= 10_000 else f"{v:.{digits}g}"
+    return ("−" if v < 0 else "") + (f"{abs(v):,.0f}" if abs(v) >= 10_000 else f"{abs(v):.{digits}g}")
 
 
 def interval(v):

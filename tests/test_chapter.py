@@ -675,6 +675,8 @@ def test_a_table_is_markdown_with_its_caption():
         "| q | 2,000 | – | − |",
     ]
     assert table([{"x": -0.001, "y": -2.5}], "C", {"y": 2}).data.splitlines()[-1] == "| 0.00 | −2.50 |"
+    words = table([{"x": "-2.9 [-4.2, 1]", "y": "2026-11 a-3"}], "C").data.splitlines()[-1]
+    assert words == "| −2.9 [−4.2, 1] | 2026-11 a-3 |"
 
 
 def test_names_are_words():

@@ -141,25 +141,30 @@ def test_every_image_comes_once_an_epoch_and_parts_are_even(alone, folder):
 DRIVER = """
     import os, pathlib, signal, sys, time
     sys.path[:0] = [{package!r}, {tests!r}]
-    import functools, torch, typer
-    from lottery import cli, data, parallel
-    import test_parallel as given
-    torch.set_num_threads(1)
-    data.SETS["imagenet"] = given.FACTS
-    stop, step = int(sys.argv.pop()), parallel.Step.__call__
-    saved = pathlib.Path(__file__).with_name("saved")  # the first process is here: it has written its checkpoint
-    def dies(self, parts):
-        if self.t == stop:
-            if os.environ["RANK"] == "0":
-                saved.touch()
-            while not saved.exists():  # or its end would end the first process before that
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, parts)
-    parallel.Step.__call__ = dies
-    parallel.train = functools.partial(parallel.train, every=0.0)
-    parallel._asked = lambda paper, items, trials: given.runs()  # the paper's own take days
-    typer.run(cli.kind_errors(parallel.main))
+
+    def main():
+        import functools, torch, typer
+        from lottery import cli, data, parallel
+        import test_parallel as given
+        torch.set_num_threads(1)
+        data.SETS["imagenet"] = given.FACTS
+        stop, step = int(sys.argv.pop()), parallel.Step.__call__
+        saved = pathlib.Path(__file__).with_name("saved")  # the first process is here: it has written its checkpoint
+        def dies(self, parts):
+            if self.t == stop:
+                if os.environ["RANK"] == "0":
+                    saved.touch()
+                while not saved.exists():  # or its end would end the first process before that
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, parts)
+        parallel.Step.__call__ = dies
+        parallel.train = functools.partial(parallel.train, every=0.0)
+        parallel._asked = lambda paper, items, trials: given.runs()  # the paper's own take days
+        typer.run(cli.kind_errors(parallel.main))
+
+    if __name__ == "__main__":  # what decodes images reads this file too
+        main()
 """
 
 
@@ -171,7 +176,7 @@ def two(store, folder, tmp_path, stop=-1):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     asked = ["str", "curve", "--images", folder, "--workers", "1", "--results-dir", store, str(stop)]
-    return subprocess.run([*torchrun, driver, *asked], env=env, capture_output=True, text=True)
+    return subprocess.run([*torchrun, driver, *asked], env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
