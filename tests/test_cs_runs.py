@@ -119,7 +119,7 @@ def test_pruning_without_rewinding_finds_and_tunes_for_as_long_each():
     assert gradient.criterion == "snip"
     assert oneshot.parent == gradient.parent
     pruned = cs.arm("resnet20/pruned", 16.8, 0, "laptop")
-    assert [r.method.s0 for r in pruned] == [-0.2, -0.1, 0.0]
+    assert [r.method.s0 for r in pruned] == [-0.3, -0.2, -0.1, 0.0]
     assert {(r.init, r.rate) for r in pruned} == {("continue", 0.0)}
 
 
