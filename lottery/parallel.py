@@ -147,10 +147,12 @@ class Feed:
     def choose(self, t):
         if self.t != t:
             sampler = itertools.chain.from_iterable(map(self.mine, range(t, self.recipe.iterations)))
-            pinned = self.like.is_cuda
-            # Not forked: a fork of this process, which has threads, can hang before it begins.
-            start = {"num_workers": self.workers, "multiprocessing_context": "spawn" if self.workers else None}
-            self.loader = iter(DataLoader(self.images, batch_sampler=_List(sampler), pin_memory=pinned, **start))
+            loader = DataLoader(
+                self.images, batch_sampler=_List(sampler), num_workers=self.workers, pin_memory=self.like.is_cuda,
+                # A fork of this process, which has threads, can hang before it begins.
+                multiprocessing_context="spawn" if self.workers else None,
+            )  # fmt: skip
+            self.loader = iter(loader)
         self.t = t + 1
         n = sum(map(len, self.chosen(t)))
         self.now = [(x, y, len(y) / n) for x, y in itertools.islice(self.loader, self.accumulate)]
@@ -245,8 +247,7 @@ class Loop(training._Loop):
         found = torch.zeros(n + 1, dtype=torch.float64, device=like.device)  # whether each is right, and the loss
         with training.modes_kept(model), futures.ThreadPoolExecutor(4) as threads:
             model.eval()
-            rows = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-            for which in rows:
+            for which in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size)):
                 x, y = default_collate(list(threads.map(split.x.__getitem__, which)))
                 logits = model(x.to(like)).to(like.dtype)
                 y = y.to(like.device)
