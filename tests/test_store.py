@@ -237,6 +237,12 @@ def store_with_one_changed(folder, runs, column):
     frame.to_parquet(shard, index=False)
 
 
+def test_one_run_on_a_busy_machine_does_not_change_the_pace(tmp_path):
+    for run, wall_s in zip(seeds(3), (1.5, 1.6, 40.0), strict=True):
+        Store(tmp_path).put(fake(run) | {"wall_s": wall_s})
+    assert Store(tmp_path).paces() == {("lenet_300_100", "digits"): 1.6 / QUICK.iterations}
+
+
 @pytest.mark.parametrize("reading", ["early_stop", "last"])
 def test_one_accuracy_half_a_point_higher_is_found_out(tmp_path, capsys, reading):
     runs = seeds(3)

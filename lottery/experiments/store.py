@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import zlib
 from collections.abc import Mapping
@@ -109,13 +110,16 @@ class Store:
         return found
 
     def paces(self):
-        """`{like: seconds per unit of work}` of the latest run of each kind; a measurement has no iterations."""
-        runs = self.columns("started", "model", "dataset", "wall_s", "iterations").values()
-        timed = [run for run in runs if run[0] and run[3] and 0 < run[3] < math.inf]  # none of them was checked
-        return {
-            (model, dataset) if n else ("measured", model, dataset): wall_s / (n or 1)
-            for _, model, dataset, wall_s, n in sorted(timed, key=lambda values: values[0])
-        }
+        """`{like: seconds per unit of work}`, the median over the runs of each kind: a busy machine says little.
+
+        A measurement has no iterations.
+        """
+        found = {}
+        for model, dataset, wall_s, n in self.columns("model", "dataset", "wall_s", "iterations").values():
+            if wall_s and 0 < wall_s < math.inf:  # none of them was checked
+                kind = (model, dataset) if n else ("measured", model, dataset)
+                found.setdefault(kind, []).append(wall_s / (n or 1))
+        return {kind: statistics.median(paces) for kind, paces in found.items()}
 
     def row(self, key):
         """The sound row of a key, or None. It is read and checked when it is first asked for."""
