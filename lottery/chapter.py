@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lottery import experiments, names, scorecard, verdicts
+from lottery import claims, experiments, names, scorecard, verdicts
 from lottery.experiments import check, engine, papers
 from lottery.experiments.store import Store, load, now, root
 
@@ -339,6 +339,12 @@ def cell(value, digits=2):
     if isinstance(value, float | np.floating):
         return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
     return _minus(str(value).replace("|", "\\|"))
+
+
+def difference(pairs):
+    """Paired differences as the text of a table's cell: their mean, and half of its 95 % interval if there are two."""
+    low, high = claims.t_interval(pairs)
+    return _minus(f"{np.mean(pairs):+.2f}" + (f" ± {(high - low) / 2:.2f}" if len(pairs) > 1 else ""))
 
 
 LISTED = 75  # columns, so that a listing needs no sideways scrolling in the book

@@ -18,7 +18,7 @@ import typer
 
 import lottery
 from lottery import cli, data, experiments, figures, models, names, training
-from lottery.chapter import Chapter, Refused, say, table
+from lottery.chapter import Chapter, Refused, difference, say, table
 from lottery.experiments import Store, lth
 from lottery.experiments.runs import CRITERIA, INITS
 
@@ -656,6 +656,12 @@ def test_every_arm_has_one_look_and_no_two_share_it():
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_has_its_interval_from_two_trials_on():
+    assert difference([-1.0, -2.0, -3.0]) == "−2.00 ± 2.48"  # t(0.975, 2) / √3
+    assert difference([0.5, 0.5]) == "+0.50 ± 0.00"
+    assert difference([-1.0]) == "−1.00"
 
 
 def test_a_negative_number_in_a_sentence_has_the_minus_of_the_tables():
