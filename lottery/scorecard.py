@@ -508,8 +508,16 @@ class _At:
             return f"{densities} is out of reach in {out} of {len(cell)} trials"
         if own and (lost := sum(any(np.isnan(own(row)).any() for arm in arms for row in arm) for arms in cell)):
             return f"at {densities} {lost} of {len(cell)} trials have no {self.claim['quantity']}"
+        if self.claim["arm_b"] and self.claim["quantity"] in ACCURACIES and self._dead(cell):
+            return f"at {densities} every network of both arms guesses"
         share = _censored(cell) if self.claim["reading"] == "early_stop" else 0
         return (share and f"{100 * share:.0f} % of an arm's minima lie in the last tenth of its training") or ""
+
+    def _dead(self, cell):
+        """Whether no network of a cell is better than a guess by more than the margin: such are alike for no reason."""
+        read = functools.partial(reading, quantity=self.claim["quantity"], at=self.claim["reading"])
+        networks = [row for arms in cell for arm in arms for row in arm]
+        return all(read(row) <= 100 * _chance(row) + self.margin(row["dataset"]) for row in networks)
 
     @property
     def _paper(self):

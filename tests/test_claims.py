@@ -787,6 +787,20 @@ def test_early_stop_as_a_ratio_with_censored_minima():
     assert judged(lab, stored, c | {"reading": "last", "quantity": "test accuracy"})["verdict"] != row["verdict"]
 
 
+def test_networks_that_only_guess_are_not_alike():
+    """At 3.6 % every network of both arms answers 10 % right, the share of one class: no evidence of "no worse"."""
+    lab, xs = Invented(), [51.3, 21.1, 3.6]
+    c = claim(kind="in all cells: at least matches", arm_b="lenet/random", x="51.3;21.1;3.6")
+    dead = lab.store("paper", lambda name, x, *at: 10 if x == 3.6 else 90, xs=xs)
+    assert judged(lab, dead, c)["verdict"] == "partly (2 of 3 pass, 1 not tested)"
+    alone = c | {"kind": "direction", "x": "3.6"}
+    assert judged(lab, dead, alone)["verdict"] == "not tested (at 3.6 % every network of both arms guesses)"
+    value = alone | {"kind": "value", "arm_b": "", "paper_value": 10}  # a collapse that a paper prints can be tested
+    assert judged(lab, dead, value)["verdict"] == "reproduced"
+    dead["paper lenet/imp 3.6 2 0"]["early_stop_test_acc"] = 0.105
+    assert judged(lab, dead, c)["verdict"] == "reproduced (3 of 3 pass)"  # one network has learnt something
+
+
 def test_censoring_is_counted_in_each_cell():
     """Of three levels one has two late minima of five: it is not tested, and counts among the claim's three."""
     lab = Invented()
