@@ -253,13 +253,18 @@ class Chapter:
             display(say(verdicts.paragraph(self.card["rows"])))
 
     def show_claims(self):
-        """Display the claims that were tested, each a link to its row of the scorecard."""
-        from IPython.display import display
+        """Display the claims that were tested, each a link to its row of the scorecard; exact ones are folded."""
+        from IPython.display import Markdown, display
 
         if not (rows := self.card and scorecard.tested(self.card)):
             print("exploration: no verdict" if self.exploration else "No claim was tested: no run is stored.")
             return
-        display(table(map(verdicts.summary, rows), "Claims that were tested; ★: primary, chosen before the runs."))
+        exact = [row for row in rows if row["evidence"] == "exact"]
+        if runs := [row for row in rows if row["evidence"] != "exact"]:
+            display(table(map(verdicts.summary, runs), CLAIMS))
+        if exact:
+            folded = table(map(verdicts.summary, exact), "Numbers that need no training.").data
+            display(Markdown(f"<details><summary>{len(exact)} exact statements</summary>\n\n{folded}\n\n</details>"))
 
     def show_commands(self):
         """Print, in the order of `show_claims`, the commands that test the claims again."""
@@ -303,6 +308,13 @@ def say(*sentences):
 
 def _minus(text):
     return re.sub(r"(?<![^ (\[])-(?=\d)", "−", text)
+
+
+CLAIMS = (
+    "Claims that were tested; ★: primary, chosen before the runs. Ours is the mean over trials with its 95 % interval, "
+    "first minus second of what is compared, or the factor (×) between them: of a claim about several densities at the "
+    "one that speaks most against it, of “up to” at the level that the other trials choose."
+)
 
 
 def table(rows, caption, digits=2, index=True):

@@ -152,15 +152,15 @@ def in_all_cells(kind, cells, margin, named=None):
     """`kind` in every cell that a claim names; cells: differences [cells, trials] of those that could be tested.
 
     named: how many there are, default len(cells). Cells that were not tested, and cells that are neither passed nor
-    negative, leave the claim open. d and interval are those of the worst cell.
+    negative, leave the claim open. d and interval are those of the `worst` cell.
     """
     k = named or len(cells)
     passed = sum(_cell_passes(kind, d, margin) for d in cells)
     negative = sum(_cell_negative(kind, d, margin, 1 - 0.05 / k) for d in cells)
     counts = {"open": len(cells) - passed - negative, "negative": negative, "not tested": k - len(cells)}
     note = ", ".join([f"{passed} of {k} pass", *(f"{n} {name}" for name, n in counts.items() if n)])
-    at = cells[worst(kind, cells)]
-    p = max(p_value(kind, d, margin) for d in cells)
+    at = cells[worst(kind, cells, margin)]
+    p = p_value(kind, at, margin)
     if negative:
         verdict = _negative(at)
         return replace(verdict, note="; ".join(filter(None, [note, verdict.note])), p=p)
@@ -168,10 +168,11 @@ def in_all_cells(kind, cells, margin, named=None):
     return replace(_verdict(word, at, note), p=p)
 
 
-def worst(kind, cells):
-    """Index of the cell that speaks most against the claim: the smallest mean, or the farthest from zero."""
+def worst(kind, cells, margin):
+    """Index of the cell that speaks most against the claim: of the largest p-value, of equals with the worst mean."""
     means = np.mean(cells, axis=1)
-    return int(np.argmin(means) if kind in ("direction", "at least matches") else np.argmax(np.abs(means)))
+    bad = -means if kind in ("direction", "at least matches") else np.abs(means)
+    return max(range(len(cells)), key=lambda i: (_p(kind, cells[i], margin), bad[i]))
 
 
 def judge(kind, cells, delta=None, margin=None, named=None):
@@ -227,6 +228,10 @@ def _cell_negative(kind, d, margin, level):
 
 def p_value(kind, d, margin):
     """Of one cell: two-sided for direction (1 when A < B), the larger of two one-sided tests for sameness."""
+    return min(1.0, _p(kind, d, margin))
+
+
+def _p(kind, d, margin):
     n, mean = len(d), np.mean(d)
     error = np.std(d, ddof=1) / math.sqrt(n) if n > 1 else math.inf
 
@@ -234,7 +239,7 @@ def p_value(kind, d, margin):
         return float(x <= bound) if error == 0 else stats.t.sf((x - bound) / error, max(n - 1, 1))
 
     if kind == "direction":
-        return min(1.0, 2 * above(0, mean))
+        return 2 * above(0, mean)
     lower = above(-margin, mean)
     return lower if kind == "at least matches" else max(lower, above(-margin, -mean))
 
@@ -243,7 +248,7 @@ def holm(p, level=0.05):
     """Which single cells of a claim pass alone: step down from the smallest p, level / (cells not yet passed)."""
     passed = [False] * len(p)
     for k, i in enumerate(np.argsort(p, kind="stable")):
-        if p[i] > level / (len(p) - k):
+        if not p[i] <= level / (len(p) - k):
             break
         passed[i] = True
     return passed

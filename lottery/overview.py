@@ -48,8 +48,8 @@ def forest(card):
     rows = [row for row in in_order(card["rows"]) if row["claim"] and row["primary"] and kind(row) != "none"]
     out = [
         '<table class="forest"><caption>Primary claims: ours with its 95 % interval over trials, in units of the '
-        "paper's effect. Shaded: where it counts as reproduced. Filled: the paper's own setting; hollow: shorter or "
-        "smaller.</caption>",
+        "paper's effect, for a claim in several cells of the cell that speaks most against it. Shaded: where it counts "
+        "as reproduced. Filled: the paper's own setting; hollow: shorter or smaller.</caption>",
         '<thead><tr><th scope="col">claim</th><th scope="col" class="axis">'
         f'<svg viewBox="0 0 {(HIGH - LOW) * SCALE:.0f} 16" role="img" aria-label="axis from no effect to the paper\'s '
         f'effect"><text x="{_x(0)}" y="12">no effect</text><text x="{_x(1)}" y="12">the paper\'s</text></svg></th>'
@@ -81,7 +81,7 @@ def _bar(row):
         return f'<svg viewBox="0 0 {width} 20" role="img" aria-label="no interval">{axis}</svg>'
     (ours, low, high), zone = found
     filled = "filled" if row["evidence"] in FULL else "hollow"
-    name = f"{number(row['ours'])} {interval(row['interval'])}, the paper's {number(row['paper_value'])}"
+    name = f"{scorecard.measured(row, row['ours'], row['interval'])}, the paper's {number(row['paper_value'])}"
     arrows = "".join(
         f'<path class="arrow" d="M{x} 10l{dx} -4v8z"/>'
         for x, dx, on in ((_x(LOW), 6, low < LOW), (_x(HIGH), -6, high > HIGH))
@@ -273,10 +273,12 @@ def _line(row):
     notes = [n for n in (scorecard.note(row), changed) if n]
     more = [f"Rule: {row['rule']}.", f"Read: {row['quantity']}."]
     if every := row["all_trials"]:
-        more.append(f"All {every['trials']} stored trials: {number(every['ours'])} {interval(every['interval'])}.")
+        ours = scorecard.measured(row, every["ours"], every["interval"])
+        more.append(f"All {every['trials']} stored trials: {ours}.")
     more += [f"With test images as a sample, too: {interval(row['interval_images'])}."] * bool(row["interval_images"])
     more += [f"Cells: {row['coverage']}."] * bool(row["coverage"]) + [f"On {row['device']}."] * bool(row["device"])
     k = kind(row)
+    ours = scorecard.measured(row, row["ours"], row["interval"]).partition(" [")[0]
     small = "".join(f" <small>{escape(n)}</small>" for n in notes)
     basis = escape(basis[0]) + "".join(f" <small>{escape(b)}</small>" for b in basis[1:])
     return (
@@ -285,7 +287,7 @@ def _line(row):
         f"<details><summary>rule and command</summary><p>{escape(' '.join(more))}</p>"
         f"<p><code>{escape(row['command'] or '')}</code></p></details></th>"
         f'<td data-label="paper">{number(row["paper_value"])}</td>'
-        f'<td data-label="ours">{number(row["ours"])} <small>{interval(row["interval"])}</small></td>'
+        f'<td data-label="ours">{ours} <small>{interval(row["interval"])}</small></td>'
         f'<td data-label="verdict"><span class="verdict {k}">{SIGNS[k]} {word(row)}</span>{small}</td>'
         f'<td data-label="evidence">{basis}</td></tr>'
     )

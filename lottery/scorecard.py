@@ -24,6 +24,7 @@ FIELDS = (
     *("ours", "interval", "interval_images", "p", "all_trials", "rule", "verdict", "was", "stale", "command"),
 )
 EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
+PASSED = ("reproduced", "supports")
 EXACT = ("weights", "conv weights", "fc share")  # quantities that need no training
 ACCURACIES = {"test accuracy": "test_acc", "validation accuracy": "val_acc", "train accuracy": "train_acc"}
 LOSSES = {"train loss": "batch_loss", "test loss": "test_loss"}  # of the last epoch's minibatches, of the test set
@@ -169,11 +170,13 @@ def totals(rows):
 
 
 def _after_holm(rows):
-    """How many primary claims of one paper were tested, how many pass, and how many still do after Holm over them."""
+    """How many primary claims of one paper were tested, pass, still pass after Holm over them, are partly true."""
     tested = [row for row in rows if row["evidence"] != "exact" and word(row) != "not tested"]
     stay = C.holm([1.0 if row["p"] is None else row["p"] for row in tested])
-    pairs = list(zip(map(passes, tested), stay, strict=True))
-    return {"tested": len(tested), "pass": sum(p for p, _ in pairs), "after_holm": sum(p and s for p, s in pairs)}
+    words = list(map(word, tested))
+    mixed = sum(said in ("partly", "mixed") for said in words)
+    after = sum(said in PASSED and still for said, still in zip(words, stay, strict=True))
+    return {"tested": len(tested), "pass": sum(said in PASSED for said in words), "after_holm": after, "mixed": mixed}
 
 
 def word(row):
@@ -185,11 +188,6 @@ def note(row):
     """The remarks of the verdict: "size differs; setting unknown", or nothing."""
     size, _, remark = (row["verdict"] or "").removeprefix(word(row) or "").partition(" (")
     return "; ".join(filter(None, [size.removeprefix(", "), remark.removesuffix(")")]))
-
-
-def passes(row):
-    """Whether the word is a positive one."""
-    return word(row) in ("reproduced", "partly", "supports", "mixed")
 
 
 def anchor(row):
@@ -215,7 +213,8 @@ def text(card):
     lines += [f"{total['claims']} claims (* primary; paper's value, ours with 95 % interval, evidence, verdict): {by}."]
     lines += [f"{chance['tested']} are tested on runs; expected to pass by chance: {chance['expected']:g}."]
     for paper, n in total["primary"]["by_paper"].items():
-        lines += [f"{paper}, primary: {n['tested']} tested, {n['pass']} pass, {n['after_holm']} after Holm over them."]
+        counts = f"{n['tested']} tested, {n['pass']} pass, {n['after_holm']} after Holm over them, {n['mixed']} mixed"
+        lines += [f"{paper}, primary: {counts}."]
     return "\n".join(lines)
 
 
@@ -257,6 +256,13 @@ def interval(v):
     return "" if v is None else f"[{number(v[0], 3)}, {number(v[1], 3)}]"
 
 
+def measured(row, ours, bounds):
+    """What came out, with its unit and interval, for reading: "1.48 × [1.07, 2.04]", "0.398 points [0.239, 0.557]"."""
+    _, _, unit = (row["quantity"] or "").partition(", ")
+    unit = {"ratio A/B": "×", "%": "%"}.get(unit, unit.partition(",")[0]) if bounds else ""
+    return " ".join(filter(None, [number(ours), unit, interval(bounds)]))
+
+
 def table(rows):
     """Rows as a table for reading: a DataFrame of strings."""
     import pandas as pd
@@ -266,7 +272,7 @@ def table(rows):
             "claim": "★ " * row["primary"] + row["title"],
             "item": row["item"],
             "paper": number(row["paper_value"]),
-            "ours": f"{number(row['ours'])} {interval(row['interval'])}",
+            "ours": measured(row, row["ours"], row["interval"]),
             "verdict": said(row),
             "evidence": row["evidence"],
         }
@@ -464,10 +470,13 @@ class _At:
     def evidence(self):
         """("full" | "reduced" | "stand-in", share of the paper's steps): ours beside the Runs at scale "paper"."""
         found, steps = {"full"}, 1.0
-        for x, (ours, *_) in zip(self.cells, self.runs, strict=True):
-            for mine, (name, at) in zip(ours, _arms(self.claim, x), strict=True):
+        for x, trials in zip(self.cells, self.runs, strict=True):
+            for mine, others, (name, at) in zip(
+                trials[0], zip(*trials, strict=True), _arms(self.claim, x), strict=True
+            ):
                 theirs = self._arm(name, at, 0, "paper")
-                if not theirs or self._stored(mine[0].key)["fingerprint"] != FINGERPRINTS.get(theirs[0].dataset):
+                data = {self._stored(r.key)["fingerprint"] for runs in others for r in runs}
+                if not theirs or data != {FINGERPRINTS.get(theirs[0].dataset)}:
                     found.add("stand-in")
                 if theirs:
                     found.add(compare(mine[0].spec(), theirs[0].spec()))
@@ -483,15 +492,13 @@ class _At:
     def verdict(self, rows, margin):
         """(verdict by the arithmetic alone, differences [cells, trials], their rows); the cells are those tested."""
         claim, kind = self.claim, self.claim["kind"]
-        own = self.judge.experiment.reads.get(claim["quantity"])
-        read = own or functools.partial(reading, quantity=claim["quantity"], at=claim["reading"])
-        reasons = [self._untested(x, cell, own) for x, cell in zip(self.cells, rows, strict=True)]
+        reasons = [self._untested(x, cell) for x, cell in zip(self.cells, rows, strict=True)]
         tested = [cell for cell, reason in zip(rows, reasons, strict=True) if not reason]
         note = "" if tested and (kind.startswith(C.RANGED) or not any(reasons)) else max(reasons)
         if note and not all(arm for cell in rows for trial in cell for arm in trial):
             return C.Verdict("not tested", note=note), np.zeros((0, len(rows[0]))), []
         tested = rows if note else tested
-        d = np.array([[contrast(arms, read) - self._paper for arms in cell] for cell in tested])
+        d = np.array([[contrast(arms, self.read) - self._paper for arms in cell] for cell in tested])
         verdict = C.judge(kind, d, self.unit(claim["delta"]) if claim["delta"] else None, margin, len(_cells(claim)))
         if note:
             return replace(verdict, word="not tested", note=note), d, tested
@@ -501,23 +508,38 @@ class _At:
             verdict = C.sized(verdict, kind, 0 if kind.endswith("value") else self.unit(size), error)
         return verdict, d, tested
 
-    def _untested(self, x, cell, own=None):
-        """Why one cell, [trial][arm], is not tested, or ""; own: what reads the quantity, if it is the paper's own."""
+    @property
+    def _own(self):
+        """What reads the quantity, if it is the paper's own, else None."""
+        return self.judge.experiment.reads.get(self.claim["quantity"])
+
+    def read(self, row):
+        """What the claim reads of a stored run."""
+        return self._own(row) if self._own else reading(row, self.claim["quantity"], self.claim["reading"])
+
+    def _untested(self, x, cell):
+        """Why one cell, [trial][arm], is not tested, or ""."""
         densities = " and ".join(f"{at:g} %" for at in dict.fromkeys(x) if at is not None)
         if out := sum(not all(arms) for arms in cell):
             return f"{densities} is out of reach in {out} of {len(cell)} trials"
-        if own and (lost := sum(any(np.isnan(own(row)).any() for arm in arms for row in arm) for arms in cell)):
+        if self._own and (
+            lost := sum(any(np.isnan(self.read(row)).any() for arm in arms for row in arm) for arms in cell)
+        ):
             return f"at {densities} {lost} of {len(cell)} trials have no {self.claim['quantity']}"
-        if self.claim["arm_b"] and self.claim["quantity"] in ACCURACIES and self._dead(cell):
-            return f"at {densities} every network of both arms guesses"
+        if self.claim["arm_b"] and self.claim["quantity"] in ACCURACIES and (pair := self._dead(x, cell)):
+            return f"at {' and '.join(pair)} most networks of both arms guess"
         share = _censored(cell) if self.claim["reading"] == "early_stop" else 0
         return (share and f"{100 * share:.0f} % of an arm's minima lie in the last tenth of its training") or ""
 
-    def _dead(self, cell):
-        """Whether no network of a cell is better than a guess by more than the margin: such are alike for no reason."""
-        read = functools.partial(reading, quantity=self.claim["quantity"], at=self.claim["reading"])
-        networks = [row for arms in cell for arm in arms for row in arm]
-        return all(read(row) <= 100 * _chance(row) + self.margin(row["dataset"]) for row in networks)
+    def _dead(self, x, cell):
+        """Densities of arms A and B, or C and D, most networks of which are at most the margin better than a guess."""
+        shares = [
+            np.mean([self.read(row) <= 100 * _chance(row) + self.margin(row["dataset"]) for arm in arms for row in arm])
+            for arms in zip(*cell, strict=True)
+        ]
+        densities = ["full density" if at is None else f"{at:g} %" for _, at in _arms(self.claim, x)]
+        pairs = ((shares[:2], densities[:2]), (shares[2:], densities[2:]))
+        return next((dict.fromkeys(at) for share, at in pairs if share and min(share) > 0.5), None)
 
     @property
     def _paper(self):
@@ -542,7 +564,7 @@ class _At:
         return {
             "ours": ours[0],
             "interval": ours[1:],
-            "interval_images": images(kind, d, tested, claim["reading"]) if seen and tested else None,
+            "interval_images": images(kind, d, tested, claim["reading"], margin) if seen and tested else None,
             "p": plain.p,
             "all_trials": self.all_trials(margin),
             "rule": _rule(claim) + (f"; {diverged} diverged runs at chance" if diverged else ""),
@@ -637,13 +659,13 @@ def _censored(cell):
     return max(map(np.mean, late)) if C.too_censored(late) else 0
 
 
-def images(kind, d, rows, at):
+def images(kind, d, rows, at, margin):
     """The interval over trials × test images of what a verdict rests on; d: differences [cells, trials]."""
     if d.shape[1] < 2:
         return None
     cells = C.leave_one_out(d)[1] if kind in C.CHOSEN else [0] * d.shape[1]
     if kind.startswith(C.ALL):
-        cells = [C.worst(kind.removeprefix(C.ALL), d)] * d.shape[1]
+        cells = [C.worst(kind.removeprefix(C.ALL), d, margin)] * d.shape[1]
     each = [contrast(rows[cell][trial], lambda row: correct(row, at)) for trial, cell in enumerate(cells)]
     return list(C.two_way_interval(each))
 

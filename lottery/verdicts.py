@@ -9,7 +9,7 @@ from collections import Counter
 from html import escape
 
 from lottery import names, scorecard
-from lottery.scorecard import interval, number, word
+from lottery.scorecard import number, word
 
 # Verdicts in four kinds, each with its sign; the words themselves are `claims`'.
 KINDS = {
@@ -43,8 +43,8 @@ SHORT = {  # a primary claim in a few words, understood in any order; any other 
     "cs-table1-sparser-than-imp-vgg16": "at 1.7 % VGG-16's tickets are more accurate than IMP's",
     "cs-table1-best-vgg16": "the best of VGG-16's tickets reaches 93.45 %",
     "cs-cost-rounds": "IMP's search is six times as long, one round after the other",
-    "cs-pruning-above-oneshot-resnet20": "without rewinding CS keeps ResNet-20's accuracy where magnitude loses it",
-    "cs-pruning-above-oneshot-vgg16": "without rewinding CS keeps VGG-16's accuracy where magnitude loses it",
+    "cs-pruning-above-oneshot-resnet20": "without rewinding, CS prunes ResNet-20 to 6.9 % better than magnitude does",
+    "cs-pruning-above-oneshot-vgg16": "without rewinding, CS prunes VGG-16 to 2.8 % better than magnitude does",
     "cs-pruning-l0-below-oneshot-resnet20": "stochastic L0 is the worst on ResNet-20",
     "cs-pruning-l0-below-oneshot-vgg16": "stochastic L0 is the worst on VGG-16",
     "str-table1-above-gmp": "STR is more accurate than gradual magnitude pruning at all four densities",
@@ -114,24 +114,39 @@ def paragraph(rows, failures="all"):
         ("bad", "**Not reproduced:**", "**Contradicted**"),
         ("good", "Reproduced:", "Supported"),
         ("part", "Partly:", "Mixed"),
+        ("setting", "**Depends on the setting:**", "**Depends on the setting**"),
+        (
+            "against",
+            "Open for an unknown setting, with runs against it:",
+            "Open for an unknown setting, with runs against it",
+        ),
         ("open", "Open:", "Open"),
     ):
-        of = [row for row in tested if kind(row) == k]
+        of = [row for row in tested if _group(row) == k]
         said += _named(full, [row for row in of if row["evidence"] in FULL])
         for evidence in ("reduced", "stand-in"):
             said += _named(f"{shorter} {BASIS[evidence]}:", [row for row in of if row["evidence"] == evidence])
     if left := [row for row in primary if kind(row) == "none"]:
-        said.append(f"Not run yet: {_items(left) if len(left) > 3 else '; '.join(map(_link, left))}.")
+        said.append(f"Without a verdict yet: {_items(left) if len(left) > 3 else '; '.join(map(_link, left))}.")
     bad = [row for row in claims if kind(row) == "bad" and not row["primary"]]
     exact = [row for row in bad if row["evidence"] == "exact"]
     said += _named("**Not reproduced** among the secondary claims:", [r for r in bad if r["evidence"] == "full"])
     if failures == "all":
         shorter = [row for row in bad if row["evidence"] not in FULL]
-        said += _named("**Contradicted** among them by shorter trainings or stand-ins:", shorter)
+        said += _named("**Contradicted** among the secondary claims by shorter trainings or stand-ins:", shorter)
         said += _named("**Printed numbers** that arithmetic does not give:", exact)
     elif exact:
         said.append(f"**Printed numbers** that arithmetic does not give: {_items(exact)}.")
     return " ".join(said)
+
+
+def _group(row):
+    """Its `kind`, an open verdict by what keeps it open; only a negative one is open for an unknown setting."""
+    if kind(row) != "open":
+        return kind(row)
+    if word(row) == "depends on the setting":
+        return "setting"
+    return "against" if "setting unknown" in scorecard.note(row) else "open"
 
 
 def _items(rows):
@@ -156,6 +171,7 @@ def totals(card):
     )
     primary = [
         f"{names.PAPERS.get(paper, escape(paper))} {n['pass']} of {n['tested']} ({n['after_holm']})"
+        + f" and {n['mixed']} in part" * (n["mixed"] > 0)
         for paper, n in card["totals"]["primary"]["by_paper"].items()
         if n["tested"]
     ]
@@ -212,11 +228,14 @@ def _plain(title):
 def summary(row):
     """A tested claim as the row of a chapter's table, in Markdown."""
     said = f"{SIGNS[kind(row)]} {scorecard.said(row)}"
+    ours = scorecard.measured(row, row["ours"], row["interval"])
+    if every := row["all_trials"]:
+        ours += f"; all {every['trials']} trials: {scorecard.measured(row, every['ours'], every['interval'])}"
     return {
         "claim": f"{'★ ' * row['primary']}[{_plain(row['title'])}](scorecard.ipynb#{anchor(row)})",
         "item": row["item"],
         "paper": number(row["paper_value"]),
-        "ours, 95 % interval": f"{number(row['ours'])} {interval(row['interval'])}".strip(),
+        "ours, 95 % interval": ours,
         "verdict": said,
         "evidence": row["evidence"],
     }

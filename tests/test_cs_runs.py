@@ -1,6 +1,7 @@
 """lottery.experiments.cs: what is declared for Continuous Sparsification, and what of it claims find."""
 
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 
@@ -226,9 +227,15 @@ class Lab:
         for density, accuracy, level in self.at[control]:
             key, jitter = f"{control} {density} {trial}", (trial - 2) / 10
             recipe = {"iterations": 10}
-            spec = {"model": "resnet20", "dataset": "cifar10", "recipe": recipe}
+            spec = {"model": "resnet20", "dataset": "cifar10", "recipe": recipe, "method": {}}
             row = {"key": key, "density": density, "level": level, "iterations": 10, "stale": False}
-            row |= {"status": "finished", "started": "2027-01-01T00:00:00Z", "device": "CPU", "model": "resnet20"}
+            row |= {
+                "spec": json.dumps(spec),
+                "status": "finished",
+                "started": "2027-01-01T00:00:00Z",
+                "device": "CPU",
+                "model": "resnet20",
+            }
             row |= {"dataset": "cifar10", "fingerprint": scorecard.FINGERPRINTS["cifar10"], "n_test": 8}
             mine = accuracy + (jitter if control == "cs" else 0)
             self.stored |= {} if trial > 4 else {key: row | {"last_test_acc": mine / 100, "last_correct": b"\xf0"}}
@@ -271,6 +278,19 @@ def test_lengths_of_search_are_compared_as_ratios():
     row = Lab((92, 90), 89).judged(arm_a="resnet20/imp", arm_b="resnet20/cs", **lab)
     assert row["ours"] == pytest.approx(3.5)  # level 7 against round 2
     assert row["verdict"] == "reproduced, size differs"
+
+
+def test_a_searched_network_counts_its_own_round():
+    """A ticket, like IMP's network at a level, costs the trainings before it; a search of three rounds costs three."""
+    found = cs.arm("resnet20/searched", 12.3, 0, "laptop")
+    assert [run.level for run in found] == list(range(8))
+    assert found[0] == cs.arm("resnet20/search", 1, 0, "laptop")[0]
+    row = {"level": 2, "iterations": 10, "spec": json.dumps(found[2].spec())}
+    assert cs.READS["search iterations ratio"](row) == pytest.approx(math.log(30))
+    ticket = cs.arm("resnet20/ticket", 3, 0, "laptop")[0]
+    row = {"level": ticket.level, "iterations": 10, "spec": json.dumps(ticket.spec())}
+    assert cs.READS["search iterations ratio"](row) == pytest.approx(math.log(30))
+    assert len(cs.arm("resnet20@code/searched", 12.3, 0, "laptop")) == 3
 
 
 # Claims --------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_failures_are_named_first_and_everything_is_a_link():
     said = verdicts.paragraph(rows)
     assert said.startswith("**Lottery tickets.** 1 of 3 primary claims that ran in full")
     order = ["**Not reproduced:** [Bad]", "**Contradicted** on a smaller network", "Reproduced: [Good]", "Open: [Open]"]
-    order += ["Not run yet: [Later]", "**Not reproduced** among the secondary claims: [Second]"]
+    order += ["Without a verdict yet: [Later]", "**Not reproduced** among the secondary claims: [Second]"]
     places = [said.index(part) for part in order]
     assert places == sorted(places)
     assert set(re.findall(r"scorecard\.ipynb#(\w)", said)) == set("abcdef")
@@ -54,9 +54,29 @@ def test_all_of_them_or_none_of_them_is_said_in_words():
     assert "Both primary claims" in verdicts.paragraph([row(c) for c in "ab"])
     assert "The one primary claim that ran in full" in verdicts.paragraph([row("a")])
     assert "None of its 2 primary claims has been run." in verdicts.paragraph([untested(c) for c in "ab"])
-    assert "Not run yet: [Figure 4](scorecard.ipynb#lth-figure-4) (4)." in verdicts.paragraph(
+    assert "Without a verdict yet: [Figure 4](scorecard.ipynb#lth-figure-4) (4)." in verdicts.paragraph(
         [untested(c) for c in "abcd"]
     )
+
+
+def test_an_open_verdict_says_what_keeps_it_open():
+    said = verdicts.paragraph([
+        row("a", "depends on the setting (x: supports; y: contradicts)", evidence="reduced", title="A."),
+        row("b", "inconclusive (setting unknown)", title="B."), row("c", "inconclusive", title="C."),
+    ])  # fmt: skip
+    assert "**Depends on the setting** with fewer steps, images or trials than the paper's: [A]" in said
+    assert "Open for an unknown setting, with runs against it: [B]" in said
+    assert "Open: [C]" in said
+
+
+def test_a_chapters_table_has_units_and_all_stored_trials():
+    more = {"trials": 12, "ours": 0.3, "interval": [0.1, 0.5]}
+    assert verdicts.summary(row(all_trials=more))["ours, 95 % interval"] == (
+        "0.4 points [0.2, 0.6]; all 12 trials: 0.3 points [0.1, 0.5]"
+    )
+    ratio = row(quantity="iterations at early_stop, ratio A/B", ours=1.5, interval=[1.2, 1.9])
+    assert verdicts.summary(ratio)["ours, 95 % interval"] == "1.5 × [1.2, 1.9]"
+    assert verdicts.summary(row(quantity="MACs, M", ours=5.0, interval=None))["ours, 95 % interval"] == "5"
 
 
 def test_effects_by_hand():

@@ -16,6 +16,7 @@ two networks of a trial is interpolated over the logarithm of the density; ticke
 
 import dataclasses
 import functools
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -388,7 +389,7 @@ def _parts(arm):
 
 # What claims ask for --------------------------------------------------------------------------------------------------
 
-FAMILIES = ("cs", "pruned", "imp", "imp-c", "oneshot", "gradient", "gmp", "l0")
+FAMILIES = ("cs", "searched", "pruned", "imp", "imp-c", "oneshot", "gradient", "gmp", "l0")
 NEAR = 1.02  # printed densities are rounded
 
 
@@ -475,10 +476,15 @@ EXACT = {
 }
 
 
+def _rounds(row):
+    """Trainings until a mask was found: those before a ticket, and of a searched network its own as well."""
+    return row["level"] + (json.loads(row["spec"]).get("method", {}).get("is") == "CS")
+
+
 READS = {
     "density ratio": lambda row: math.log(max(row["density"], 1e-12)),
     "weights remaining": lambda row: 100 * row["density"],
-    "search iterations ratio": lambda row: math.log(row["level"] * row["iterations"]),  # of all rounds before the mask
+    "search iterations ratio": lambda row: math.log(_rounds(row) * row["iterations"]),
 }
 
 
@@ -512,7 +518,7 @@ def override(at, **given):
 def _check_epochs(run, method):
     """Where β rises once an epoch a round needs two, which is told before anything is trained."""
     facts = data.SETS[run.dataset]
-    held_out = run.valid if run.valid is not None else 297 if run.dataset == "digits" else 5_000
+    held_out = data.held_out(run.dataset, run.valid)
     per_epoch = run.recipe.per_epoch(round(run.train_fraction * (facts.n_train - held_out)))
     if method.get("schedule", "epoch") == "epoch" and run.recipe.iterations <= per_epoch:
         raise ValueError(
@@ -546,7 +552,8 @@ class _Paper(Paper):
 
         x: of a family the density in %, and all networks are returned that may be needed there; of tickets and searches
         the round; of masks on frozen weights s0. "net/cs" is all tickets of the search from every s0, at scale "laptop"
-        from the one that claims rest on; "@code/cs" and "@described/cs" those of the comparison of the restart rules.
+        from the one that claims rest on; "@code/cs" and "@described/cs" those of the comparison of the restart rules;
+        "net/searched" are the searched networks themselves, after every round.
         """
         at, (net, variant, control) = self.setting(scale), _parts(name)
         if net not in at.nets or (variant in RULES and net != "resnet20"):
@@ -557,6 +564,9 @@ class _Paper(Paper):
             return trial(name, at, seed, point) if known else None
         if control == "cs":
             return [at.ticket(net, seed, r, v) for v, r in _tickets(at, variant, scale)]
+        if control == "searched":
+            rounds = max(at.restart_tickets) if variant in RULES else at.rounds
+            return [at.search(net, seed, r, variant if r > 1 else "") for r in range(1, rounds + 1)]
         if control not in FAMILIES:
             return None
         own = f"{net}@s{{:g}}/pruned" if control == "pruned" else f"{net}/{control}"
