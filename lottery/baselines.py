@@ -18,6 +18,8 @@ Differs from the authors' code in:
   k weights are kept even if fewer lie on a live path; scores are float64.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ from lottery import masks as M
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
 
-def random_scores(model, generator=None):
+def random_scores(model: nn.Module, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
     """Uniform random scores, float64 in [0, 1), of the weights' shapes; from torch's random state without generator."""
     return {
         name: torch.rand(w.shape, generator=generator, dtype=torch.float64).to(w.device)
@@ -35,12 +37,12 @@ def random_scores(model, generator=None):
     }
 
 
-def magnitude_scores(model):
+def magnitude_scores(model: nn.Module) -> dict[str, torch.Tensor]:
     """|effective weight| of every Linear and Conv layer, `{layer: tensor}`."""
     return {name: w.abs() for name, w in _weights(model).items()}
 
 
-def snip_scores(model, batches):
+def snip_scores(model: nn.Module, batches: grasp.Batches) -> dict[str, torch.Tensor]:
     """SNIP's connection sensitivity |w ⊙ g| / Σ|w ⊙ g|: higher = keep, the sum over all layers is 1.
 
     Args:
@@ -59,14 +61,14 @@ def snip_scores(model, batches):
     return {name: v / total for name, v in s.items()}
 
 
-def uniform(model, density, layers=None):
+def uniform(model: nn.Module, density: float, layers: Iterable[str] | None = None) -> dict[str, float]:
     """`{layer: density}` with the same density in every layer, for `top_k`; `layers`: names, default all."""
     w = _weights(model, layers)
     M.kept(sum(v.numel() for v in w.values()), density)
     return dict.fromkeys(w, density)
 
 
-def erk(model, density, layers=None):
+def erk(model: nn.Module, density: float, layers: Iterable[str] | None = None) -> dict[str, float]:
     """ERK densities `{layer: density}` for `top_k`: large layers are sparser, `density` is that of all weights.
 
     A layer [n_out, n_in, *kernel] gets a density proportional to (n_out + n_in + Σ kernel) / (n_out · n_in · Π kernel);
@@ -90,7 +92,14 @@ def erk(model, density, layers=None):
     return {name: 1.0 if name in whole else eps * raw[name] for name in w}
 
 
-def synflow(model, input_shape, density, rounds=100, biases="none", layers=None):
+def synflow(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    density: float,
+    rounds: int = 100,
+    biases: str = "none",
+    layers: Iterable[str] | None = None,
+) -> dict[str, torch.Tensor]:
     """SynFlow's masks after `rounds` rounds of scoring and pruning, on an exponential schedule.
 
     Args:
@@ -111,10 +120,9 @@ def synflow(model, input_shape, density, rounds=100, biases="none", layers=None)
         raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
     if biases not in ("none", "absolute"):
         raise ValueError(f"Invalid biases {biases!r}: give 'none' or 'absolute'.")
-    on = M.read(model)
+    on, names = M.read(model), list(M.chosen(model, layers))
     R, every = _flow(model, input_shape, biases)
-    M.check_names(layers or (), every, "layers", "model", complete=False)
-    w = {name: every[name] for name in (every if layers is None else layers)}
+    w = {name: every[name] for name in names}
     masks = {name: on.get(name, torch.ones_like(v, dtype=torch.bool)) for name, v in w.items()}
     n = sum(v.numel() for v in w.values())
     M.kept(n, density)
@@ -167,8 +175,6 @@ def _check_linear(net, R, affine):
 
 
 def _weights(model, layers=None):
-    if not (found := M.prunable(model)):
-        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    found = M.chosen(model, layers)
     M.check_values(found)
-    M.check_names(layers or (), found, "layers", "model", complete=False)
-    return {name: found[name].weight.detach() for name in (found if layers is None else layers)}
+    return {name: layer.weight.detach() for name, layer in found.items()}

@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from lottery.data import flip_crop, moves
+from lottery.data import Data, flip_crop, moves
+
+if TYPE_CHECKING:
+    from lottery.training import Recipe
 
 
 class Batches:
@@ -16,7 +21,7 @@ class Batches:
     says. Several seeds give as many batches, x [K, B, C, H, W] and y [K, B].
     """
 
-    def __init__(self, data, recipe, seed, like):
+    def __init__(self, data: Data, recipe: "Recipe", seed: int | Sequence[int], like: torch.Tensor):
         self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
         self.seeds, self.shape = ([seed], ()) if isinstance(seed, int) else (seed, (len(seed),))
         self.size, self.epoch, self.augment = recipe.batch_size, None, recipe.augment != "none"
@@ -32,11 +37,11 @@ class Batches:
         self.index = torch.zeros(images, dtype=torch.int64, device=like.device)
         self.move = torch.zeros(images, 3, dtype=torch.int64, device=like.device)
 
-    def __call__(self, t):
+    def __call__(self, t: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.choose(t)
         return self.gather()
 
-    def choose(self, t):
+    def choose(self, t: int) -> None:
         """Write which images iteration t trains on, and how they are moved, where `gather` reads it."""
         epoch, i = divmod(t, self.per_epoch)
         if epoch != self.epoch:
@@ -49,7 +54,7 @@ class Batches:
         if self.augment:
             self.move[: len(chosen)].copy_(self.moves[:, part].flatten(0, 1))
 
-    def gather(self):
+    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch that was chosen, made on the device from tensors that stay where they are."""
         images = len(self.seeds) * self.length
         index, move = self.index[:images], self.move[:images]
@@ -63,12 +68,12 @@ class Batches:
             generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
             orders.append(torch.randperm(n, generator=generator))
             if self.augment:
-                all_moves.append(moves(n, self.x.shape[-1], generator))
+                all_moves.append(moves(n, min(self.x.shape[2:]), generator))
         self.order = torch.stack(orders).to(self.y.device)
         self.moves = torch.stack(all_moves).to(self.y.device) if self.augment else None
 
 
-def normaliser(data, recipe, like):
+def normaliser(data: Data, recipe: "Recipe", like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`.
 
     They lie in memory with channels last, which is what convolutions are fastest with. Of one's own data, floats in
@@ -87,7 +92,7 @@ def normaliser(data, recipe, like):
     return lambda x: to_float(x).sub_(mean).mul_(scale)
 
 
-def take(data, fraction):
+def take(data: Data, fraction: float) -> Data:
     """The data with a random share of its training images, 0 < fraction <= 1 (the split is already shuffled)."""
     if not 0 < fraction <= 1:
         raise ValueError(f"Invalid train_fraction {fraction}: give a share of the training images, 0 < share <= 1.")

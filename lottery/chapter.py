@@ -7,13 +7,19 @@ import json
 import os
 import re
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lottery import claims, experiments, names, scorecard, verdicts
 from lottery.experiments import check, engine, papers
 from lottery.experiments.store import Store, load, now, root
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import Markdown
 
 RECOMPUTE = ("never", "missing", "all")
 
@@ -82,7 +88,7 @@ class Chapter:
         except (ValueError, TypeError, OSError) as error:
             raise Refused(error) from None
 
-    def scale(self, item):
+    def scale(self, item: str) -> str:
         """The scale at which the item is shown. Raises Refused, with the command to run, where none is complete."""
         if not (here := [name for name in self.scales if self._runs(item, name)]):
             raise Refused(f"{item} is no part of this: its network is not trained at scale {', '.join(self.scales)}.")
@@ -101,17 +107,17 @@ class Chapter:
             f"{item} needs {len(runs) - done} of {len(runs)} runs that are not stored ({minutes}): {how} trains them."
         )
 
-    def stored(self, item, scale):
+    def stored(self, item: str, scale: str) -> tuple[int, int]:
         """(stored, declared) runs of an item at a scale."""
         runs, keys = self._runs(item, scale), self.store.keys()
         return sum(r.key in keys and self.store.get(r) is not None for r in runs), len(runs)
 
-    def partial(self, item):
+    def partial(self, item: str) -> dict[str, tuple[int, int]]:
         """Higher scales that are under way: `{scale: (stored, declared)}`."""
         above = self.scales[: self.scales.index(self.scale(item))]
         return {name: n for name in above if (n := self.stored(item, name))[0]}
 
-    def trials(self, item, scale):
+    def trials(self, item: str, scale: str) -> "pd.DataFrame | None":
         """`frame` at a scale, of the trials of which every run is stored (None: there is none)."""
         at, runs = self.settings[scale], self._runs(item, scale)
         part = {r.seed for r in runs if not self.store.get(r)}
@@ -120,14 +126,14 @@ class Chapter:
         frame = self.frame(item, scale)
         return frame[~frame["seed"].isin(part)]
 
-    def points(self, item, scale):
+    def points(self, item: str, scale: str) -> "pd.DataFrame | None":
         """`frame` at a scale, of the points (an arm and a density) of which every trial is stored; None without any."""
         frame = self.frame(item, scale)
         trials = frame.groupby(["arm", "point"], dropna=False)["seed"].transform("nunique")
         found = frame[trials == len(self.module.seeds(item, self.settings[scale]))]
         return found if len(found) else None
 
-    def shown(self, item, points=False):
+    def shown(self, item: str, points: bool = False) -> "tuple[pd.DataFrame | None, str]":
         """(frame, badge) of an item, or of those trials of which every run is stored; else (None, how to get them).
 
         points: or those points of which every trial is stored, whichever shows more runs.
@@ -143,7 +149,7 @@ class Chapter:
                         return (frame := max(frames, key=len)), self.badge(item, name, frame)
             return None, str(how)
 
-    def frame(self, item, scale=None):
+    def frame(self, item: str, scale: str | None = None) -> "pd.DataFrame":
         """One row for each stored run of the item, with `arm` and `point`, as `experiments.load` gives them.
 
         Of an item that is measured without training: with its labels, and its values as columns.
@@ -173,7 +179,7 @@ class Chapter:
         names = pd.DataFrame({"arm": arms, "point": [point for _, point, _ in labels]})
         return pd.concat([names, frame], axis=1)
 
-    def badge(self, item, scale=None, frame=None):
+    def badge(self, item: str, scale: str | None = None, frame: "pd.DataFrame | None" = None) -> str:
         """What the item's numbers rest on, in one line: at its scale, or a frame of it at another, or its `trials`."""
         if self.is_measured(item):
             return self._measured_badge(item, self.scale(item))
@@ -226,11 +232,11 @@ class Chapter:
         parts += [f"{n} of {m} stored of {names.SCALES.get(name, name)}" for name, (n, m) in self.partial(item).items()]
         return " · ".join(parts + self._changes())
 
-    def is_measured(self, item):
+    def is_measured(self, item: str) -> bool:
         """True for an item that needs no training."""
         return item in self.module.measured_items
 
-    def stands_beside_paper(self, item, scale=None):
+    def stands_beside_paper(self, item: str, scale: str | None = None) -> bool:
         """True when the item shows the paper's own network and data, so that its printed points may be drawn."""
         ours, papers = (
             {(r.model, r.dataset, r.options) for r in runs}
@@ -239,11 +245,11 @@ class Chapter:
         return ours <= papers
 
     @functools.cached_property
-    def card(self):
+    def card(self) -> dict | None:
         """The paper's claims as `scorecard.scorecard` gives them, or None in an exploration."""
         return None if self.exploration else scorecard.scorecard(self.paper, self.store)
 
-    def show_result(self):
+    def show_result(self) -> None:
         """Display what came out of the paper's claims: primary ones and failures by name."""
         from IPython.display import display
 
@@ -252,7 +258,7 @@ class Chapter:
         else:
             display(say(verdicts.paragraph(self.card["rows"])))
 
-    def show_claims(self):
+    def show_claims(self) -> None:
         """Display the claims that were tested, each a link to its row of the scorecard; exact ones are folded."""
         from IPython.display import Markdown, display
 
@@ -266,7 +272,7 @@ class Chapter:
             folded = table(map(verdicts.summary, exact), "Numbers that need no training.").data
             display(Markdown(f"<details><summary>{len(exact)} exact statements</summary>\n\n{folded}\n\n</details>"))
 
-    def show_commands(self):
+    def show_commands(self) -> None:
         """Print, in the order of `show_claims`, the commands that test the claims again."""
         for command in dict.fromkeys(row["command"] for row in scorecard.tested(self.card or {"rows": []})):
             print(command)
@@ -296,7 +302,7 @@ class Chapter:
         return f"about {max(1, round(seconds / 60))} core minutes"
 
 
-def say(*sentences):
+def say(*sentences: str) -> "Markdown":
     """Sentences of a result, in Markdown, to be displayed: what a chapter says in words about numbers.
 
     Negative numbers have the minus of the tables.
@@ -317,7 +323,9 @@ CLAIMS = (
 )
 
 
-def table(rows, caption, digits=2, index=True):
+def table(
+    rows: "pd.DataFrame | Iterable[dict]", caption: str, digits: int | dict[str, int] = 2, index: bool = True
+) -> "Markdown":
     """A captioned table in Markdown, to be displayed; the checks of the book compare it as text.
 
     rows: a DataFrame, or a list of dicts. digits: decimals of floats, or `{column: decimals}`; whole numbers get commas
@@ -340,7 +348,7 @@ def table(rows, caption, digits=2, index=True):
     return Markdown(f"**{caption}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def cell(value, digits=2):
+def cell(value: object, digits: int = 2) -> str:
     """A value as the text of a table's cell: 1234 → "1,234", 0.5 → "0.50", None and NaN → "–"."""
     if value is None or value != value:
         return "–"
@@ -353,7 +361,7 @@ def cell(value, digits=2):
     return _minus(str(value).replace("|", "\\|"))
 
 
-def difference(pairs):
+def difference(pairs: "pd.Series") -> str:
     """Paired differences as the text of a table's cell: their mean, and half of its 95 % interval if there are two."""
     low, high = claims.t_interval(pairs)
     return _minus(f"{np.mean(pairs):+.2f}" + (f" ± {(high - low) / 2:.2f}" if len(pairs) > 1 else ""))
@@ -362,7 +370,7 @@ def difference(pairs):
 LISTED = 75  # columns, so that a listing needs no sideways scrolling in the book
 
 
-def listing(function, first, last, title=""):
+def listing(function: Callable, first: str, last: str, title: str = "") -> "Markdown":
     """Some lines of a function as they run here, in Markdown, to be displayed.
 
     first, last: how the first and the last of the lines begin, without their indentation. title: which step or equation
@@ -382,7 +390,7 @@ def listing(function, first, last, title=""):
     return Markdown(f"{head}\n\n```python\n{text}\n```")
 
 
-def open_store(results_dir=None, anew=False, make=False):
+def open_store(results_dir: Path | str | None = None, anew: bool = False, make: bool = False) -> Store:
     """The reader's own store, with the clone's committed results to read; with `anew` an empty one inside it.
 
     results_dir: default $LOTTERY_RESULTS, else a folder of the user's data; with `make` it need not be there yet.

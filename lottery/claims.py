@@ -20,9 +20,11 @@ What fits none of them is inconclusive. What passes while its interval excludes 
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 CHOSEN = ("up to", "best value")  # one of several cells is chosen
@@ -59,14 +61,14 @@ class Verdict:
     p: float = math.nan
 
     @property
-    def passes(self):
+    def passes(self) -> bool:
         return self.word.startswith(("reproduced", "partly"))
 
     def __str__(self):
         return f"{self.word} ({self.note})" if self.note else self.word
 
 
-def is_ratio(quantity):
+def is_ratio(quantity: str | None) -> bool:
     """Whether differences of it are logarithms of ratios."""
     return bool(quantity) and (quantity in LOG or quantity.endswith(RATIO))
 
@@ -74,7 +76,7 @@ def is_ratio(quantity):
 # The rules ------------------------------------------------------------------------------------------------------------
 
 
-def t_interval(d, level=0.95):
+def t_interval(d: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """(low, high) of the mean of d, one number a trial; unbounded for fewer than two trials."""
     d = np.asarray(d, dtype=float)
     if len(d) < 2:
@@ -88,7 +90,7 @@ def _t(p, freedom):
     return stats.t.ppf(p, freedom)
 
 
-def direction(d, delta):
+def direction(d: ArrayLike, delta: float) -> Verdict:
     """A > B by about `delta`."""
     mean, (low, high) = np.mean(d), t_interval(d)
     if low > 0:
@@ -98,7 +100,7 @@ def direction(d, delta):
     return _undecided(d, "direction", delta)
 
 
-def same(d, margin):
+def same(d: ArrayLike, margin: float) -> Verdict:
     """No difference beyond ±margin; a large p-value is never evidence of it."""
     (low, high), (l90, h90) = t_interval(d), t_interval(d, 0.9)
     if -margin < l90 and h90 < margin:
@@ -106,24 +108,24 @@ def same(d, margin):
     return _negative(d) if low > margin or high < -margin else _undecided(d, "same", margin)
 
 
-def value(d, margin):
+def value(d: ArrayLike, margin: float) -> Verdict:
     """Ours − paper is zero within ±margin; a single exact number has no interval."""
     return same(d, margin)
 
 
-def exact(d, margin):
+def exact(d: float, margin: float) -> Verdict:
     """Arithmetic: one number, no trials."""
     return Verdict("reproduced" if abs(d) <= margin else "not reproduced", float(d), (float(d), float(d)), 1)
 
 
-def at_least_matches(d, margin):
+def at_least_matches(d: ArrayLike, margin: float) -> Verdict:
     """A is not worse than B by more than `margin`."""
     if t_interval(d, 0.9)[0] > -margin:
         return _verdict("reproduced", d)
     return _negative(d) if t_interval(d)[1] < -margin else _undecided(d, "at least matches", margin)
 
 
-def down_to(d, denser, margin):
+def down_to(d: ArrayLike, denser: ArrayLike, margin: float) -> Verdict:
     """At least matches at the paper's density; `denser`: differences at the next denser level."""
     here, there = at_least_matches(d, margin), at_least_matches(denser, margin)
     if here.word != "reproduced" and there.word == "reproduced":
@@ -133,7 +135,7 @@ def down_to(d, denser, margin):
     return here
 
 
-def leave_one_out(levels):
+def leave_one_out(levels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Differences [levels, trials] → held-out differences [trials] and the level chosen for each on the others."""
     levels = np.asarray(levels, dtype=float)
     others = levels.sum(axis=1, keepdims=True) - levels
@@ -141,14 +143,14 @@ def leave_one_out(levels):
     return levels[chosen, np.arange(levels.shape[1])], chosen
 
 
-def up_to(levels, delta):
+def up_to(levels: ArrayLike, delta: float) -> Verdict:
     """The best of several levels, differences [levels, trials]: a maximum is never tested against dense."""
     if np.shape(levels)[1] < 2:
         return _undecided(np.ravel(levels)[:1], "direction", delta)
     return direction(leave_one_out(levels)[0], delta)
 
 
-def in_all_cells(kind, cells, margin, named=None):
+def in_all_cells(kind: str, cells: ArrayLike, margin: float, named: int | None = None) -> Verdict:
     """`kind` in every cell that a claim names; cells: differences [cells, trials] of those that could be tested.
 
     named: how many there are, default len(cells). Cells that were not tested, and cells that are neither passed nor
@@ -168,14 +170,16 @@ def in_all_cells(kind, cells, margin, named=None):
     return replace(_verdict(word, at, note), p=p)
 
 
-def worst(kind, cells, margin):
+def worst(kind: str, cells: ArrayLike, margin: float) -> int:
     """Index of the cell that speaks most against the claim: of the largest p-value, of equals with the worst mean."""
     means = np.mean(cells, axis=1)
     bad = -means if kind in ("direction", "at least matches") else np.abs(means)
     return max(range(len(cells)), key=lambda i: (_p(kind, cells[i], margin), bad[i]))
 
 
-def judge(kind, cells, delta=None, margin=None, named=None):
+def judge(
+    kind: str, cells: ArrayLike, delta: float | None = None, margin: float | None = None, named: int | None = None
+) -> Verdict:
     """The verdict of a claim. cells: differences [cells, trials]; delta and margin in the unit of the differences.
 
     named: of `in_all_cells`. Raises ValueError for an unknown kind.
@@ -197,7 +201,7 @@ def judge(kind, cells, delta=None, margin=None, named=None):
     return replace(verdict, p=p_value(kind, cells[0], margin))
 
 
-def sized(verdict, kind, paper, error=0.0):
+def sized(verdict: Verdict, kind: str, paper: float, error: float = 0.0) -> Verdict:
     """The verdict, with the remark that the size differs where the interval excludes the paper's.
 
     paper, error: the effect that the paper gives and how exactly it is known (of numbers read off a picture the root of
@@ -226,7 +230,7 @@ def _cell_negative(kind, d, margin, level):
     return high < -margin or (kind != "at least matches" and low > margin)
 
 
-def p_value(kind, d, margin):
+def p_value(kind: str, d: ArrayLike, margin: float) -> float:
     """Of one cell: two-sided for direction (1 when A < B), the larger of two one-sided tests for sameness."""
     return min(1.0, _p(kind, d, margin))
 
@@ -244,7 +248,7 @@ def _p(kind, d, margin):
     return lower if kind == "at least matches" else max(lower, above(-margin, -mean))
 
 
-def holm(p, level=0.05):
+def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
     """Which single cells of a claim pass alone: step down from the smallest p, level / (cells not yet passed)."""
     passed = [False] * len(p)
     for k, i in enumerate(np.argsort(p, kind="stable")):
@@ -269,7 +273,7 @@ def _undecided(d, kind, effect):
     return _verdict("inconclusive", d, f"80 % power needs {n} trials" if n and n > len(d) else "")
 
 
-def trials_for_power(kind, sd, effect, power=0.8):
+def trials_for_power(kind: str, sd: float, effect: float, power: float = 0.8) -> int | None:
     """Smallest number of trials with that power, up to 1,000, else None. sd: of the per-trial differences.
 
     direction: to see L > 0 at a true difference `effect`; same, at least matches: to pass at a true difference 0.
@@ -286,7 +290,7 @@ def trials_for_power(kind, sd, effect, power=0.8):
 # What decides the words ---------------------------------------------------------------------------------------------
 
 
-def wording(verdict, kind, evidence, unknown=""):
+def wording(verdict: Verdict, kind: str, evidence: str, unknown: str | None = "") -> Verdict:
     """The verdict in the words that the evidence allows. unknown: a decisive setting that nothing printed states."""
     if evidence == "none" or (evidence in ("reduced", "stand-in") and kind.endswith("value")):
         return replace(verdict, word="not tested", note="")
@@ -299,12 +303,12 @@ def wording(verdict, kind, evidence, unknown=""):
     return replace(verdict, word=SOFTER.get(plain, plain) + "".join(size))
 
 
-def disagree(verdict, other):
+def disagree(verdict: Verdict, other: Verdict) -> bool:
     """Whether two readings of an unknown setting decide a claim in opposite ways: then it depends on the setting."""
     return {verdict.passes, other.passes} == {True, False} and "not reproduced" in (verdict.word, other.word)
 
 
-def default_margin(quantity, dataset):
+def default_margin(quantity: str, dataset: str) -> float:
     """m in the unit of the claims' files: a factor for iterations and epochs, points for accuracies."""
     if quantity in ("iterations", "epochs"):
         return FACTOR
@@ -317,23 +321,23 @@ def default_margin(quantity, dataset):
     return MARGINS[dataset]
 
 
-def censored(step, iterations):
+def censored(step: int, iterations: int) -> bool:
     """The minimum at `step` lies in the last tenth of the training, where a longer one might have found a later one."""
     return step > LATE * iterations
 
 
-def too_censored(arms):
+def too_censored(arms: Iterable[Sequence[bool]]) -> bool:
     """arms: for each arm of a cell, which of its minima are `censored`. One arm beyond 20 % suffices."""
     return any(np.mean(arm) > MOST_CENSORED for arm in arms if len(arm))
 
 
-def baseline_off(ours, paper, margin):
+def baseline_off(ours: ArrayLike, paper: float, margin: float) -> bool:
     """The 95 % interval of ours − paper, one number a trial, lies wholly outside ±2m."""
     low, high = t_interval(np.asarray(ours) - paper)
     return low > 2 * margin or high < -2 * margin
 
 
-def two_way_interval(d):
+def two_way_interval(d: ArrayLike) -> tuple[float, float]:
     """95 % interval of the mean of d [trials, test images], both a random sample.
 
     Crossed random effects without replication: Var(mean) = (MS_trials + MS_images − MS_rest) / (trials · images). The
@@ -353,7 +357,7 @@ def two_way_interval(d):
     return float(mean - half), float(mean + half)
 
 
-def chance(kinds):
+def chance(kinds: Iterable[str]) -> float:
     """How many claims of these kinds are expected to pass by chance, were each on the edge of being false.
 
     Claims in several cells count as one cell, which is more than they are.

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from lottery.experiments import PAPERS
 
 WATCH = 10  # seconds between two looks of `status --watch`
 LEFT = 3  # exit status of `run` when runs are left, so that a script can go on until none are
+TRACEBACK = "LOTTERY_TRACEBACK"  # set in the environment: errors with all that Python says of them
 
 EXAMPLES = """For example: lottery run lth fig4 --scale smoke · lottery run grasp table1 --budget 20m ·
 lottery scorecard --paper lth"""
@@ -47,7 +49,7 @@ def main(
 
 
 def kind_errors(command):
-    """Bad input is one line on stderr and exit status 2, never a traceback."""
+    """Every error is one line on stderr and exit status 2, or LEFT where only workers are gone; never a traceback."""
     import functools
 
     @functools.wraps(command)
@@ -57,13 +59,24 @@ def kind_errors(command):
         except BrokenPipeError:  # the reader, head or less, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(141) from None
-        except (ValueError, OSError) as error:
-            typer.echo(f"lottery: {error}", err=True)
-            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        except Exception as error:  # a training, a user's module: whatever they raise
+            if isinstance(error, typer.Exit) or os.environ.get(TRACEBACK):
+                raise
+            gone = isinstance(error, BrokenExecutor | CancelledError)
+            hint = "start it again for what is left" if gone else f"{TRACEBACK}=1 shows where"
+            plain = isinstance(error, ValueError | OSError | ImportError) and str(error)
+            text = _said(error).partition(": ")[2] if plain else f"{_said(error)} ({hint})"
+            typer.echo(f"lottery: {text}", err=True)
+            raise typer.Exit(LEFT if gone else 2) from None
 
     return wrapped
+
+
+def _said(error):
+    """The kind of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 @app.command()
@@ -94,7 +107,7 @@ def run(
 ):
     """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will.
 
-    Exit status 3 says that runs are left.
+    Exit status 3 says that runs are left, and that nothing was wrong but a lack of time or a worker that was killed.
     """
     from lottery import experiments
     from lottery.experiments import engine
@@ -103,7 +116,8 @@ def run(
     if retry not in (None, "failed"):
         raise ValueError(f"Invalid retry {retry!r}: give 'failed', or leave it out to train all that is missing.")
     if retry:
-        runs = [r for r in runs if r.key in store.failures()]
+        failed = store.failures()
+        runs = [r for r in engine.missing(runs, store) if r.key in failed]
     executor, slots = _executor(where)
     seconds = None if budget is None else _seconds(budget)
     engine.check(device, threads)
@@ -114,6 +128,10 @@ def run(
     try:
         how = {"device": device, "threads": threads, "compiled": compiled}
         experiments.run(runs, executor, budget=seconds, store=store, slots=slots, **how)
+    except BrokenExecutor as error:
+        if store.failures().keys() & {r.key for r in engine.missing(runs, store)}:  # a run that ends any worker
+            raise ValueError(error) from error
+        raise
     finally:
         after = len(experiments.load(runs, store))
         typer.echo(f"{len(runs)} runs: {before} were stored, {after - before} trained now, {len(runs) - after} left.")
@@ -129,14 +147,11 @@ def status(
     results_dir: ResultsDir = None,
 ):
     """What is stored, under way, failed and missing, per paper, item and scale, and how long the rest would take."""
-    from lottery.experiments import Store
-
     while True:
-        told = _progress(Store(results_dir))
+        told = _progress(_stored(results_dir))
         lines = [json.dumps(told)] if as_json else _progress_lines(told)
-        if watch and not as_json:
-            typer.clear()
-        typer.echo("\n".join(lines))
+        clear = "\033[H\033[2J" if watch and not as_json and sys.stdout.isatty() else ""
+        typer.echo(clear + "\n".join(lines))
         if not watch:
             return
         time.sleep(WATCH)
@@ -199,7 +214,7 @@ def merge(
 
     if source is not None and not source.is_dir():
         raise FileNotFoundError(f"No folder {source}: name the results folder to take runs from.")
-    store = experiments.Store(results_dir)
+    store = experiments.Store(results_dir) if source else _stored(results_dir)
     typer.echo(f"{store.merge(source)} runs packed into {store.dir}.")
 
 
@@ -211,10 +226,9 @@ def scorecard(
     results_dir: ResultsDir = None,
 ):
     """Every claim: the paper's value, ours, interval, verdict."""
-    from lottery import experiments
     from lottery import scorecard as cards
 
-    card = cards.scorecard(paper, experiments.Store(results_dir))
+    card = cards.scorecard(paper, _stored(results_dir))
     typer.echo(json.dumps(card, allow_nan=False) if as_json else cards.text(card))
 
 
@@ -236,8 +250,8 @@ def audit(
     results_dir: ResultsDir = None,
 ):
     """Train stored results again, from nothing, and compare. Exit status 1: one does not come out, unexplained."""
-    from lottery.experiments import Store, engine
     from lottery.experiments import audit as audits
+    from lottery.experiments import engine
 
     engine.check(device, 1)
     for name, value in (("runs", n), ("jobs", jobs)):
@@ -245,7 +259,7 @@ def audit(
             raise ValueError(f"Invalid {name} {value}: give a whole number from 1.")
     if json_file and not json_file.parent.is_dir():
         raise FileNotFoundError(f"No folder {json_file.parent}: make it first, or name another file.")
-    store = Store(results_dir)
+    store = _stored(results_dir)
     known, by = audits.declared(store), by or audits.commit()
     if key and key not in known:
         raise ValueError(f"No declared run is stored under {key!r}: `lottery audit --list` names some.")
@@ -256,13 +270,17 @@ def audit(
     typer.echo(f"{len(audits.needed(todo))} trainings, {_hours(audits.seconds(todo, store, prefix))} of one core.")
     if look:
         return
+
+    def keep(found):
+        kept = audits.record(found, store, by, prefix, time.monotonic() - began, device)
+        if json_file:
+            audits.write(kept, json_file)
+        return kept
+
     tell = lambda run: typer.echo(f"{run['key']} {run['outcome']}{run['reason'] and ': '}{run['reason']}")  # noqa: E731
-    found = audits.audit(keys, known, store, prefix, jobs, device, tell)
-    kept = audits.record(found, store, by, prefix, time.monotonic() - began)
-    typer.echo(audits.said(kept))
-    if json_file:
-        json_file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if any(run["outcome"] == audits.MISS for run in found):
+    found = audits.audit(keys, known, store, prefix, jobs, device, tell, keep)
+    typer.echo(audits.said(keep(found)))
+    if any(run["outcome"] in audits.BAD for run in found):
         raise typer.Exit(1)
 
 
@@ -319,50 +337,79 @@ def prune(
     import dataclasses
 
     from lottery import data as sets
-    from lottery import own
+    from lottery import export, own
     from lottery.experiments import engine
 
     engine.check(device, 1)
+    chosen = dict(_option(text) for text in options or ())
+    own.check_options(method, chosen)
+    for name, value in (("epochs", epochs), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"Invalid {name} {value}: give a whole number from 1.")
     pictures = {name: value for name, value in (("size", size), ("grey", grey)) if value}
+    if pictures and data in sets.SETS:
+        raise ValueError(f"Invalid {next(iter(pictures))}: the pictures of {data} stay as they are; leave it out.")
+    if onnx:
+        export.runtime()
+    _check_folder(out)
     examples = sets.of(data, **pictures)
     net = _model(model, examples)
     if checkpoint:
         own.load(net, checkpoint)
     default = own.default_recipe(examples)
-    recipe = dataclasses.replace(default, lr=lr, iterations=max(1, epochs * default.lr_every))
-    chosen = dict(_option(text) for text in options or ())
+    recipe = dataclasses.replace(default, lr=lr, iterations=epochs * default.lr_every)
     found = own.prune(
         net.to(device), examples, method, density, recipe=recipe, skip=tuple(skip or ()), seed=seed, **chosen
     )
     found.save(out)
+    typer.echo(found)
     if onnx:
         found.export(out / "model.onnx")
-    typer.echo(found)
     typer.echo(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
 
 
 def _model(name, examples):
-    """A model by `module:factory`, looked for from the working directory too, or by its name in `lottery.models`."""
-    import importlib
-
+    """A model by `module:factory`, or by its name in `lottery.models`."""
     from torch import nn
 
     from lottery import models
 
     if name in models.MODELS:
         return models.create(name, in_shape=tuple(examples.train.x.shape[1:]), classes=examples.classes)
-    module, _, factory = name.partition(":")
-    if not factory:
-        known = ", ".join(models.MODELS)
-        raise ValueError(f"Invalid model {name!r}: give module:factory, such as mynet:Net, or one of {known}.")
-    sys.path.insert(0, os.getcwd())
+    known = ", ".join(models.MODELS)
+    return _named(name, nn.Module, "model", f"module:factory, such as mynet:Net, or one of {known}")
+
+
+def _named(text, kind, what, hint):
+    """What `module:name` is: a `kind`, or what makes one when it is called.
+
+    The module may lie in the working directory, which stays on the path as with `python -m`: workers look there too.
+    Raises ValueError with one line for whatever its import or the call raises.
+    """
+    import importlib
+
+    module, _, name = text.partition(":")
+    if not (module and name):
+        raise ValueError(f"Invalid {what} {text!r}: give {hint}.")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"Invalid model {name!r}: {error}.") from None
-    finally:
-        sys.path.pop(0)
-    return found if isinstance(found, nn.Module) else found()
+        found = getattr(importlib.import_module(module), name)
+        found = found if isinstance(found, kind) else found()
+    except (Exception, SystemExit) as error:  # a script that parses arguments exits
+        raise ValueError(f"Invalid {what} {text!r}: {_said(error)}.") from error
+    if not isinstance(found, kind):
+        raise ValueError(f"Invalid {what} {text!r}: a {type(found).__name__} is no {kind.__module__}.{kind.__name__}.")
+    return found
+
+
+def _check_folder(out):
+    """Raise `files.CannotWrite` where a folder cannot be made or written into; nothing is left there."""
+    from lottery import files
+
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    with files.temporary(there / "model.safetensors"):
+        pass
 
 
 def _option(text):
@@ -374,6 +421,16 @@ def _option(text):
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def _stored(results_dir):
+    """The store to read from: one that is not there is a typing error, not an empty one."""
+    from lottery.experiments import Store
+
+    store = Store(results_dir)
+    if not store.dir.exists():
+        raise FileNotFoundError(f"No folder {store.dir}: name one that `lottery run --results-dir` has made.")
+    return store
 
 
 def _declared():
@@ -445,7 +502,7 @@ def _executor(text):
         return None, int(rest)
     if text.startswith("dask://"):
         return _dask(text.removeprefix("dask://"))
-    return _executor_of_module(text), None
+    return _named(text, Executor, "executor", "local:4, dask://host:port or module:attribute"), None
 
 
 def _dask(address, timeout="10s"):
@@ -453,32 +510,15 @@ def _dask(address, timeout="10s"):
     try:
         from distributed import Client
     except ImportError:
-        raise ValueError("Invalid executor: Dask is not installed; pip install 'lottery[cluster]'.") from None
+        raise ValueError("Invalid executor: Dask is not installed; in the clone, pip install '.[cluster]'.") from None
     try:
         client = Client(f"tcp://{address}", timeout=timeout)
     except OSError as error:
         raise ValueError(f"No Dask scheduler at {address}: {error}") from None
     if not (slots := sum(client.nthreads().values())):
-        raise ValueError(f"The Dask scheduler at {address} has no worker: start one, dask worker tcp://{address}.")
+        start = f"dask worker tcp://{address} --nthreads 1 --nworkers N"
+        raise ValueError(f"The Dask scheduler at {address} has no worker: start one for each core, {start}.")
     return client.get_executor(pure=False), slots
-
-
-def _executor_of_module(text):
-    """`module:attribute`: an Executor, or what makes one."""
-    import concurrent.futures
-    import importlib
-
-    module, _, name = text.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"Invalid executor {text!r}: give local:4, dask://host:port or module:attribute ({error})."
-        ) from None
-    found = found if isinstance(found, concurrent.futures.Executor) else found()
-    if not isinstance(found, concurrent.futures.Executor):
-        raise ValueError(f"Invalid executor {text!r}: a {type(found).__name__} is no concurrent.futures.Executor.")
-    return found
 
 
 def _seconds(text):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lottery import claims, data, models
+from lottery import claims, data, models, names
 from lottery import masks as M
 from lottery.experiments import compare
 from lottery.experiments.soft_threshold import macs_left
@@ -23,16 +23,40 @@ GROUPS = {  # by when the mask is found
     "before the training": ("grasp", "snip", "synflow", "magnitude", "random"),
     "during the training": ("gmp", "str", "dnw", "l0", "set", "rigl"),
 }
-
-
 WORDS = {"dense": "dense network", "imp": "LTH iterative", "rewind": "LTH rewinding", "oneshot": "LTH one-shot"}
-WORDS |= {"grasp": "GraSP", "synflow": "SynFlow", "rigl": "RigL", "magnitude": "magnitude", "random": "random"}
+WORDS |= {name: names.ARMS[name] for name in ("grasp", "synflow", "rigl", "magnitude")} | {"random": "random"}
+CONFIGURATIONS = {  # of `compare.CONFIGS`, in words
+    "weight_decay=0.0005": "weight decay 0.0005",
+    "lr=0.03": "learning rate 0.03",
+    "share=erk": "ERK's layer densities",
+    "budget=erk": "ERK's layer densities",
+    "budget=global": "all layers ranked together",
+    "back=0.125": "back to an eighth of the training",
+    "final=50": "last β of 50",
+    "granularity=global": "one threshold for all layers",
+    "reinit_linear=false": "ranks the very weights that are trained",
+    "rounds=10": "10 rounds of scoring",
+    "drop=0.2": "gates start with a drop rate of 0.2",
+    "fraction=0.1": "replaces a tenth of the weights at a time",
+}
+DEFAULTS = {  # of methods that have another configuration on another network
+    "snip": "default: ranks a copy whose linear layers are drawn anew",
+    "magnitude": "default: all layers ranked together",
+    "random": "default: layers about equally dense",
+}
 
 
 def words(method):
     """A method in as few words as tell it from the others: "gmp@begin=0.1" → "GMP begin=0.1"."""
     name, _, options = method.partition("@")
     return f"{WORDS.get(name, name.upper())} {options}".strip()
+
+
+def configuration(net, method):
+    """In words how a method is set on a network, as it was chosen by tuning or as its name says."""
+    name, _, options = method.partition("@")
+    config = options or compare.CHOSEN.get(net, {}).get(name, "default")
+    return CONFIGURATIONS.get(config, DEFAULTS.get(name, config) if config == "default" else config)
 
 
 def networks(chapter, item):
@@ -171,7 +195,7 @@ def winners(frame, margin):
 
 
 def said(frame, density, margin):
-    """Who wins at a density, in a sentence or two: the highest mean, what it is above, and what may be as good.
+    """Who wins at a density, in a sentence or two: the highest mean, what it is above, and what not told apart from.
 
     None where fewer than two methods have all declared trials.
     """
@@ -187,9 +211,9 @@ def said(frame, density, margin):
     trials = f"{n[0]}{f' to {n[-1]}' * (len(n) > 1)} trials"
     text = f"**{100 * density:g} %** ({len(here)} methods, {trials}): the highest mean, {here[best]:.2f} %, has "
     text += f"**{words(best)}**"
-    said = [f"it is above {listed(by['above'])}" if by["above"] else "it is above none of the others for sure"]
+    said = [f"it is above {listed(by['above'])}" if by["above"] else "it is told apart from none of the others"]
     said += [f"within {margin:g} points of {listed(by['alike'])}"] if by["alike"] else []
-    said += [f"{listed(by['open'])} may be as good"] if by["open"] else []
+    said += [f"not told apart from {listed(by['open'])}"] if by["open"] and by["above"] else []
     total = sum(p.word in ("above", "below") for p in found)
     return f"{text}; {'; '.join(said)}. Pairs told apart: {total} of {len(found)}."
 

@@ -29,9 +29,10 @@ Differs from the authors' code in:
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ from torch.nn.utils import parametrize
 
 from lottery import masks as M
 from lottery import training
-from lottery.methods import Method, densities
+from lottery.data import Data
+from lottery.methods import Method, densities, need, number
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -53,28 +55,28 @@ class Gate(nn.Module):
 
     prunes = True
 
-    def __init__(self, weight, s0=0.0, scale=True):
+    def __init__(self, weight: torch.Tensor, s0: float = 0.0, scale: bool = True):
         super().__init__()
         self.s = nn.Parameter(torch.empty_like(weight))
         self.register_buffer("beta", weight.new_ones(()))
         self.reset(s0, scale)
 
     @torch.no_grad()
-    def reset(self, s0, scale=True):
+    def reset(self, s0: float, scale: bool = True) -> None:
         """s ← s0 and β ← 1, in place."""
         _check_s0(s0)
         self.s0, self.scale, self.c = s0, scale, _factor(s0) if scale else 1.0
         self.s.fill_(s0)
         self.beta.fill_(1.0)
 
-    def mask(self):
+    def mask(self) -> torch.Tensor:
         """The soft mask c·σ(βs), entries in (0, c), of the weight's shape; carries the gradient to s."""
         return torch.sigmoid(self.beta * self.s) * self.c
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self.mask()
 
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
 
@@ -83,14 +85,14 @@ class Scale(nn.Module):
 
     prunes = False
 
-    def __init__(self, c):
+    def __init__(self, c: float):
         super().__init__()
         self.c = c
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self.c
 
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
 
@@ -105,7 +107,7 @@ class Level(NamedTuple):
     scale: bool
 
 
-def attach(model, s0=0.0, layers=None, scale=True):
+def attach(model: nn.Module, s0: float = 0.0, layers: Iterable[str] | None = None, scale: bool = True) -> nn.Module:
     """Put a gate on the model's weights, in place; on a layer that has one, s ← s0 and β ← 1.
 
     Args:
@@ -117,29 +119,25 @@ def attach(model, s0=0.0, layers=None, scale=True):
 
     Raises ValueError: s0 out of range, a name that is no prunable layer, a weight under another parametrization.
     """
-    found = M.prunable(model)
-    names = list(found) if layers is None else list(layers)
-    if not names:
-        raise ValueError("Nothing prunable: there is no Linear or Conv layer to put a gate on.")
-    M.check_names(names, found, "layers", "model", complete=False)
-    for name in names:
-        if parametrize.is_parametrized(found[name], "weight") and not _gate(found[name]):
+    found = M.chosen(model, layers)
+    for name, layer in found.items():
+        if parametrize.is_parametrized(layer, "weight") and not _gate(layer):
             raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
-    M.check_free({name: found[name] for name in names}, Gate)
-    for name in names:
-        if gate := _gate(found[name]):
+    M.check_free(found, Gate)
+    for layer in found.values():
+        if gate := _gate(layer):
             gate.reset(s0, scale)
-            continue
-        M.put(model, found[name], Gate(M.original(found[name]), s0, scale))
+        else:
+            M.put(model, layer, Gate(M.original(layer), s0, scale))
     return model
 
 
-def penalty(model):
+def penalty(model: nn.Module) -> torch.Tensor:
     """‖mask‖₁ = Σ c·σ(βs) over all gates, a scalar with gradient to s: the penalty without λ (the code's 1e-8)."""
     return sum(gate.mask().sum() for gate in _gates(model))
 
 
-def set_beta(model, beta):
+def set_beta(model: nn.Module, beta: float) -> None:
     """Write the inverse temperature 0 < β < ∞ into every gate, in place."""
     if not 0 < beta < math.inf:
         raise ValueError(f"Invalid beta {beta}: give a finite inverse temperature above 0.")
@@ -147,7 +145,7 @@ def set_beta(model, beta):
         gate.beta.fill_(beta)
 
 
-def temperature(t, iterations, epoch=None, final=200.0):
+def temperature(t: int, iterations: int, epoch: int | None = None, final: float = 200.0) -> float:
     """β of the step that follows `t` finished ones of a round of `iterations`, from 1 to `final`.
 
     Args:
@@ -158,8 +156,8 @@ def temperature(t, iterations, epoch=None, final=200.0):
     """
     if not 0 <= t <= iterations or iterations < 1:
         raise ValueError(f"Invalid t {t}: give finished iterations of the round, 0 <= t <= {iterations}.")
-    if not 1 <= final < math.inf:
-        raise ValueError(f"Invalid final {final}: give the last inverse temperature, at least 1.")
+    if not (number(final) and final >= 1):
+        raise ValueError(f"Invalid final {final!r}: give the last inverse temperature, at least 1.")
     if epoch is None:
         return final ** (t / iterations)
     if not 1 <= epoch < iterations:
@@ -190,41 +188,41 @@ class CS(Method):
     carry: bool = True
 
     def __post_init__(self):
-        if not (isinstance(self.lam, int | float) and 0 <= self.lam < math.inf):
-            raise ValueError(f"Invalid lam {self.lam!r}: give the weight of the penalty, a number from 0.")
-        if self.schedule not in ("epoch", "iteration"):
-            raise ValueError(f"Invalid schedule {self.schedule!r}: give 'epoch' or 'iteration'.")
+        need(self, "lam", number(self.lam) and self.lam >= 0, "give the weight of the penalty, a number from 0")
+        need(self, "schedule", self.schedule in ("epoch", "iteration"), "give 'epoch' or 'iteration'")
+        for name in ("scale", "carry"):
+            need(self, name, isinstance(getattr(self, name), bool), "give True or False")
         temperature(0, 1, None, self.final)
         _check_rule(self.rule)
         _check_s0(self.s0)
 
     @property
-    def carries(self):
+    def carries(self) -> bool:
         return self.carry
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         return attach(model, self.s0, self.layers, self.scale)
 
-    def resume(self, model):
+    def resume(self, model: nn.Module) -> None:
         restart(model, self.rule)
 
-    def param_groups(self, model, recipe):
+    def param_groups(self, model: nn.Module, recipe: training.Recipe) -> list[dict[str, Any]]:
         return param_groups(model, recipe)
 
-    def penalty(self, model):
+    def penalty(self, model: nn.Module) -> torch.Tensor | None:
         return self.lam * penalty(model) if self.lam else None
 
-    def before_step(self, t, step):
+    def before_step(self, t: int, step: training.Step) -> None:
         epoch = step.per_epoch if self.schedule == "epoch" and self.final > 1 else None
         set_beta(step.model, temperature(t, step.recipe.iterations, epoch, self.final))
 
-    def masks(self, model):
+    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return read(model)
 
-    def reading(self, model):
+    def reading(self, model: nn.Module) -> dict[str, float]:
         return densities(self.masks(model))
 
-    def check(self, model, before, finished):
+    def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
         """Masks are there to move."""
 
 
@@ -236,12 +234,12 @@ class Ticket(Method):
     scale: bool = True
 
     def __post_init__(self):
+        need(self, "scale", isinstance(self.scale, bool), "give True or False")
         _check_s0(self.s0)
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         """c on every layer that carries a mask; masks first."""
-        layers = {name: layer for name, layer in M.prunable(model).items() if M.mask_of(layer)}
-        if not layers:
+        if not (layers := M.masked(model)):
             raise ValueError("No mask on the model: a ticket is a mask, call lottery.masks.attach(model, masks) first.")
         for layer in layers.values() if self.scale else ():
             if not M.on(layer, Scale):
@@ -249,7 +247,7 @@ class Ticket(Method):
         return model
 
 
-def param_groups(model, recipe):
+def param_groups(model: nn.Module, recipe: training.Recipe) -> list[dict[str, Any]]:
     """Two groups for the optimiser: s without weight decay, all other trainable parameters with the recipe's.
 
     Both have the recipe's learning rate and momentum, as in the authors' code. (Decay would pull s to the threshold 0.)
@@ -263,7 +261,7 @@ def param_groups(model, recipe):
 
 
 @torch.no_grad()
-def restart(model, rule="as-described"):
+def restart(model: nn.Module, rule: str = "as-described") -> None:
     """Between rounds: s ← min(βs, s0) ("as-described") or min(s, s0) ("code"), then β ← 1; w stays. In place.
 
     β is the one on the gates: the last of the round. With s0 = 0 every kept s is then exactly 0, so that H(s) means
@@ -276,7 +274,7 @@ def restart(model, rule="as-described"):
         gate.beta.fill_(1.0)
 
 
-def read(model):
+def read(model: nn.Module) -> dict[str, torch.Tensor]:
     """The hard masks H(s) as they stand, `{layer: BoolTensor}`, True where s > 0; the gates stay on the model."""
     s = {name: _gate(layer).s.detach() for name, layer in _gated(model).items()}
     for name in s:
@@ -285,7 +283,7 @@ def read(model):
     return {name: s[name] > 0 for name in s}
 
 
-def harden(model):
+def harden(model: nn.Module) -> dict[str, torch.Tensor]:
     """Replace the gates by their hard masks H(s), in place, and return these: `lottery.masks` masks from now on.
 
     The effective weight becomes c·H(s) ⊙ w; the parameters w are the same objects with the same values.
@@ -296,13 +294,13 @@ def harden(model):
 
 
 def search(
-    model,
-    train: Callable,
+    model: nn.Module,
+    train: Callable[[nn.Module, int, int | None], Any],
     s0: float = 0.0,
     rounds: int = 1,
     rule: str = "as-described",
     rewind_to: int | None = 0,
-    layers=None,
+    layers: Iterable[str] | None = None,
     scale: bool = True,
 ) -> Iterator[Level]:
     """The ticket search, round by round; the authors' CIFAR-10 default is 3 rounds of 85 epochs, rewinding to epoch 2.
@@ -343,11 +341,11 @@ class Rounds:
     seeds: of the data order, one for each round.
     """
 
-    def __init__(self, data, recipe, method: CS, seeds):
+    def __init__(self, data: Data, recipe: training.Recipe, method: CS, seeds: Sequence[int]):
         self.data, self.recipe, self.method, self.seeds = data, recipe, method, list(seeds)
         self.optimizer, self.round, self.histories = None, -1, []
 
-    def __call__(self, model, start, stop):
+    def __call__(self, model: nn.Module, start: int, stop: int | None) -> None:
         self.round += start == 0
         if self.round >= len(self.seeds):
             raise ValueError(f"Invalid seeds: give one for each round, {len(self.seeds)} are too few.")
@@ -359,7 +357,13 @@ class Rounds:
         )
 
 
-def sweep(model, train, s0s, executor=None, **options):
+def sweep(
+    model: nn.Module,
+    train: Callable[[nn.Module, int, int | None], Any],
+    s0s: Iterable[float],
+    executor: Executor | None = None,
+    **options: Any,
+) -> Iterator[Level]:
     """One `search` from the same initial model for each s0, on copies; yields the levels in the order of `s0s`.
 
     executor: any `concurrent.futures.Executor`; the searches run in parallel on it (with processes, `train` and the
@@ -370,7 +374,7 @@ def sweep(model, train, s0s, executor=None, **options):
         yield from levels
 
 
-def ticket(model, level):
+def ticket(model: nn.Module, level: Level) -> nn.Module:
     """A copy of the model, gated or plain, as the level's ticket: weights `level.theta`, masks H(s) and the factor c.
 
     Train it as any masked model; the authors run the whole schedule of a round again, without penalty.
@@ -412,7 +416,7 @@ def _factor(s0):
 
 
 def _check_s0(s0):
-    if not (isinstance(s0, int | float) and abs(s0) <= 80):
+    if not (number(s0) and abs(s0) <= 80):
         raise ValueError(f"Invalid s0 {s0!r}: give a number near 0, at most 80 in size; lower keeps fewer weights.")
 
 

@@ -25,12 +25,13 @@ import os
 import re
 import socket
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ class Split:
     x: Tensor
     y: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.y)
 
 
@@ -112,7 +113,18 @@ class Data:
         return (x / self.scale - mean) / std
 
 
-def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
+def held_out(name: str, valid: int | None = None) -> int:
+    """The number of validation images of `load`: None = 5,000 (digits 297)."""
+    return valid if valid is not None else 297 if name == "digits" else 5_000
+
+
+def load(
+    name: str,
+    root: Path | str | None = None,
+    valid: int | None = None,
+    balanced: bool = False,
+    split_seed: int = 0,
+) -> Data:
     """Load mnist, cifar10, cifar100, fashion_mnist, digits, cifar10_16, or one of `lottery.elsewhere`.
 
     valid: number of validation images taken from the training set; None = 5,000 (digits 297), 0 = none.
@@ -129,8 +141,7 @@ def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
     if name not in list(SETS):
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(SETS)}.")
     facts = SETS[name]
-    if valid is None:
-        valid = 297 if name == "digits" else 5_000
+    valid = held_out(name, valid)
     if isinstance(valid, bool) or not isinstance(valid, int) or not 0 <= valid < facts.n_train:
         raise ValueError(f"Invalid valid {valid!r}: give a number of images, 0 <= valid < {facts.n_train}.")
     if balanced and valid % facts.classes:
@@ -147,7 +158,7 @@ def load(name, root=None, valid=None, balanced=False, split_seed=0) -> Data:
     )  # fmt: skip
 
 
-def of(data, **options) -> Data:
+def of(data: Any, **options: Any) -> Data:
     """Whatever holds data, as `Data`.
 
     data: a `Data`; a pair (x, y), see `from_tensors`; a dataset or a DataLoader, see `from_dataset`; the name of a set
@@ -173,7 +184,16 @@ def of(data, **options) -> Data:
     )
 
 
-def from_tensors(x, y, valid=0.1, test=0.2, seed=0, classes=None, tokens=False, name="own") -> Data:
+def from_tensors(
+    x: Any,
+    y: Any,
+    valid: float | tuple[Any, Any] = 0.1,
+    test: float | tuple[Any, Any] = 0.2,
+    seed: int = 0,
+    classes: int | None = None,
+    tokens: bool = False,
+    name: str = "own",
+) -> Data:
     """One's own examples in memory, split at random.
 
     Args:
@@ -211,7 +231,7 @@ def from_tensors(x, y, valid=0.1, test=0.2, seed=0, classes=None, tokens=False, 
     return _own(name, Split(x[order], y[order]), splits["valid"], splits["test"], classes)
 
 
-def from_dataset(dataset, valid=0.1, test=0.2, **options) -> Data:
+def from_dataset(dataset: Iterable[Any], valid: Any = 0.1, test: Any = 0.2, **options: Any) -> Data:
     """Every example of a `torch.utils.data.Dataset` or DataLoader, or of anything that gives pairs (x, y) in turn.
 
     x: tensor, array or PIL image, all of one shape; y: a class number. valid, test: as of `from_tensors`, or a dataset
@@ -224,13 +244,15 @@ def from_dataset(dataset, valid=0.1, test=0.2, **options) -> Data:
     return from_tensors(*_pairs(dataset), **apart, **{"name": type(dataset).__name__, **options})
 
 
-def from_folder(folder, size=None, grey=False, **options) -> Data:
+def from_folder(folder: Path | str, size: int | None = None, grey: bool = False, **options: Any) -> Data:
     """Images in a folder for each class, `<folder>/<class>/<image>`, or the same below `train`, `valid` and `test`.
 
     size: of the square that images are resized to (bilinear, the whole image); None: they are of one size already.
-    grey: one channel instead of three. options: as of `from_tensors`; classes are numbered by their names in order.
+    grey: one channel instead of three. options: as of `from_tensors`; classes are numbered by their names in order,
+        in every part as in `train`, whose classes need not all be in the others.
 
-    Raises FileNotFoundError: no such folder; ValueError: no images, an unreadable one, sizes that differ.
+    Raises FileNotFoundError: no such folder; ValueError: no images, an unreadable one, sizes that differ, a class that
+    `train` has not.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -238,21 +260,24 @@ def from_folder(folder, size=None, grey=False, **options) -> Data:
     named = {part: folder / ("val" if part == "valid" and (folder / "val").is_dir() else part) for part in PARTS}
     if not named["train"].is_dir():
         return from_tensors(*_images(folder, size, grey), **{"name": folder.name, **options})
-    parts = {part: _images(path, size, grey) for part, path in named.items() if path.is_dir()}
+    parts = {part: _images(path, size, grey, named["train"]) for part, path in named.items() if path.is_dir()}
     return from_tensors(*parts.pop("train"), **{"name": folder.name, **parts, **options})
 
 
-def from_parquet(path, size=None, grey=False, **options) -> Data:
+def from_parquet(path: Path | str, size: int | None = None, grey: bool = False, **options: Any) -> Data:
     """A parquet file, or a folder of `train-*.parquet`, `test-*.parquet`, …, as data hubs store image sets.
 
     Columns `image` (or `img`) with the encoded images and `label` (or `fine_label`); without an image column all other
     columns are numbers, the features. size, grey: as of `from_folder`. options: as of `from_tensors`.
+
+    Raises FileNotFoundError: no such file; ValueError: a damaged one, a column that is missing, of another kind or with
+    missing values, as `from_tensors`.
     """
     path = Path(path).expanduser()
     files = {part: sorted(path.glob(f"{part}*.parquet")) for part in (*PARTS, "val")} if path.is_dir() else {}
     if not path.exists() or (path.is_dir() and not files["train"]):
         raise FileNotFoundError(f"No parquet at {path}: give a file, or a folder that holds train-*.parquet.")
-    read = functools.partial(_table, size=size, grey=grey)
+    read = functools.partial(_table, size=size, grey=grey, train=path if path.is_file() else files["train"][0])
     if path.is_file():
         return from_tensors(*read([path]), **{"name": path.stem, **options})
     files["valid"] = files["valid"] or files["val"]
@@ -261,6 +286,7 @@ def from_parquet(path, size=None, grey=False, **options) -> Data:
 
 
 PARTS = ("train", "valid", "test")
+IMAGES, LABELS = ("image", "img"), ("label", "fine_label")  # what data hubs call the columns
 
 
 def _own(name, train, valid, test, classes):
@@ -357,15 +383,30 @@ def _tensor(x):
     return torch.as_tensor(x)
 
 
-def _images(folder, size, grey):
-    """The images of a folder for each class, uint8 [N, C, H, W], and their class numbers."""
-    from torchvision.datasets import ImageFolder
+def class_numbers(folder: Path, train: Path | None = None) -> dict[str, int]:
+    """The classes of a folder with one folder of images for each, numbered by their names in order: `{name: number}`.
 
+    train: the folder of the training part, whose numbers hold for every part, also for one that has not all classes.
+
+    Raises ValueError: a class that the training part has not.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    known = {name: i for i, name in enumerate(names)} if train in (None, folder) else class_numbers(train)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"Unknown classes in {folder}: {', '.join(unknown)}; add them to {train}, or remove them.")
+    return {name: known[name] for name in names}
+
+
+def _images(folder, size, grey, train=None):
+    """The images of a folder for each class, uint8 [N, C, H, W], and their class numbers, as of `class_numbers`."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    classes = class_numbers(folder, train)
     try:
-        found = ImageFolder(folder)
-    except FileNotFoundError:
+        found = make_dataset(folder, classes, IMG_EXTENSIONS)
+    except (FileNotFoundError, ValueError):  # a class without images, no class
         raise ValueError(f"No images in {folder}: it has to hold one folder of images for each class.") from None
-    paths, labels = zip(*found.samples, strict=True)
+    paths, labels = zip(*found, strict=True)
     return _decoded([Path(path) for path in paths], size, grey), torch.tensor(labels)
 
 
@@ -387,22 +428,69 @@ def _decoded(files, size, grey):
     return torch.stack(images)
 
 
-def _table(files, size, grey):
-    """(x, y) of parquet files."""
+def _table(files, size, grey, train):
+    """(x, y) of parquet files; features are the columns of the file `train`, in its order."""
+    import pyarrow
+    import pyarrow.parquet as pq
+    from pyarrow import types
+
+    tables, image, label = _parquet(files)
+    numbers = (types.is_integer, types.is_floating, types.is_boolean)
+    named = pq.read_schema(train).names if image is None else []
+    features = [name for name in named if name not in LABELS and not name.startswith("__index_level_")]  # pandas' rows
+    if image is None and not features:
+        raise ValueError(f"No features in {train}: it has no column but {label!r}.")
+    if missing := [name for name in features if name not in tables[0].column_names]:
+        raise ValueError(f"No column {missing[0]!r} in {files[0]}: {train} has it.")
+    for file, table in zip(files, tables, strict=True):
+        _check_column(file, label, table[label], numbers, "class numbers, whole numbers from 0")
+        for name in features:
+            _check_column(file, name, table[name], (*numbers, types.is_decimal), "numbers, or leave the column out")
+        if image:
+            kinds = (types.is_binary, types.is_large_binary)
+            _check_column(file, image, _encoded(table[image]), kinds, "encoded images, as bytes")
+    table = pyarrow.concat_tables(tables)
+    y = torch.tensor(table[label].to_pylist())
+    if image:
+        return _decoded(_encoded(table[image]).to_pylist(), size, grey), y
+    return torch.from_numpy(np.stack([table[name].to_numpy() for name in features], 1).astype(np.float32)), y
+
+
+def _parquet(files):
+    """The tables of parquet files that belong together, and what their images (None: none) and labels are called."""
     import pyarrow
     import pyarrow.parquet as pq
 
-    table = pyarrow.concat_tables([pq.read_table(file) for file in files])
-    names = {"img": "image", "fine_label": "label"}
-    table = table.rename_columns([names.get(column, column) for column in table.column_names])
-    if "label" not in table.column_names:
-        raise ValueError(f"No column 'label' in {files[0]}: it has {', '.join(table.column_names)}.")
-    y = torch.tensor(table["label"].to_pylist())
-    if "image" in table.column_names:
-        cells = table["image"].to_pylist()
-        return _decoded([cell["bytes"] if isinstance(cell, dict) else cell for cell in cells], size, grey), y
-    features = [table[column].to_numpy() for column in table.column_names if column != "label"]
-    return torch.from_numpy(np.stack(features, 1).astype(np.float32)), y
+    tables = []
+    for file in files:
+        try:
+            tables.append(pq.read_table(file))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"Unreadable parquet {file}: {_last_line(error)}") from None
+        if tables[-1].schema != tables[0].schema:
+            raise ValueError(f"Unreadable parquet {file}: it has other columns than {files[0]}, or of other types.")
+    names = tables[0].column_names
+    image, label = (next(filter(names.__contains__, known), None) for known in (IMAGES, LABELS))
+    if label is None:
+        raise ValueError(f"No column 'label' in {files[0]}: it has {', '.join(names)}.")
+    return tables, image, label
+
+
+def _encoded(column):
+    """Of images as data hubs store them, a struct of bytes and path, the bytes."""
+    import pyarrow.compute
+    from pyarrow import types
+
+    held = types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0
+    return pyarrow.compute.struct_field(column, "bytes") if held else column
+
+
+def _check_column(file, name, column, kinds, rule):
+    if not any(kind(column.type) for kind in kinds):
+        raise ValueError(f"Invalid column {name!r} in {file}: it holds {column.type}; give {rule}.")
+    if column.null_count:
+        missing = f"{column.null_count} of {len(column)} values are missing"
+        raise ValueError(f"Invalid column {name!r} in {file}: {missing}; fill them in, or leave the rows out.")
 
 
 def _split(y, valid, classes, seed):
@@ -420,23 +508,28 @@ def _split(y, valid, classes, seed):
     return order[chosen], order[~chosen]
 
 
-def moves(n, side, generator):
-    """Random moves for `flip_crop`, int64 [n, 3] on the CPU: flip (0 or 1), first row and first column of the crop."""
+def moves(n: int, side: int, generator: torch.Generator | None) -> Tensor:
+    """Random moves for `flip_crop`, int64 [n, 3] on the CPU: flip (0 or 1), first row and first column of the crop.
+
+    side: of the images, the shorter one.
+    """
     flip = torch.randint(2, (n, 1), generator=generator)
     return torch.cat([flip, torch.randint(2 * _padding(side) + 1, (n, 2), generator=generator)], 1)
 
 
-def flip_crop(x, moves):
+def flip_crop(x: Tensor, moves: Tensor) -> Tensor:
     """Augmented images: each is flipped left to right or not, padded with black, and cropped back to its size.
 
-    The padding is the field's 4 pixels, but at most an eighth of the side: 2 at 16x16, as in proportion to 32x32.
+    The padding is the field's 4 pixels, but at most an eighth of the shorter side: 2 at 16x16, as in proportion to
+    32x32.
 
     Args:
-        x: [B, C, S, S], of any dtype, before normalisation (black is 0).
+        x: [B, C, H, W], of any dtype, before normalisation (black is 0).
         moves: as from the function of that name, on the device of x.
     """
-    padded = F.pad(x, [_padding(x.shape[-1])] * 4)
-    windows = padded.unfold(2, x.shape[-1], 1).unfold(3, x.shape[-1], 1)  # every crop, a view
+    height, width = x.shape[2:]
+    padded = F.pad(x, [_padding(min(height, width))] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # every crop, a view
     crops = windows[torch.arange(len(x), device=x.device), :, moves[:, 1], moves[:, 2]]
     return torch.where(moves[:, 0].view(-1, 1, 1, 1) == 1, crops.flip(3), crops)
 
@@ -588,14 +681,12 @@ def _read_digits():
 
 def _read_parquet(name, shards):
     import pyarrow
-    import pyarrow.parquet as pq
 
     parts = []
     for files in shards:
-        table = pyarrow.concat_tables([pq.read_table(f) for f in files])
-        columns = {"img": "image", "fine_label": "label"}
-        table = table.rename_columns([columns.get(c, c) for c in table.column_names])
-        parts += [_decode(SETS[name].shape, table["image"].to_pylist()), table["label"].to_numpy()]
+        tables, image, label = _parquet(files)
+        table = pyarrow.concat_tables(tables)
+        parts += [_decode(SETS[name].shape, table[image].to_pylist()), table[label].to_numpy()]
     return parts
 
 

@@ -20,7 +20,9 @@ Differs from the authors' code in:
 * GMP: the ramp's end is reached; the code that the STR paper ran raises the sparsity once an epoch in epochs 20 to 79
   of 100 and stops at 0.99999537 of what was asked. `rank="step"` ranks before every step as that code does, else
   masks stay between two updates as in Zhu & Gupta's;
-* SET: a new weight starts at 0, as in RigL's comparison; Mocanu's code draws it;
+* SET: the smallest |w| go, whatever their signs; Mocanu's code takes ζ of the negative and ζ of the positive weights,
+  each by themselves. A new weight starts at 0, as in RigL's comparison; theirs draws it. Every layer that carries a
+  mask moves; their output layer is dense;
 * RigL: the iteration that moves the mask takes its gradient step as well; there is no update at iteration 0; no noise
   on the magnitudes that are compared. As in theirs a weight that is dropped and grown in the same update keeps its
   value.
@@ -28,7 +30,9 @@ Differs from the authors' code in:
 
 import functools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +40,10 @@ from torch import nn
 
 from lottery import baselines, grasp
 from lottery import masks as M
-from lottery.methods import Method, densities
+from lottery.methods import Method, densities, need, number
+
+if TYPE_CHECKING:
+    from lottery.training import Recipe, Step
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -50,8 +57,8 @@ class GMP(Method):
     With u the share of the ramp that is over, d = d_f + (d_i − d_f)(1 − u)³, for every layer with its own d_f, or over
     all weights together.
 
-    density: fraction of all prunable weights at the end, or a budget ((layer, fraction), …); layers that it leaves out
-        stay dense.
+    density: fraction of weights at the end, of all prunable layers, or where some carry masks already of these, or a
+        budget ((layer, fraction), …); layers without a mask, and those that a budget leaves out, stay dense.
     budget: how one number is shared out, "uniform" (the default of the STR paper's runs) | "erk" | "global", which
         ranks all layers together.
     initial: the density that the ramp starts from.
@@ -72,27 +79,29 @@ class GMP(Method):
 
     def __post_init__(self):
         _check_density(self, (*BUDGETS, "global"))
-        need(self, "initial", 0 < self.initial <= 1, "give a fraction of weights, 0 < initial <= 1")
-        need(self, "begin", 0 <= self.begin < 1, "give a share of the training, 0 <= begin < 1")
-        need(self, "end", self.begin < self.end <= 1, f"give a share of the training, {self.begin} < end <= 1")
+        share = number(self.initial) and 0 < self.initial <= 1
+        need(self, "initial", share, "give a fraction of weights, 0 < initial <= 1")
+        need(self, "begin", number(self.begin) and 0 <= self.begin < 1, "give a share of the training, 0 <= begin < 1")
+        later = number(self.end) and self.begin < self.end <= 1
+        need(self, "end", later, f"give a share of the training, {self.begin} < end <= 1")
         _check_every(self)
         need(self, "rank", self.rank in ("update", "step"), "give 'update' or 'step'")
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         """Masks of ones, if there are none; checks the budget's names and counts against the model."""
         self.kept(super().attach(model), 1.0)
         return model
 
-    def ramp(self, t, iterations):
+    def ramp(self, t: int, iterations: int) -> float | None:
         """u of the masks that iteration t trains with, in [0, 1]; None before the ramp."""
         t0, t1 = round(self.begin * iterations), min(round(self.end * iterations), iterations - 1)
         if t < t0 or t1 <= t0:
             return 1.0 if t >= t1 else None
         return 1.0 if t >= t1 else (t - t0) // self.every * self.every / (t1 - t0)
 
-    def kept(self, model, u):
+    def kept(self, model: nn.Module, u: float) -> dict[str, int] | int:
         """Numbers of weights to keep at u, `{layer: k}`, or one number for all layers together."""
-        n = {name: layer.weight.numel() for name, layer in _masked(model).items()}
+        n = {name: layer.weight.numel() for name, layer in M.masked(model).items()}
         if self.budget == "global" and not isinstance(self.density, tuple):
             return M.kept(sum(n.values()), self._at(self.density, u))
         final = budgets(model, self.density, self.budget, n)
@@ -102,13 +111,13 @@ class GMP(Method):
         initial = max(self.initial, final)  # a layer of a budget may be denser than the ramp's start
         return final + (initial - final) * (1 - u) ** 3
 
-    def before_step(self, t, step):
+    def before_step(self, t: int, step: "Step") -> None:
         """Rank all weights by magnitude, those that are masked now as well, and keep as many as the ramp says."""
         u, iterations = self.ramp(t, step.recipe.iterations), step.recipe.iterations
         moves = t == step.start or self.rank == "step" or u != self.ramp(t - 1, iterations)
         if u is None or not moves:
             return
-        layers, k = _masked(step.model), self.kept(step.model, u)
+        layers, k = M.masked(step.model), self.kept(step.model, u)
         size = {name: M.original(layer).detach().abs() for name, layer in layers.items()}
         if isinstance(k, int):
             flat = largest(torch.cat([v.flatten() for v in size.values()]), k).split([v.numel() for v in size.values()])
@@ -118,11 +127,15 @@ class GMP(Method):
         for name, mask in chosen.items():
             M.mask_of(layers[name]).mask.copy_(mask)
 
-    def reading(self, model):
+    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The masks as they stand. Raises ValueError: there is none."""
+        return _attached(self, super().masks(model))
+
+    def reading(self, model: nn.Module) -> dict[str, float]:
         """Density of all layers and of each: it moves."""
         return densities(self.masks(model))
 
-    def check(self, model, before, finished):
+    def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
         """At the end exactly as many weights as asked for are left, and what is masked is 0."""
         super().check(model, self.masks(model), finished)
         if finished:
@@ -134,18 +147,18 @@ class TopK(nn.Module):
 
     prunes = True
 
-    def __init__(self, k):
+    def __init__(self, k: int):
         super().__init__()
         self.k = k
 
-    def mask(self, weight):
+    def mask(self, weight: torch.Tensor) -> torch.Tensor:
         """Where the k largest magnitudes are, bool of the weight's shape."""
         return largest(weight.detach().abs(), self.k)
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight - torch.where(self.mask(weight), 0, weight).detach()
 
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
 
@@ -164,7 +177,7 @@ class DNW(Method):
     def __post_init__(self):
         _check_density(self, BUDGETS)
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         """Put a `TopK` on every layer that has a density. Raises ValueError: one that keeps nothing of a layer."""
         layers, kept = M.prunable(model), self.kept(model)
         M.check_free({name: layers[name] for name in kept}, TopK)
@@ -175,21 +188,24 @@ class DNW(Method):
                 M.put(model, layers[name], TopK(k))
         return model
 
-    def kept(self, model):
+    def kept(self, model: nn.Module) -> dict[str, int]:
         """Numbers of weights that the forward pass uses, `{layer: k}`."""
         n = {name: layer.weight.numel() for name, layer in M.prunable(model).items()}
         return {
             name: M.kept(n[name], d, f"layer {name!r}") for name, d in budgets(model, self.density, self.budget).items()
         }
 
-    def masks(self, model):
-        """The largest weights as they stand; all of a layer that has no density."""
-        weights = {name: (M.on(layer, TopK), M.original(layer)) for name, layer in M.prunable(model).items()}
+    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The largest weights as they stand; all of a layer that has no density. Raises ValueError: none has one."""
+        layers = M.prunable(model)
+        tops = _attached(self, {name: top for name, layer in layers.items() if (top := M.on(layer, TopK))})
+        weights = {name: M.original(layer) for name, layer in layers.items()}
         return {
-            name: top.mask(w) if top else torch.ones_like(w, dtype=torch.bool) for name, (top, w) in weights.items()
+            name: tops[name].mask(w) if name in tops else torch.ones_like(w, dtype=torch.bool)
+            for name, w in weights.items()
         }
 
-    def check(self, model, before, finished):
+    def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
         """At the end exactly as many weights as asked for are left, and the others are 0."""
         super().check(model, self.masks(model), finished)
         _check_counts(self.masks(model), self.kept(model))
@@ -214,12 +230,13 @@ class SET(Method):
     end: float = 1.0
 
     def __post_init__(self):
-        need(self, "fraction", 0 < self.fraction <= 1, "give the share of weights to replace, 0 < fraction <= 1")
+        share = number(self.fraction) and 0 < self.fraction <= 1
+        need(self, "fraction", share, "give the share of weights to replace, 0 < fraction <= 1")
         need(self, "decay", self.decay in ("constant", "cosine"), "give 'constant' or 'cosine'")
         _check_every(self)
-        need(self, "end", 0 < self.end <= 1, "give a share of the training, 0 < end <= 1")
+        need(self, "end", number(self.end) and 0 < self.end <= 1, "give a share of the training, 0 < end <= 1")
 
-    def param_groups(self, model, recipe):
+    def param_groups(self, model: nn.Module, recipe: "Recipe") -> list[dict[str, Any]]:
         """One group; raises ValueError when there is nothing to move, since every layer is dense."""
         if all(mask.all() for mask in self.masks(model).values()):
             raise ValueError(
@@ -228,28 +245,28 @@ class SET(Method):
             )
         return super().param_groups(model, recipe)
 
-    def replaced(self, t, iterations):
+    def replaced(self, t: int, iterations: int) -> float:
         """The share of weights that is replaced before iteration t; 0 when the masks stay."""
         last = self.end * iterations
         if not t or t % self.every or t >= last:
             return 0.0
         return self.fraction * (1 if self.decay == "constant" else (1 + math.cos(math.pi * t / last)) / 2)
 
-    def growth(self, step, layers):
+    def growth(self, step: "Step", layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """What ranks the weights that may be grown, `{layer: tensor}` from 0: drawn at random."""
         weights, generator = {name: M.original(layer) for name, layer in layers.items()}, step.generator
         draw = functools.partial(torch.rand, generator=generator, dtype=torch.float64)
         return {name: draw(w.shape).to(w.device) for name, w in weights.items()}
 
-    def before_step(self, t, step):
+    def before_step(self, t: int, step: "Step") -> None:
         """Drop and grow, layer by layer."""
         if share := self.replaced(t, step.recipe.iterations):
-            layers = _masked(step.model)
+            layers = M.masked(step.model)
             score = self.growth(step, layers)
             for name, layer in layers.items():
                 rewire(layer, score[name], share, step.optimizer)
 
-    def check(self, model, before, finished):
+    def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
         """Every layer has as many weights as at first, and what is masked is 0."""
         super().check(model, self.masks(model), finished)
         _check_counts(self.masks(model), {name: int(m.sum()) for name, m in before.items()})
@@ -267,13 +284,13 @@ class RigL(SET):
     decay: str = "cosine"
     end: float = 0.75
 
-    def growth(self, step, layers):
+    def growth(self, step: "Step", layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """|∂L/∂w| of all weights."""
         g = dense_gradient(step.model, *step.batch, step.loss)
         return {name: g[name].abs() for name in layers}
 
 
-def rewire(layer, score, share, optimizer):
+def rewire(layer: nn.Module, score: torch.Tensor, share: float, optimizer: torch.optim.Optimizer) -> None:
     """Replace a share of a layer's weights, in place: the smallest go, those with the highest score come, at 0.
 
     The candidates are all weights that are not kept, those that just went among them; one that comes back at once
@@ -295,17 +312,22 @@ def rewire(layer, score, share, optimizer):
     mask.copy_(kept | grown)
 
 
-def dense_gradient(model, x, y, loss=F.cross_entropy):
+def dense_gradient(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: Callable[..., torch.Tensor] = F.cross_entropy
+) -> dict[str, torch.Tensor]:
     """∂L/∂w of the network as it is masked, to all its weights, the masked ones too: `{layer: tensor}`.
 
-    Of a copy in training mode: the model's modes, buffers and gradients and the random state stay as they are.
+    Of a copy in training mode, in float32 where the model is in half precision: the model's modes, buffers and
+    gradients and the random state stay as they are.
     """
-    net, w = grasp.scored_copy(model)
+    net, theta = grasp.scored_copy(model)
+    w = list(theta.values())
     with grasp.same_rng(x), torch.enable_grad():
-        return dict(zip(w, torch.autograd.grad(loss(net(x), y), list(w.values()), materialize_grads=True), strict=True))
+        error = loss(net(grasp.fed(x, w[0])), y)
+        return dict(zip(theta, torch.autograd.grad(error, w, materialize_grads=True), strict=True))
 
 
-def largest(score, k):
+def largest(score: torch.Tensor, k: int) -> torch.Tensor:
     """Where the k largest entries are, bool of the shape; of equal ones the earlier. NaN counts as 0.
 
     `masks.top_k` without its checks and its sort: for every step of a training.
@@ -318,7 +340,12 @@ def largest(score, k):
     return (above | equal & (equal.cumsum(0) <= k - above.sum())).view_as(score)
 
 
-def budgets(model, density, budget="uniform", layers=None):
+def budgets(
+    model: nn.Module,
+    density: float | tuple[tuple[str, float], ...],
+    budget: str = "uniform",
+    layers: Iterable[str] | None = None,
+) -> dict[str, float]:
     """`{layer: density}` from one number, shared out as `budget` says, or from ((layer, density), …).
 
     layers: names of those that share it; default: all prunable ones.
@@ -329,8 +356,14 @@ def budgets(model, density, budget="uniform", layers=None):
     return BUDGETS[budget](model, density, layers)
 
 
-def _masked(model):
-    return {name: layer for name, layer in M.prunable(model).items() if M.mask_of(layer)}
+def _attached(method, found):
+    """What a method has put on the model. Raises ValueError where that is nothing, before work that would be lost."""
+    if not found:
+        name = type(method).__name__
+        raise ValueError(
+            f"{name} has nothing to prune on this model: call {name}(…).attach(model) before the training."
+        )
+    return found
 
 
 def _check_counts(masks, k):
@@ -341,19 +374,14 @@ def _check_counts(masks, k):
         raise AssertionError(f"The training ended with {found} weights, not with the {asked} that were asked for.")
 
 
-def need(method, name, ok, rule):
-    """Raise ValueError with the rule of a method's field, unless it is kept."""
-    if not ok:
-        raise ValueError(f"Invalid {name} {getattr(method, name)!r}: {rule}.")
-
-
 def _check_every(method):
-    ok = isinstance(method.every, int) and not isinstance(method.every, bool) and method.every >= 1
+    ok = number(method.every, int) and method.every >= 1
     need(method, "every", ok, "give a whole number of iterations from 1")
 
 
 def _check_density(method, known):
-    need(method, "budget", method.budget in known, f"give one of {', '.join(known)}")
-    each = dict(method.density).values() if isinstance(method.density, tuple) else [method.density]
-    ok = all(isinstance(d, int | float) and 0 < d <= 1 for d in each) and each
+    need(method, "budget", method.budget in list(known), f"give one of {', '.join(known)}")
+    given = method.density if isinstance(method.density, tuple) else ((None, method.density),)
+    pairs = given and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given)
+    ok = pairs and all(number(d) and 0 < d <= 1 for _, d in given)
     need(method, "density", ok, "give a fraction of weights to keep, 0 < density <= 1, or ((layer, fraction), ...)")

@@ -13,13 +13,16 @@ the training loop keeps whole sets as bytes. What lies outside in the test set i
 laying, walking upstairs} and {standing, walking, walking downstairs}, as FastGRNN's authors group them.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 
 SIDE = 224
 SECOND = (1, 3, 5)  # of UCI HAR's activities, walking, walking downstairs and standing
 
 
-def find(name, root, facts):
+def find(name: str, root: Path, facts: object) -> tuple[list[Path], Callable]:
     """The files of a set and a function that decodes them: train images or sequences, labels, then test.
 
     Raises FileNotFoundError when they are not there.

@@ -9,17 +9,19 @@ import statistics
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from lottery import masks as M
+from lottery.data import Data
 
 
 class Inputs(nn.Module):
     """Examples as the data hold them → as a recipe with these `inputs` feeds them: the normalisation as a layer."""
 
-    def __init__(self, examples, model, inputs="standard"):
+    def __init__(self, examples: Data, model: nn.Module, inputs: str = "standard"):
         super().__init__()
         like, x = next(model.parameters()), examples.train.x
         self.tokens, self.like = x.dtype == torch.int64, like.dtype
@@ -28,17 +30,23 @@ class Inputs(nn.Module):
         self.register_buffer("mean", (torch.tensor(mean).double() * examples.scale).view(shape).to(like))
         self.register_buffer("std", (torch.tensor(std).double() * examples.scale).view(shape).to(like))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.tokens else (x.to(self.like) - self.mean) / self.std
 
 
-def onnx(model: nn.Module, x: torch.Tensor, path) -> Path:
-    """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch."""
+def runtime() -> ModuleType:
+    """The package, where that which writes is here as well. Raises ImportError."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX needs {error.name}: pip install onnxscript onnxruntime.") from None
+    return onnxruntime
+
+
+def onnx(model: nn.Module, x: torch.Tensor, path: Path | str) -> Path:
+    """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch."""
+    ort = runtime()
     model, path = copy.deepcopy(model).cpu().eval(), Path(path)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with warnings.catch_warnings(), torch.no_grad():
@@ -48,7 +56,7 @@ def onnx(model: nn.Module, x: torch.Tensor, path) -> Path:
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
         ours = model(x)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     [theirs] = session.run(None, {"x": x.numpy()})
     if not torch.allclose(torch.from_numpy(theirs).to(ours), ours, rtol=1e-3, atol=1e-4):
         worst = (torch.from_numpy(theirs).to(ours) - ours).abs().max().item()
@@ -59,25 +67,25 @@ def onnx(model: nn.Module, x: torch.Tensor, path) -> Path:
 class SparseLinear(nn.Module):
     """A Linear layer that multiplies its non-zero weights alone, in PyTorch's compressed sparse rows (CSR)."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: nn.Linear):
         super().__init__()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             self.register_buffer("weight", layer.weight.detach().to_sparse_csr())
         self.bias = layer.bias
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = (self.weight @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 def sparse(model: nn.Module, below: float = 0.5) -> nn.Module:
-    """A copy for inference whose Linear layers of a density up to `below` are `SparseLinear`.
+    """A copy for inference whose Linear layers of a density up to `below` are `SparseLinear`; what prunes is baked in.
 
     Convolutions stay: PyTorch has no sparse ones on the CPU. Its 2:4 sparsity, on some GPUs, asks for two zeros in each
     four weights of a row, which none of the book's methods makes.
     """
-    net = copy.deepcopy(model).eval()
+    net = M.bake(copy.deepcopy(model).eval())
     for name, layer in list(net.named_modules()):
         if name and type(layer) is nn.Linear and M.density({name: layer.weight.detach() != 0}) <= below:
             parent, _, child = name.rpartition(".")

@@ -73,7 +73,8 @@ OTHERS = [  # of any other arm
     *(("#009E73", "^", "-."), ("#56B4E9", "v", ":"), ("#E69F00", "X", "--")),
     *(("#CC79A7", "D", "-."), ("black", "P", ":")),
 ]
-# Learning curves: a level has its colour in every panel, a control its level's colour and its arm's line.
+# Learning curves: a level has its colour in every panel, a control its arm's. FIRST: iterations on a linear axis.
+FIRST = 1000
 LEVELS = {0: "black", 3: "#56B4E9", 7: "#0072B2", 12: "#009E73", 15: "#E69F00", 18: "#D55E00"}
 LABEL = {
     "step": "early stop, iterations",
@@ -352,21 +353,31 @@ def by_sparsity(ax, table):
 def over_training(ax, frame, quantity, arms, scale=100):
     """Readings against iterations, mean over trials, with a band from minimum to maximum.
 
-    Of many readings the first 60 are drawn, and 120 spread over the training.
+    Of many readings the first 60 are drawn, and 120 spread over the training. The axis is linear up to `FIRST`
+    iterations and logarithmic from there on, where the training goes far beyond.
 
-    arms: [(arm, level)]; scale: 100 for accuracies in %, 1 for losses.
+    arms: [(arm, level)]; a control has its arm's colour and a line for each level; scale: 100 for accuracies in %, 1
+    for losses.
     """
+    controls = [pair for pair in arms if pair[0] != "imp"]
     for arm, level in arms:
         part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
         steps, curves = part["step"].iloc[0], scale * np.array(part[quantity].to_list(), dtype=float)
         some = np.unique(np.r_[: min(60, len(steps)), np.linspace(0, len(steps) - 1, 120).astype(int)])
         steps, curves = np.asarray(steps)[some], curves[:, some]
-        colour, line = LEVELS.get(level, "#CC79A7"), METHODS[arm].line
+        colour, line = LEVELS.get(level, "#CC79A7"), "-"
+        if arm != "imp":
+            colour, line = METHODS[arm].colour, ("--", ":", "-.")[controls.index((arm, level)) % 3]
         label = f"{100 * part['density'].mean():.1f} %" + ("" if arm == "imp" else f", {METHODS[arm].label}")
         ax.plot(steps, curves.mean(0), color=colour, linestyle=line, linewidth=1.4, label=label)
         ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
     ax.set_xlabel("training iterations")
-    ax.locator_params(axis="x", nbins=4)
+    if steps[-1] > 5 * FIRST:
+        ax.set_xscale("symlog", linthresh=FIRST)
+        ax.set_xticks([t for t in (0, FIRST, 5 * FIRST, 50 * FIRST) if t <= steps[-1]])
+        ax.minorticks_off()
+    else:
+        ax.locator_params(axis="x", nbins=4)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
 
 
@@ -385,10 +396,9 @@ def missing(text):
 def legend(fig, axes):
     """One legend above the panels, each label once."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    columns = next(
-        n for n in (4, 3, 2, 1) if n * (max(map(len, entries), default=0) + 8) <= 100
-    )  # as wide as the figure
-    fig.legend(entries.values(), entries, loc="outside upper center", ncols=min(columns, len(entries)))
+    split = {n: np.array_split([len(label) + 8 for label in entries], n) for n in range(min(4, len(entries)), 0, -1)}
+    columns = next((n for n, parts in split.items() if sum(map(max, parts)) <= 100), 1)  # as wide as the figure
+    fig.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
 
 
 def name_ends(ax, gap=11):

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def sweep(folder: Path, pattern: str = ".*.tmp", which=lambda path: True) -> None:
+def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] = lambda path: True) -> None:
     """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds.
 
     Ages are by the clock that stamps the files, as machines need not agree on the time.

@@ -25,6 +25,7 @@ Differs from the authors' code in:
 
 import contextlib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -32,12 +33,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lottery import masks as M
-from lottery.data import flip_crop, moves
+from lottery.data import Data, flip_crop, moves
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # chunks (x, y); a generator is refused
 
-def scores(model, batches, temperature=200.0):
+
+def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> dict[str, torch.Tensor]:
     """GraSP scores θ ⊙ Hg, the negative of the authors' S: higher = keep.
 
     Two passes over the chunks, with memory for one chunk's double backward whatever their number. What is scored
@@ -74,7 +77,9 @@ def scores(model, batches, temperature=200.0):
     return found
 
 
-def prune(model, batches, density, temperature=200.0, reinit_linear=False):
+def prune(
+    model: nn.Module, batches: Batches, density: float, temperature: float = 200.0, reinit_linear: bool = False
+) -> dict[str, torch.Tensor]:
     """Masks that keep the fraction `density` of all weights, those with the highest scores, in one shot.
 
     Args:
@@ -96,7 +101,7 @@ def prune(model, batches, density, temperature=200.0, reinit_linear=False):
     return m
 
 
-def with_xavier_linear(model, generator=None):
+def with_xavier_linear(model: nn.Module, generator: torch.Generator | None = None) -> nn.Module:
     """A copy whose linear layers have fresh Xavier-normal weights: the one that the authors' driver scores.
 
     Masks are baked into it. `generator`: a torch.Generator, or None to draw from torch's random state.
@@ -110,7 +115,14 @@ def with_xavier_linear(model, generator=None):
     return net
 
 
-def class_balanced(data, per_class, generator=None, halves=False, draws=1, augment=False):
+def class_balanced(
+    data: Data,
+    per_class: int,
+    generator: torch.Generator | None = None,
+    halves: bool = False,
+    draws: int = 1,
+    augment: bool = False,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A class-balanced sample of the training images, as chunks for `scores`.
 
     Images are walked in random order, the first `per_class` of each class are taken and sorted by class. The paper
@@ -127,10 +139,12 @@ def class_balanced(data, per_class, generator=None, halves=False, draws=1, augme
 
     Returns `[(x, y), ...]`: x float32 [B, C, H, W], standardised with the data's mean and std per channel; y int64 [B].
 
-    Raises ValueError: per_class below 1 or no multiple of draws, or a class with fewer images.
+    Raises ValueError: per_class below 1 or no multiple of draws, a class with fewer images, augment without images.
     """
     if type(per_class) is not int or per_class < 1:
         raise ValueError(f"Invalid per_class {per_class!r}: give a whole number of images of each class, from 1.")
+    if augment and data.train.x.dim() != 4:
+        raise ValueError(f"Invalid augment True: it is for images [N, C, H, W], not {tuple(data.train.x.shape)}.")
     if type(draws) is not int or draws < 1 or per_class % draws:
         raise ValueError(f"Invalid draws {draws!r}: give a number that divides the {per_class} images of each class.")
     order = torch.randperm(len(data.train.y), generator=generator)
@@ -142,12 +156,12 @@ def class_balanced(data, per_class, generator=None, halves=False, draws=1, augme
     for part in torch.stack(found).chunk(draws, 1):
         for index in part.flatten().tensor_split(2 if halves else 1):
             x = data.train.x[index]
-            x = flip_crop(x, moves(len(x), x.shape[-1], generator)) if augment else x
+            x = flip_crop(x, moves(len(x), min(x.shape[2:]), generator)) if augment else x
             chunks.append((data.standard(x), data.train.y[index]))
     return chunks
 
 
-def gradient_norm(model, batches, temperature=1.0):
+def gradient_norm(model: nn.Module, batches: Batches, temperature: float = 1.0) -> float:
     """‖g‖₂ of the mean loss over all images of all chunks, over the kept weights; its square is the gradient flow.
 
     Arguments as in `scores`; one pass. With masks on the model only the weights that they keep count. Zero is an
@@ -161,7 +175,7 @@ def gradient_norm(model, batches, temperature=1.0):
     return math.hypot(*(float(torch.linalg.vector_norm(v)) for v in kept)) / sum(len(y) for _, y in batches)
 
 
-def ntk(model, x):
+def ntk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The tangent kernel Θ = (∂Z/∂θ)(∂Z/∂θ)ᵀ of the outputs Z = f(x), over the kept weights (section 4).
 
     x: float [B, ...], one batch, which the network sees in training mode.
@@ -172,7 +186,7 @@ def ntk(model, x):
     net, theta = scored_copy(model)
     w, on = list(theta.values()), M.read(model)
     with same_rng(w[0]), _twice_differentiable(), torch.enable_grad():
-        Z = net(_wide(x.to(w[0].device))).flatten()
+        Z = net(fed(x, w[0])).flatten()
         u = torch.zeros_like(Z, requires_grad=True)
         Ju = torch.autograd.grad(Z, w, u, create_graph=True, materialize_grads=True)  # Jᵀu is linear in u, hence:
         rows = []
@@ -183,7 +197,7 @@ def ntk(model, x):
     return torch.stack(rows)
 
 
-def spectrum(theta, direction):
+def spectrum(theta: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eigenvalues λ_i of the kernel, largest first, and (u_iᵀ v)², the energy of a direction v along each u_i.
 
     With v = ∂L/∂Z the gradient flow is ‖g‖² = Σ λ_i (u_iᵀ v)² (section 4).
@@ -197,7 +211,9 @@ def spectrum(theta, direction):
     return eigenvalues.flip(0), (u.T @ direction.flatten().to(u)).square().flip(0)
 
 
-def summed_gradient(model, batches, temperature=1.0):
+def summed_gradient(
+    model: nn.Module, batches: Batches, temperature: float = 1.0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(θ, g): the effective weights and Σ_c ∇CE(f(x_c)/T, y_c), as `{layer: tensor}`; see `scores`."""
     net, theta = scored_copy(model)
     w, batches = list(theta.values()), _drawn(batches)
@@ -207,15 +223,12 @@ def summed_gradient(model, batches, temperature=1.0):
     return {name: v.detach() for name, v in theta.items()}, dict(zip(theta, g, strict=True))
 
 
-def scored_copy(model):
+def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients.
 
     What is in half precision is in float32 there.
     """
-    layers = M.prunable(model)
-    if not layers:
-        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
-    M.check_values(layers)
+    M.check_values(M.chosen(model))
     net = M.bake(M.unwrapped(model)).train().requires_grad_(False)._apply(_wide)
     layers = M.prunable(net)
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
@@ -255,7 +268,7 @@ def _chunks(batches, like):
         x, y = chunk
         if not x.isfinite().all():
             raise ValueError(f"NaN or infinity in the batch: chunk {count} of the inputs; check the data.")
-        yield _wide(x.to(like.device)), y.to(like.device)
+        yield fed(x, like), y.to(like.device)
     if not count:
         raise ValueError("Invalid batches: there is no chunk; give a list of chunks [(x, y), ...].")
 
@@ -267,6 +280,11 @@ def _drawn(batches):
     if (drawing := iter(batches)) is batches:
         raise ValueError("Invalid batches: a generator can be read only once; give a list of chunks (x, y).")
     return list(drawing)
+
+
+def fed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What a `scored_copy` is fed, `like` being one of its weights: on their device, floats in their dtype."""
+    return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
 
 
 def _wide(t):
@@ -295,6 +313,6 @@ def _check_gradients(g):
         raise ValueError("All gradients are zero, so no weight ranks above another: is a layer cut off or dead?")
 
 
-def same_rng(like):
+def same_rng(like: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Random state as before on leaving: dropout in the scored copy must not shift what is drawn afterwards."""
     return torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else [])

@@ -13,7 +13,7 @@ Differs from the authors' code in:
     the biases: restored with the weights; their code zero-initialises them afresh, which is the same θ₀.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,12 @@ class Level(NamedTuple):
     density: float
 
 
-def prune(model, rate, scope="layer", masks=None):
+def prune(
+    model: torch.nn.Module,
+    rate: float | dict[str, float],
+    scope: str = "layer",
+    masks: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Magnitude pruning of the survivors: the masks of the next level.
 
     Args:
@@ -79,7 +84,7 @@ def _rates(rate, weights, scope):
     return rate
 
 
-def kept(survivors, rate):
+def kept(survivors: dict[str, int], rate: float | dict[str, float]) -> int | dict[str, int]:
     """What a round at `rate` leaves of `{layer: survivors}`: of each by its own rate, or of all together."""
     if isinstance(rate, dict):
         return {name: _keep(n, rate[name], f"layer {name!r}") for name, n in survivors.items()}
@@ -95,7 +100,9 @@ def _keep(survivors, rate, where):
     return k
 
 
-def check_rounds(model, rounds, rate=0.2, scope="layer"):
+def check_rounds(
+    model: torch.nn.Module, rounds: int, rate: float | dict[str, float] = 0.2, scope: str = "layer"
+) -> None:
     """Raise ValueError when some of `rounds` rounds would leave no weight: the counts do not depend on the training."""
     weights, m = _ranked(model, rate)
     rates, left = _rates(rate, weights, scope), {name: int(m[name].sum()) for name in m}
@@ -108,10 +115,10 @@ def check_rounds(model, rounds, rate=0.2, scope="layer"):
 
 
 def imp(
-    model,
+    model: torch.nn.Module,
     train: Callable,
     rounds: int,
-    rate=0.2,
+    rate: float | dict[str, float] = 0.2,
     scope: str = "layer",
     strategy: str = "reset",
     rewind_to: int = 0,
@@ -155,7 +162,9 @@ def imp(
         M.attach(model, prune(model, rate, scope))
 
 
-def from_survivors(theta, masks, generator=None):
+def from_survivors(
+    theta: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], generator: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
     """θ with each layer's weights drawn anew, with replacement, from D_m = {θ₀⁽ⁱ⁾ : m⁽ⁱ⁾ = 1} of that layer.
 
     The control that keeps the distribution of the ticket's initial values and nothing else (figure 17).
@@ -173,7 +182,9 @@ def from_survivors(theta, masks, generator=None):
     return {**theta, **drawn}
 
 
-def add_noise(theta, layers, c, generator=None):
+def add_noise(
+    theta: dict[str, torch.Tensor], layers: Iterable[str], c: float, generator: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
     """θ with N(0, (c σ)²) added to each layer's weights, σ their own standard deviation (figure 25).
 
     A single weight has no deviation: σ = 0. Raises ValueError: a layer that θ has not.
@@ -186,7 +197,7 @@ def add_noise(theta, layers, c, generator=None):
     return {**theta, **noisy}
 
 
-def random_masks(masks, generator=None):
+def random_masks(masks: dict[str, torch.Tensor], generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
     """The random-sparsity control: each layer's mask shuffled, so that its density stays (1903.01611, figure 3)."""
     shuffled = {}
     for name, m in masks.items():
@@ -195,12 +206,12 @@ def random_masks(masks, generator=None):
     return shuffled
 
 
-def between(one, other, alpha):
+def between(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
     """(1 − α)·one + α·other of two states of `masks.state`, entry by entry; what holds no floats is one's."""
     return {name: torch.lerp(t, other[name], alpha) if t.is_floating_point() else t for name, t in one.items()}
 
 
-def instability(errors):
+def instability(errors: Sequence[float]) -> float:
     """The highest error on the line between two trained networks minus the mean of its two ends, the first and last.
 
     Two copies that differ in the order of the data alone are *stable* below 2 points (1912.05671, section 2).

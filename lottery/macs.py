@@ -6,6 +6,8 @@ et al., ICML 2020, arXiv 2002.03231) calls the same quantity "FLOPs". ResNet-50 
 there: their budget file adds the 100,352 inputs of the average pooling, pruned in each of its budgets.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -20,7 +22,7 @@ VECTORS = (aten.mv, aten.addmv, aten.dot, aten.vdot)  # products that PyTorch's 
 PRODUCTS = flop_registry | dict.fromkeys(VECTORS, lambda *t, out_val, **_: 2 * max(v.numel() for v in tree_leaves(t)))
 
 
-def count(model, input_shape):
+def count(model: nn.Module, input_shape: tuple[int, ...] | torch.Tensor | Sequence[torch.Tensor]) -> dict[str, int]:
     """MACs of every layer for one example, as if no weight were pruned: `{layer: int}` in module order.
 
     Counted is every product with a layer's weight or with what a parametrization makes of it, whether the layer is
@@ -141,7 +143,9 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def effective(model, input_shape):
+def effective(
+    model: nn.Module, input_shape: tuple[int, ...] | torch.Tensor | Sequence[torch.Tensor]
+) -> dict[str, float]:
     """MACs that are left when pruned weights are skipped: `{layer: float}`, each layer's MACs × its density.
 
     The weights that count are those that `masks.remaining` names, so that it reads masks, soft thresholds, hardened

@@ -9,7 +9,10 @@ keeps its value where the mask is zero and receives no gradient there.
 import copy
 import re
 import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,18 +29,18 @@ class Mask(nn.Module):
 
     prunes = True  # what a parametrization says that decides which weights are zero; a weight carries one such
 
-    def __init__(self, mask, like):
+    def __init__(self, mask: torch.Tensor, like: torch.Tensor):
         super().__init__()
         self.register_buffer("mask", mask.to(like))
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self.mask
 
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
 
-def prunable(model):
+def prunable(model: nn.Module) -> dict[str, nn.Module]:
     """Weights that can be pruned: `{layer name: module}` of Linear and Conv layers, in module order.
 
     A module or weight tensor that several names share is listed once, under its first name. A weight that is made of
@@ -57,6 +60,23 @@ def prunable(model):
     return _layers(model)
 
 
+def chosen(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """The layers of `prunable` that a method works on: those that are named, in that order; None: all.
+
+    Raises ValueError: there is none, an unknown name.
+    """
+    if not (found := prunable(model)):
+        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    if layers is None:
+        return found
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ValueError(f"Invalid layers {layers!r}: give a list of names, or None for all layers.")
+    if not (names := list(layers)):
+        raise ValueError("Nothing prunable: `layers` is empty; name some, or give None for all layers.")
+    check_names(names, found, "layers", "model", complete=False)
+    return {name: found[name] for name in names}
+
+
 def _layers(model):
     found, seen = {}, set()
     for name, module in model.named_modules():
@@ -66,18 +86,23 @@ def _layers(model):
     return found
 
 
-def masked(model):
+def masked(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that carry a mask: `{layer name: module}`, named and in order as in `prunable`."""
     return {name: module for name, module in _layers(model).items() if mask_of(module)}
 
 
-def unprunable(model):
+def unprunable(model: nn.Module) -> list[str]:
     """Names of the matrix-shaped parameters that `prunable` does not reach (for example `in_proj_weight`)."""
     reached = {id(original(module)) for module in prunable(model).values()}
     return [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in reached]
 
 
-def top_k(scores, density, scope="global", within=None):
+def top_k(
+    scores: dict[str, torch.Tensor],
+    density: float | dict[str, float],
+    scope: str = "global",
+    within: dict[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Masks that keep the highest scores: exactly k = n − round_half_even((1 − density)·n) weights.
 
     Args:
@@ -101,10 +126,15 @@ def top_k(scores, density, scope="global", within=None):
     return keep(scores, {name: kept(n[name], density[name], f"layer {name!r}") for name in scores}, within)
 
 
-def kept(n, density, where="the model"):
-    """k = n − round_half_even((1 − density)·n), the number of weights that `density` keeps of n."""
+def kept(n: int, density: float, where: str = "the model") -> int:
+    """k = n − round_half_even((1 − density)·n), the number of weights that `density` keeps of n.
+
+    Raises ValueError: a density out of range, k = 0.
+    """
     if not (is_number(density) and 0 < density <= 1):
         raise ValueError(f"Invalid density {density!r}: give a fraction of weights to keep, 0 < density <= 1.")
+    if not n:
+        raise ValueError(f"Nothing to prune: {where} has no weights.")
     density = float(density)
     k = n - round((1 - density) * n)
     if k < 1:
@@ -112,7 +142,9 @@ def kept(n, density, where="the model"):
     return k
 
 
-def keep(scores, k, within=None):
+def keep(
+    scores: dict[str, torch.Tensor], k: int | dict[str, int], within: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Masks of the k highest scores over all layers, or of the k[layer] highest of each; see `top_k`."""
     for name, score in scores.items():
         if score.is_meta:
@@ -140,7 +172,9 @@ def _largest(scores, k, within):
     return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
-def per_layer(value, layers, scope, what):
+def per_layer(
+    value: float | dict[str, float], layers: Collection[str], scope: str, what: str
+) -> float | dict[str, float]:
     """A density or rate as one number for all layers ("global") or as `{layer: number}` ("layer")."""
     if scope not in ("global", "layer"):
         raise ValueError(f"Invalid scope {scope!r}: give 'global' or 'layer'.")
@@ -150,7 +184,7 @@ def per_layer(value, layers, scope, what):
     return value if scope == "global" else dict.fromkeys(layers, value)
 
 
-def attach(model, masks=None):
+def attach(model: nn.Module, masks: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Put masks on the model, in place; the first call adds the parametrization, later ones copy into it.
 
     An optimiser built before stays valid. `masks=None` attaches all-ones masks to every prunable layer that
@@ -159,9 +193,7 @@ def attach(model, masks=None):
     Raises ValueError: a name that is no prunable layer, a mask that is not boolean or not of the weight's shape, a
     layer that another method prunes already, a model on the meta device.
     """
-    layers = prunable(model)
-    if not layers:
-        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+    layers = chosen(model)
     if masks is None:
         masks = {
             name: torch.ones_like(original(module), dtype=torch.bool)
@@ -222,12 +254,12 @@ def check_values(layers: dict[str, nn.Module]) -> None:
             raise ValueError(f"Layer {name!r} is on the meta device and has no values: materialise the model first.")
 
 
-def read(model):
+def read(model: nn.Module) -> dict[str, torch.Tensor]:
     """The masks on the model, as boolean copies: `{layer: BoolTensor}` for the layers that carry one."""
     return {name: mask_of(module).mask.bool() for name, module in masked(model).items()}
 
 
-def remaining(model):
+def remaining(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that are left, `{layer: BoolTensor}` of every prunable layer.
 
     The ones of its mask where nothing but masks prunes a layer (a kept weight counts, also one that happens to be
@@ -251,7 +283,7 @@ def _left(name, module):
     return torch.stack([weight != 0, *masks]).all(0)
 
 
-def bake(model):
+def bake(model: nn.Module) -> nn.Module:
     """Turn the effective weights into plain parameters, in place: a model without masks, with the zeros in it.
 
     A weight that is made of several tensors (weight_norm) stays as it is: it has no mask.
@@ -269,10 +301,10 @@ def bake(model):
     return model
 
 
-def density(masks_or_model):
-    """Fraction of weights kept, in (0, 1]: of all entries of the masks, or of all prunable weights of the model.
+def density(masks_or_model: dict[str, torch.Tensor] | nn.Module) -> float:
+    """Fraction of weights kept, in [0, 1]: of all entries of the masks, or of all prunable weights of the model.
 
-    In a model these are the weights that `remaining` names; errors as there.
+    In a model these are the weights that `remaining` names. Raises ValueError: no weight at all, and as there.
     """
     model = isinstance(masks_or_model, nn.Module)
     masks = list((remaining(masks_or_model) if model else masks_or_model).values())
@@ -282,7 +314,7 @@ def density(masks_or_model):
     return sum(int(mask.count_nonzero()) for mask in masks) / total
 
 
-def state(model):
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers under canonical names: `fc1.weight`, with or without masks on.
 
     The weight is the tensor behind the mask, so that θ₀ read once serves every mask. Masks are not part of it:
@@ -292,7 +324,7 @@ def state(model):
 
 
 @torch.no_grad()
-def restore(model, state):
+def restore(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
     """Copy a `state` back into the model, in place: reset, rewind, random reinitialisation, checkpoint.
 
     (`init.xavier_normal_(m.weight)` or `m.weight.copy_()` would write to a temporary and change nothing.)
@@ -313,19 +345,21 @@ def restore(model, state):
     return model
 
 
-def tensors(model):
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Live parameters and buffers by canonical name, without the masks.
 
     `fc1.parametrizations.weight.original` is `fc1.weight`; a parametrization's own tensor, `….weight.0.s`, is
-    `fc1.weight.s` wherever in the chain it stands. A weight that is shared with other modules is called after the layer
-    that `prunable` lists, as its mask is.
+    `fc1.weight.s` wherever in the chain it stands, and `fc1.weight.0.s` where several have an s. A weight that is
+    shared with other modules is called after the layer that `prunable` lists, as its mask is.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
     names = {id(original(layer)): weight_name(name) for name, layer in _layers(model).items()}
     owned = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
+    named = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if id(t) not in owned}
     pattern = r"parametrizations\.(\w+)\.(?:original$|\d+(\.))"
-    canonical = {names.get(id(t)) or re.sub(pattern, r"\1\2", name): t for name, t in named}
-    return {name: tensor for name, tensor in canonical.items() if id(tensor) not in owned}
+    short = {name: names.get(id(t)) or re.sub(pattern, r"\1\2", name) for name, t in named.items()}
+    times = Counter(short.values())
+    once = {name: s if times[s] == 1 else name.replace("parametrizations.", "") for name, s in short.items()}
+    return {once[name]: t for name, t in named.items()}
 
 
 def weight_name(layer: str) -> str:
@@ -333,14 +367,14 @@ def weight_name(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def weights_of(theta: dict, layers) -> dict[str, torch.Tensor]:
+def weights_of(theta: dict[str, torch.Tensor], layers: Collection[str]) -> dict[str, torch.Tensor]:
     """The weights of some layers in a state: `{layer: tensor}`. Raises ValueError for a layer that it has not."""
     known = {name.removesuffix("weight").removesuffix("."): t for name, t in theta.items() if name.endswith("weight")}
     check_names(layers, known, "layers", "state", complete=False)
     return {name: known[name] for name in layers}
 
 
-def original(module):
+def original(module: nn.Module) -> torch.Tensor | None:
     """The trainable tensor behind a module's `weight`, or None: weight_norm has several, some hooks make it anew."""
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
@@ -375,12 +409,12 @@ class _Inside(nn.Module):
         return module(*args, **kwargs)
 
 
-def mask_of(module):
+def mask_of(module: nn.Module) -> Mask | None:
     """The Mask on a layer's weight, or None."""
     return on(module, Mask)
 
 
-def check_names(given, known, what, whole, complete=True):
+def check_names(given: Iterable[str], known: Iterable[str], what: str, whole: str, complete: bool = True) -> None:
     """Raise ValueError when `given` (called `what`) names something that `known` (of the `whole`) has not.
 
     With `complete` also when it leaves something out.
@@ -391,7 +425,9 @@ def check_names(given, known, what, whole, complete=True):
         raise ValueError(f"Names missing in {what}: {', '.join(missing)}, which the {whole} has.")
 
 
-def check_masks(masks, like, what, whole, complete=True):
+def check_masks(
+    masks: Mapping[str, Any], like: dict[str, torch.Tensor], what: str, whole: str, complete: bool = True
+) -> None:
     """`check_names`, and a ValueError for a mask that is not boolean or not of the shape of the tensor `like[name]`."""
     check_names(masks, like, what, whole, complete)
     for name, mask in masks.items():
@@ -402,14 +438,14 @@ def check_masks(masks, like, what, whole, complete=True):
             )
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is one real number, also as a tensor, and no boolean."""
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and value.dtype not in (torch.bool, torch.complex64, torch.complex128)
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def warn_of_collapse(masks):
+def warn_of_collapse(masks: dict[str, torch.Tensor]) -> None:
     """Warn (UserWarning) of layer collapse: layers of which no weight is kept, by name."""
     if dead := [name for name, m in masks.items() if not m.any()]:
         warnings.warn(f"Layer collapse: no weight is kept in {', '.join(dead)}; raise the density.", stacklevel=3)

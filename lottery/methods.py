@@ -6,11 +6,16 @@ parametrizations, so that `masks.state` copies it, early stop remembers it and a
 method of masks that were chosen before the training and stay: LTH, GraSP, SNIP, random pruning, or none at all.
 """
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lottery import masks as M
+
+if TYPE_CHECKING:
+    from lottery.training import Recipe, Step
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Method:
     def resume(self, model: torch.nn.Module) -> None:
         """Called once where a training goes on from a parent of the same method, whose final state is on the model."""
 
-    def param_groups(self, model: torch.nn.Module, recipe) -> list[dict]:
+    def param_groups(self, model: torch.nn.Module, recipe: "Recipe") -> list[dict[str, Any]]:
         """The optimiser's groups. Here: all trainable parameters, all with the recipe's weight decay.
 
         A group may have a "rate", which its learning rate is multiplied by in every step.
@@ -36,7 +41,7 @@ class Method:
     def penalty(self, model: torch.nn.Module) -> torch.Tensor | None:
         """A term of the loss, a scalar with gradient, or None."""
 
-    def before_step(self, t: int, step) -> None:
+    def before_step(self, t: int, step: "Step") -> None:
         """Called before the step that follows `t` finished ones, to write in place what changes.
 
         step: the `training.Step`: its model, recipe, optimizer, batch (x, y), per_epoch, start (the iteration that this
@@ -67,7 +72,23 @@ NOTHING = Method()
 
 
 def densities(masks: dict[str, torch.Tensor]) -> dict[str, float]:
-    """A `reading` of masks: `density` of all of them, and `density/<layer>` of each."""
+    """A `reading` of masks: `density` of all of them, and `density/<layer>` of each.
+
+    Raises ValueError: there is no mask.
+    """
+    if not masks:
+        raise ValueError("No density: no layer is pruned; call the method's attach(model) before the training.")
     kept = {name: int(m.count_nonzero()) for name, m in masks.items()}
     each = {f"density/{name}": kept[name] / m.numel() for name, m in masks.items()}
     return {"density": sum(kept.values()) / sum(m.numel() for m in masks.values()), **each}
+
+
+def need(fields: Any, name: str, ok: Any, rule: str) -> None:
+    """Raise ValueError with the rule of a dataclass's field, unless it is kept."""
+    if not ok:
+        raise ValueError(f"Invalid {name} {getattr(fields, name)!r}: {rule}.")
+
+
+def number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Whether a field holds a finite number of this kind, and no boolean; `and` then says in which range."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf

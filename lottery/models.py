@@ -22,69 +22,78 @@ from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
 
+Shape = tuple[int, int, int]  # of an image: channels, height, width
 
-def lenet_300_100(in_shape=(1, 28, 28), classes=10, hidden=(300, 100)):
+
+def lenet_300_100(in_shape: Shape = (1, 28, 28), classes: int = 10, hidden: tuple[int, int] = (300, 100)) -> nn.Module:
     """Fully connected 300, 100, classes (LeCun et al. 1998): 266,200 weights on MNIST."""
-    if not (isinstance(hidden, tuple | list) and _whole(*hidden, n=2)):
+    if not _whole(hidden, n=2):
         raise ValueError(f"Invalid hidden {hidden!r}: give two layer sizes, both at least 1.")
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_dense(prod(in_shape), *hidden, classes)))
 
 
-def conv2(in_shape=(3, 32, 32), classes=10, width=64, dropout=0.0):
+def conv2(in_shape: Shape = (3, 32, 32), classes: int = 10, width: int = 64, dropout: float = 0.0) -> nn.Module:
     """64, 64, pool; 256, 256, classes: 4,300,992 weights on CIFAR-10."""
     return _conv([width], in_shape, classes, dropout)
 
 
-def conv4(in_shape=(3, 32, 32), classes=10, width=64, dropout=0.0):
+def conv4(in_shape: Shape = (3, 32, 32), classes: int = 10, width: int = 64, dropout: float = 0.0) -> nn.Module:
     """64, 64, pool; 128, 128, pool; 256, 256, classes: 2,425,024 weights on CIFAR-10."""
     return _conv([width, 2 * width], in_shape, classes, dropout)
 
 
-def conv6(in_shape=(3, 32, 32), classes=10, width=64, dropout=0.0):
+def conv6(in_shape: Shape = (3, 32, 32), classes: int = 10, width: int = 64, dropout: float = 0.0) -> nn.Module:
     """64, 64, pool; 128, 128, pool; 256, 256, pool; 256, 256, classes: 2,261,184 weights (the paper prints 1.7M)."""
     return _conv([width, 2 * width, 4 * width], in_shape, classes, dropout)
 
 
-def resnet8(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
+def resnet8(
+    in_shape: Shape = (3, 32, 32), classes: int = 10, width: int = 16, shortcut: str = "batch norm"
+) -> nn.Module:
     """One block of two 3x3 convolutions per stage, widths 16, 32, 64."""
     return _cifar_resnet(1, in_shape, classes, width, shortcut)
 
 
-def resnet20(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
+def resnet20(
+    in_shape: Shape = (3, 32, 32), classes: int = 10, width: int = 16, shortcut: str = "batch norm"
+) -> nn.Module:
     """Three blocks per stage: 267,696 weights in 3x3 convolutions, 2,560 in shortcuts, 640 in the classifier."""
     return _cifar_resnet(3, in_shape, classes, width, shortcut)
 
 
-def resnet32(in_shape=(3, 32, 32), classes=10, width=16, shortcut="batch norm"):
+def resnet32(
+    in_shape: Shape = (3, 32, 32), classes: int = 10, width: int = 16, shortcut: str = "batch norm"
+) -> nn.Module:
     """Five blocks per stage; at GraSP's `width=32` 1,855,584 weights on CIFAR-10."""
     return _cifar_resnet(5, in_shape, classes, width, shortcut)
 
 
-def vgg16(in_shape=(3, 32, 32), classes=10):
+def vgg16(in_shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Module:
     """Thirteen 3x3 convolutions and a classifier: 14,715,584 weights on CIFAR-10."""
     return _vgg([2, 2, 3, 3, 3], in_shape, classes)
 
 
-def vgg19(in_shape=(3, 32, 32), classes=10):
+def vgg19(in_shape: Shape = (3, 32, 32), classes: int = 10) -> nn.Module:
     """Sixteen 3x3 convolutions and a classifier: 20,024,000 weights on CIFAR-10."""
     return _vgg([2, 2, 4, 4, 4], in_shape, classes)
 
 
-def resnet18(in_shape=(3, 224, 224), classes=1000):
+def resnet18(in_shape: Shape = (3, 224, 224), classes: int = 1000) -> nn.Module:
     """Two blocks of two 3x3 convolutions in each of four stages: 11,678,912 weights on ImageNet."""
     return _imagenet_resnet("resnet18", in_shape, classes)
 
 
-def resnet50(in_shape=(3, 224, 224), classes=1000):
+def resnet50(in_shape: Shape = (3, 224, 224), classes: int = 1000) -> nn.Module:
     """Sixteen bottlenecks in four stages: 25,502,912 weights on ImageNet."""
     return _imagenet_resnet("resnet50", in_shape, classes)
 
 
-def mobilenetv1(in_shape=(3, 224, 224), classes=1000):
+def mobilenetv1(in_shape: Shape = (3, 224, 224), classes: int = 1000) -> nn.Module:
     """A convolution, thirteen depthwise-separable ones (Howard et al. 2017), a classifier: 4,209,088 weights."""
     widths = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
     stages, c_in = [_conv_bn(in_shape[0], 32, 3, stride=1 if _small(in_shape) else 2)], 32
@@ -95,9 +104,11 @@ def mobilenetv1(in_shape=(3, 224, 224), classes=1000):
     return nn.Sequential(OrderedDict(model=nn.Sequential(*stages), **head))
 
 
-def fastgrnn(in_shape=(1, 28, 28), classes=10, hidden=100, factorised=False):
+def fastgrnn(
+    in_shape: Shape = (1, 28, 28), classes: int = 10, hidden: int = 100, factorised: bool = False
+) -> nn.Module:
     """FastGRNN over H steps of C·W features: 13,800 weights on MNIST row by row, 24,712 when factorised."""
-    if not _whole(hidden, n=1):
+    if not _whole([hidden], n=1):
         raise ValueError(f"Invalid hidden {hidden!r}: give the size of the hidden state, at least 1.")
     return FastGRNN(in_shape[0] * in_shape[2], hidden, classes, factorised)
 
@@ -108,7 +119,7 @@ class LowRank(nn.Module):
     Its rank is the number of m that are not zero: what is pruned of `m`, a layer of one weight for each, is rank.
     """
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in: int, n_out: int):
         super().__init__()
         rank = min(n_in, n_out)
         self.second = nn.Linear(n_in, rank, bias=False)
@@ -117,7 +128,7 @@ class LowRank(nn.Module):
         self.first = nn.Linear(rank, n_out, bias=False)
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         """W, [n_out, n_in]."""
         return self.first.weight @ (self.m.weight.view(-1, 1) * self.second.weight)
 
@@ -128,10 +139,11 @@ class FastGRNN(nn.Module):
     For the row x_t of C·W features, t = 1 … H, with one W and one U for gate and candidate, and h_0 = 0:
     z = σ(W x_t + U h + b_z), c = tanh(W x_t + U h + b_h), h ← z ⊙ h + (σ(ζ)(1 − z) + σ(ν)) ⊙ c.
 
-    factorised: W and U as `LowRank`. What `lottery.macs` counts is the classifier: W and U are read, not run.
+    factorised: W and U as `LowRank`. What `lottery.macs` counts is every step's product with W and U, and the
+    classifier; of factorised ones the product that makes W or U, once and under `first`, and none of the steps.
     """
 
-    def __init__(self, features, hidden, classes, factorised=False):
+    def __init__(self, features: int, hidden: int, classes: int, factorised: bool = False):
         super().__init__()
         matrix = LowRank if factorised else partial(nn.Linear, bias=False)
         self.w, self.u = matrix(features, hidden), matrix(hidden, hidden)
@@ -139,7 +151,7 @@ class FastGRNN(nn.Module):
         self.zeta, self.nu = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-4.0))
         self.fc = nn.Linear(hidden, classes)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.permute(2, 0, 1, 3).flatten(2)  # [H, B, C·W]
         wx, u = rows @ self.w.weight.T, self.u.weight.T
         zeta, nu, h = self.zeta.sigmoid(), self.nu.sigmoid(), wx.new_zeros(wx.shape[1:])
@@ -153,10 +165,10 @@ class FastGRNN(nn.Module):
 class Classifier(nn.Conv2d):
     """STR's output layer: fully connected, written as a 1x1 convolution without bias. [B, C] -> [B, classes]."""
 
-    def __init__(self, features, classes):
+    def __init__(self, features: int, classes: int):
         super().__init__(features, classes, 1, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x[..., None, None]).flatten(1)
 
 
@@ -173,7 +185,9 @@ OWN_INITS = {
 }
 
 
-def create(name, seed=None, init=None, sigma=None, **options):
+def create(
+    name: str, seed: int | None = None, init: str | None = None, sigma: float | None = None, **options: Any
+) -> nn.Module:
     """Build a network: float [B, C, H, W] -> logits [B, classes].
 
     Args:
@@ -211,13 +225,13 @@ def create(name, seed=None, init=None, sigma=None, **options):
     known = list(inspect.signature(MODELS[name]).parameters)
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"Unknown option {unknown[0]!r} of {name}: it takes {', '.join(known)}.")
-    if not _whole(*options.get("in_shape", (1, 1, 1)), n=3):
+    if not _whole(options.get("in_shape", (1, 1, 1)), n=3):
         raise ValueError(f"Invalid in_shape {options['in_shape']}: give (channels, height, width), all at least 1.")
     for option in {"classes", "width"} & options.keys():
-        if not _whole(options[option], n=1):
+        if not _whole([options[option]], n=1):
             raise ValueError(f"Invalid {option} {options[option]}: give a whole number, at least 1.")
     init = init or OWN_INITS.get(name, "glorot")
-    if init not in INITS:  # before a large network is built
+    if init not in list(INITS):  # before a large network is built
         raise ValueError(f"Invalid init {init!r}: choose one of {', '.join(INITS)}.")
     if sigma is not None and init != "normal":
         raise ValueError(f"Invalid sigma {sigma!r} with init {init!r}: it is the deviation of init 'normal'.")
@@ -271,8 +285,9 @@ INITS = {
 }
 
 
-def _whole(*numbers, n):
-    return len(numbers) == n and all(isinstance(i, int) and i >= 1 for i in numbers)
+def _whole(numbers, n):
+    listed = isinstance(numbers, tuple | list) and len(numbers) == n
+    return listed and all(isinstance(i, int) and not isinstance(i, bool) and i >= 1 for i in numbers)
 
 
 def _dense(*sizes):

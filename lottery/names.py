@@ -3,6 +3,8 @@
 Chapters, tables and the scorecard take their words from here, so that one thing has one name through the book.
 """
 
+import re
+
 PAPERS = {  # in the order of the book
     "lth": "Lottery tickets",
     "cs": "Continuous sparsification",
@@ -75,7 +77,13 @@ SETS = {
     "har2": "HAR-2",
     "har2_part": "a part of UCI HAR",
 }
-LAYERS = {"fc1": "first layer", "fc2": "second layer", "fc3": "output layer"}  # of LeNet-300-100
+LAYERS = {  # of LeNet-300-100, and of residual networks what `layer` has no pattern for
+    "fc1": "first layer",
+    "fc2": "second layer",
+    "fc3": "output layer",
+    "conv1": "first convolution",
+    "fc": "output layer",
+}
 SCALES = {
     "paper": "the paper's own setting",
     "primary": "the paper's own trainings for its main claims",
@@ -91,6 +99,15 @@ def arm(name):
     """The words for an arm: "resnet32-c10/grasp" → "GraSP"; an unknown one stays as it is."""
     last = name.split("/")[-1]
     return called.get(last) or ARMS.get(last, name)
+
+
+def layer(name):
+    """The words for a layer: "fc1" → "first layer", "layer3.0.conv2" → "stage 3, convolution 2"."""
+    if not (found := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:conv(\d+)|downsample\.0)", name)):
+        return LAYERS.get(name, name)
+    stage, block, number = found.groups()
+    block = f", block {int(block) + 1}" if int(block) else ""
+    return f"stage {stage}{block}, " + (f"convolution {number}" if number else "shortcut")
 
 
 def trials(n: int) -> str:

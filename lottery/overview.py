@@ -6,6 +6,7 @@ Functions of a card, as `scorecard.scorecard` gives it, to HTML; what is said of
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from html import escape
 
 from lottery import names, scorecard
@@ -17,7 +18,7 @@ from lottery.verdicts import FULL, KINDS, SIGNS, anchor, figure_name, in_order, 
 LOW, HIGH, SCALE = -1.2, 2.6, 100  # what the axis shows, in units of the paper's effect, and pixels of a unit
 
 
-def in_effects(row):
+def in_effects(row: dict) -> tuple[list[float], tuple[float, float]] | None:
     """((ours, low, high), (low, high) of what counts as reproduced), in units of the paper's effect; None without any.
 
     0 is no effect and 1 the paper's effect Δ, or where it states none twice the margin m. A claimed value is at 1, and
@@ -43,7 +44,7 @@ def in_effects(row):
     return [v / effect for v in values], zone.get(kind.removeprefix("in all cells: "), (begin, math.inf))
 
 
-def forest(card):
+def forest(card: dict) -> str:
     """HTML: one line for each primary claim that was tested, ours with its interval in units of the paper's effect."""
     rows = [row for row in in_order(card["rows"]) if row["claim"] and row["primary"] and kind(row) != "none"]
     out = [
@@ -115,7 +116,7 @@ _SHAPES = {  # outline and sign, in a box of 12
 }
 
 
-def squares(card):
+def squares(card: dict) -> str:
     """HTML: a linked sign for each claim, figure by figure; shape and colour are the verdict, filling the evidence."""
     rows = [row for row in in_order(card["rows"]) if row["claim"]]
     out = [_legend()]
@@ -187,7 +188,7 @@ def _legend():
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def page(card, figures=()):
+def page(card: dict, figures: Iterable[str] = ()) -> str:
     """HTML: the scorecard's claims, paper by paper and figure by figure, with the form that filters them.
 
     figures: labels of the chapters' figures (`fig-lth-4`), which their items link to.

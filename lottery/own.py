@@ -6,25 +6,30 @@
 >>> found.model                                                              # plain PyTorch, the zeros in its weights
 >>> found.save("pruned"), found.export("pruned.onnx")
 
-`METHODS` names the methods. One that chooses a mask (magnitude, random, SNIP, GraSP, SynFlow, LTH) or moves one to a
-density (GMP, DNW, SET, RigL) ends with exactly the weights that were asked for. CS and STR have no density among their
-numbers, only s0, and λ with s_init: these are searched for, with a training for each value that is tried, and the
-closest is kept. L0 keeps the likeliest weights.
+`METHODS` names the methods. Magnitude, LTH, SNIP, GraSP and SynFlow end with exactly as many weights as were asked for,
+and so does L0, which keeps the likeliest; random, GMP, DNW, SET and RigL, which count layer by layer, to within half a
+weight a layer. CS and STR have no density among their numbers, only s0, and λ with s_init: these are searched for, with
+a training for each value that is tried, and the closest is kept.
 """
 
 import copy
 import dataclasses
 import fnmatch
+import functools
 import inspect
 import json
 import math
 import re
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -33,7 +38,19 @@ from tqdm import tqdm
 from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_threshold, stochastic, tickets, training
 from lottery import masks as M
 from lottery.batches import normaliser
-from lottery.methods import NOTHING
+from lottery.files import publish, write
+from lottery.methods import NOTHING, Method
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Masks = dict[str, torch.Tensor]
+
+
+class Diverged(ValueError):
+    """A training that ended with a loss or a weight that is not finite."""
 
 
 def prune(
@@ -44,12 +61,12 @@ def prune(
     *,
     recipe: training.Recipe | None = None,
     skip: tuple[str, ...] = (),
-    train=None,
-    loss=None,
-    score=None,
+    train: "Callable[[nn.Module, Hook], Any] | None" = None,
+    loss: Loss | None = None,
+    score: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> "Pruned":
     """A model pruned to a density and trained, with a report; the given one stays as it was.
 
@@ -66,21 +83,28 @@ def prune(
         seed: of the order of examples and of all that a method draws.
         options: of the method: see its function in this module, such as `rounds` of `lth`.
 
-    Raises ValueError, before any training: an unknown method, option or layer, a density out of range, a model or data
-    that cannot be trained.
+    Raises ValueError, before any training: an unknown method, option or layer, a density out of range or above that of
+    masks on the model, a model or data that cannot be trained. Raises `Diverged`, a ValueError, after one.
     """
-    if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
-    known = _options(method)
-    if unknown := [name for name in options if name not in known]:
-        raise ValueError(f"Unknown option {unknown[0]!r} of {method}: it takes {', '.join(known) or 'none'}.")
+    options, seed = check_options(method, options), _value("seed", seed, 0)
     if method in ("dnw", "cs", "str", "l0") and M.read(model):
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
     examples = data.of(examples)
     recipe = recipe or default_recipe(examples)
     net, layers, left = _checked(model, examples, skip, recipe if train is loss is score is None else None)
-    M.kept(sum(layer.weight.numel() for layer in layers.values()), density)
+    if method in ("gmp", "set", "rigl") and (fixed := [name for name in M.masked(net) if name in left]):
+        raise ValueError(
+            f"Layer {fixed[0]!r} is left alone but carries a mask, which {method} would move: call "
+            "lottery.masks.bake(model) first."
+        )
+    n = sum(layer.weight.numel() for layer in layers.values())
+    k, density = M.kept(n, density), float(density)
     job = _Job(net, examples, recipe, density, list(layers), train, loss, score, seed)
+    if k > (now := sum(int(mask.sum()) for mask in job.masks_now().values())):
+        raise ValueError(
+            f"Invalid density {density}: the model's masks keep {now} of {n} weights already; lower it, or "
+            "call lottery.masks.bake(model) first."
+        )
     began = time.perf_counter()
     with tqdm(desc=method, unit="training", disable=None if progress else True, leave=False) as job.bar:
         given = job.measure(net)
@@ -93,6 +117,19 @@ def prune(
     seconds = time.perf_counter() - began
     spec = {"own": type(model).__name__, "method": method, "asked": density, "seed": seed, "data": examples.name}
     return Pruned(net, masks, job.theta, spec, measures, left, examples, recipe, job.trainings, seconds, job.notes)
+
+
+def check_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method, numpy's numbers as Python's own.
+
+    Raises ValueError: an unknown method, an option it does not take, one of another kind than its default.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+    known = _options(method)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"Unknown option {unknown[0]!r} of {method}: it takes {', '.join(known) or 'none'}.")
+    return {name: _value(name, value, known[name]) for name, value in options.items()}
 
 
 def default_recipe(examples: data.Data) -> training.Recipe:
@@ -118,24 +155,40 @@ class Hook:
     plans for, those of the recipe.
     """
 
-    def __init__(self, model, method, recipe, seed):
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        recipe: training.Recipe,
+        seed: int,
+        loss: Loss | None,
+        examples: int,
+    ):
         self.iterations, self._model, self._method, self._seed = recipe.iterations, model, method, seed
-        self._step = SimpleNamespace(model=model, recipe=recipe, loss=nn.functional.cross_entropy, start=0)
+        loss = loss or functools.partial(nn.functional.cross_entropy, label_smoothing=recipe.label_smoothing)
+        about = {"loss": loss, "per_epoch": recipe.per_epoch(examples), "start": 0}
+        self._step = SimpleNamespace(model=model, recipe=recipe, **about)  # what `training.Step` shows to a method
 
-    def groups(self):
+    def groups(self) -> list[dict[str, Any]]:
         """The method's parameter groups, with weight decay as it needs it, for any optimiser of `torch.optim`.
 
         Where a group has a "rate", as L0's gates may, its learning rate is to be multiplied by it.
         """
         return self._method.param_groups(self._model, self._step.recipe)
 
-    def before_step(self, t, optimizer, x=None, y=None):
+    def before_step(
+        self,
+        t: int,
+        optimizer: torch.optim.Optimizer,
+        x: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+    ) -> None:
         """To be called before the step that follows t finished ones; (x, y): its minibatch, as the model is fed."""
         self._step.optimizer, self._step.batch = optimizer, (x, y)
         self._step.generator = torch.Generator().manual_seed((self._seed * 1_000_003 + t) % 2**63)
         self._method.before_step(t, self._step)
 
-    def penalty(self):
+    def penalty(self) -> torch.Tensor | float:
         """The method's term of the loss, 0 if it has none."""
         found = self._method.penalty(self._model)
         return 0.0 if found is None else found
@@ -169,24 +222,27 @@ class _Job:
         ones = {name: torch.ones_like(found[name].weight, dtype=torch.bool) for name in self.layers}
         return {name: on.get(name, mask) for name, mask in ones.items()}
 
+    def shares(self, rounds):
+        """The density after each of `rounds` steps of equal ratio, from that of the masks that are on now."""
+        start = M.density(self.masks_now())
+        return [*(start * (self.density / start) ** (r / rounds) for r in range(1, rounds)), self.density]
+
     def train(self, net, method=NOTHING, recipe=None, start=0):
-        """Train a network in place, by the user's loop or by `training.fit`."""
-        recipe, seed = recipe or self.recipe, self.seed + 1000 * self.trainings
+        """Train a network in place, by the user's loop or by `training.fit`. Raises Diverged."""
+        recipe, seed, lr = recipe or self.recipe, self.seed + 1000 * self.trainings, " of your loop"
         if self.own_train:
             before = method.masks(net)
-            self.own_train(net.train(), Hook(net, method, recipe, seed))
-            method.check(net, before, True)
+            self.own_train(net.train(), Hook(net, method, recipe, seed, self.own_loss, len(self.data.train)))
+            if finite := all(p.isfinite().all() for p in net.parameters() if p.requires_grad):
+                method.check(net, before, True)
         else:
-            fitted = {
-                "method": method,
-                "loss": self.own_loss,
-                "graph": False,
-            }  # any model, not all of which can be captured
-            history = training.fit(net, self.data, recipe, seed, start, **fitted)
-            if history.status == "diverged":
-                raise ValueError(f"The training diverged: lower the learning rate, {recipe.lr}, of the recipe.")
+            fitted = {"method": method, "loss": self.own_loss, "graph": False}  # any model: not all can be captured
+            finite = training.fit(net, self.data, recipe, seed, start, **fitted).status != "diverged"
+            lr = f", {recipe.lr}, of the recipe"
         self.trainings += 1
         self.bar.update()
+        if not finite:
+            raise Diverged(f"The training diverged: lower the learning rate{lr}.")
         return net
 
     def measure(self, net):
@@ -203,16 +259,15 @@ class _Job:
         return {name: found[name].weight.detach().abs() for name in self.layers}
 
     def chunks(self, per_class):
-        """A class-balanced batch for a score, on the network's device and in its dtype."""
-        counts = self.data.train.y.bincount(minlength=self.data.classes)
-        per_class = min(per_class, int(counts[counts > 0].min()))
+        """A batch balanced over the classes that have examples, for a score, on the network's device, in its dtype."""
+        classes, y = self.data.train.y.unique(return_inverse=True)
+        per_class = min(per_class, int(y.bincount().min()))
         like, generator = next(self.net.parameters()), torch.Generator().manual_seed(self.seed)
         feed = normaliser(self.data, self.recipe, like)
-        raw = replace(
-            self.data, mean=(0.0,), std=(1.0,), scale=1.0
-        )  # standardised by nothing, to be fed as in training
+        raw = replace(self.data, train=replace(self.data.train, y=y), classes=len(classes))
+        raw = replace(raw, mean=(0.0,), std=(1.0,), scale=1.0)  # standardised by nothing, to be fed as in training
         pairs = grasp.class_balanced(raw, per_class, generator)
-        return [(feed(x.to(self.data.train.x.dtype).to(like.device)), y.to(like.device)) for x, y in pairs]
+        return [(feed(x.to(self.data.train.x.dtype).to(like.device)), classes[y].to(like.device)) for x, y in pairs]
 
     def pruned_at_once(self, scores):
         """Masks of the highest scores on the network as it was given, then one training."""
@@ -221,63 +276,63 @@ class _Job:
         return masks
 
 
-def magnitude(job, rounds=1, pretrained=False):
+def magnitude(job: _Job, rounds: int = 1, pretrained: bool = False) -> Masks:
     """Train, remove the smallest weights of all layers, go on training; in `rounds` steps of equal ratio.
 
     pretrained: the model has been trained already: the first training is left out.
     """
-    _check_rounds(rounds)
+    _at_least_1(rounds=rounds)
     if not pretrained:
         job.train(job.net)
         job.measures["dense, trained"] = job.measure(job.net)
-    for r in range(1, rounds + 1):
-        masks = M.top_k(job.magnitudes(job.net), job.density ** (r / rounds), within=job.masks_now())
+    for share in job.shares(rounds):
+        masks = M.top_k(job.magnitudes(job.net), share, within=job.masks_now())
         job.train(M.attach(job.net, masks))
     return masks
 
 
-def lth(job, rounds=5, rewind_to=0):
+def lth(job: _Job, rounds: int = 5, rewind_to: int = 0) -> Masks:
     """Iterative magnitude pruning: train, remove, put the survivors back to their first values, `rounds` times; train.
 
     rounds: 1 is one-shot. rewind_to: k, the values after k iterations in the place of the first ones (`lottery.lth`).
     """
-    _check_rounds(rounds)
+    _at_least_1(rounds=rounds)
     if not 0 <= rewind_to < job.recipe.iterations or (rewind_to and job.own_train):
         raise ValueError(
             f"Invalid rewind_to {rewind_to}: give 0 <= iteration < {job.recipe.iterations}, 0 with a loop of one's own."
         )
     if rewind_to:
-        training.fit(job.net, job.data, job.recipe, job.seed, stop=rewind_to, loss=job.own_loss)
+        training.fit(job.net, job.data, job.recipe, job.seed, stop=rewind_to, loss=job.own_loss, graph=False)
         job.theta = M.state(job.net)
+    shares = job.shares(rounds)
     for r in range(rounds + 1):
         M.restore(job.net, job.theta)
         job.train(job.net, start=rewind_to)
         if r == 0:
             job.measures["dense, trained"] = job.measure(job.net)
         if r < rounds:
-            share = job.density ** ((r + 1) / rounds)
-            M.attach(job.net, M.top_k(job.magnitudes(job.net), share, within=job.masks_now()))
+            M.attach(job.net, M.top_k(job.magnitudes(job.net), shares[r], within=job.masks_now()))
     return job.masks_now()
 
 
-def random(job):
+def random(job: _Job) -> Masks:
     """Weights at random, at initialisation, in each layer as many as ERK says."""
     masks = _sparse(job).masks_now()
     job.train(job.net)
     return masks
 
 
-def snip(job, per_class=10):
+def snip(job: _Job, per_class: int = 10) -> Masks:
     """SNIP at initialisation, on a batch with so many examples of each class (`baselines.snip_scores`)."""
     return job.pruned_at_once(baselines.snip_scores(job.net, job.chunks(per_class)))
 
 
-def grasp_(job, per_class=10, temperature=200.0):
+def grasp_(job: _Job, per_class: int = 10, temperature: float = 200.0) -> Masks:
     """GraSP at initialisation, on a batch with so many examples of each class (`grasp.scores`)."""
     return job.pruned_at_once(grasp.scores(job.net, job.chunks(per_class), temperature))
 
 
-def synflow(job, rounds=100):
+def synflow(job: _Job, rounds: int = 100) -> Masks:
     """SynFlow at initialisation: no data (`baselines.synflow`)."""
     shape = tuple(job.data.train.x.shape[1:])
     if job.data.train.x.dtype == torch.int64:
@@ -287,13 +342,14 @@ def synflow(job, rounds=100):
     return masks
 
 
-def gmp(job, **fields):
+def gmp(job: _Job, **fields: Any) -> Masks:
     """Gradual magnitude pruning while training; options are the fields of `dynamic.GMP`."""
     return _moved(job, dynamic.GMP(job.density, **{"every": _often(job), **fields}))
 
 
-def dnw(job, budget="uniform"):
+def dnw(job: _Job, budget: str = "uniform") -> Masks:
     """Discovering neural wirings (`dynamic.DNW`)."""
+    dynamic.DNW(job.density, budget)  # refuses an unknown budget
     budgets = dynamic.budgets(job.net, job.density, budget, job.layers)
     method = dynamic.DNW(tuple(budgets.items()))
     job.train(method.attach(M.bake(job.net)), method)
@@ -302,22 +358,23 @@ def dnw(job, budget="uniform"):
     return masks
 
 
-def set_(job, **fields):
+def set_(job: _Job, **fields: Any) -> Masks:
     """Sparse evolutionary training from random masks at ERK densities, once an epoch; options: of `dynamic.SET`."""
     epoch = job.recipe.per_epoch(len(job.data.train))
     return _moved(_sparse(job), dynamic.SET(**{"every": epoch, **fields}))
 
 
-def rigl(job, **fields):
+def rigl(job: _Job, **fields: Any) -> Masks:
     """RigL from random masks at ERK densities; options are the fields of `dynamic.RigL`."""
     return _moved(_sparse(job), dynamic.RigL(**{"every": _often(job), **fields}))
 
 
-def cs_(job, s0=0.0, trials=10, tolerance=0.1, **fields):
+def cs_(job: _Job, s0: float = 0.0, trials: int = 10, tolerance: float = 0.1, **fields: Any) -> Masks:
     """One round of Continuous Sparsification, then the masked weights are trained on; s0 is searched for.
 
     trials: trainings at most; tolerance: the relative difference in density that is close enough. fields: of `cs.CS`.
     """
+    _check_search(trials, tolerance)
     make = lambda x: cs.CS(x, layers=tuple(job.layers), **{"schedule": "iteration", **fields})  # noqa: E731
     masks = _search(job, make, "s0", s0, 0.01, trials, tolerance)
     cs.harden(job.net)
@@ -325,7 +382,7 @@ def cs_(job, s0=0.0, trials=10, tolerance=0.1, **fields):
     return masks
 
 
-def l0(job, lam=None, **fields):
+def l0(job: _Job, lam: float | None = None, **fields: Any) -> Masks:
     """Stochastic L0 with a gate for each weight (`stochastic.L0`); the likeliest weights are kept and trained on.
 
     Which gates end open is all or nothing within a few per cent of λ, so the weights with the highest log α are kept,
@@ -346,21 +403,26 @@ def l0(job, lam=None, **fields):
     return masks
 
 
-def str_(job, s_init=-100.0, trials=10, tolerance=0.1, **fields):
+def str_(job: _Job, s_init: float = -100.0, trials: int = 10, tolerance: float = 0.1, **fields: Any) -> Masks:
     """Soft Threshold Reparameterization; λ, then s_init, are searched for (`soft_threshold.reach`).
 
     trials, tolerance: as of CS. fields: of `soft_threshold.STR`. It needs SGD.
     """
+    _check_search(trials, tolerance)
     if job.recipe.optimizer != "sgd":
         raise ValueError(
             f"Invalid optimizer {job.recipe.optimizer!r} with str: its thresholds need weight decay by 'sgd'."
         )
-    start, found = M.bake(job.net), {}
+    start, found, failed = M.bake(job.net), {}, []
 
     def train(weight_decay, s_init):
         method = soft_threshold.STR(s_init, layers=tuple(job.layers), **fields)
         net = method.attach(copy.deepcopy(start))
-        job.train(net, method, replace(job.recipe, weight_decay=weight_decay))
+        try:
+            job.train(net, method, replace(job.recipe, weight_decay=weight_decay))
+        except Diverged as error:
+            failed.append(error)
+            return math.nan
         masks = {name: layer.weight.detach() != 0 for name, layer in M.prunable(net).items() if name in job.layers}
         got = M.density(masks)
         if not found or abs(got - job.density) < abs(found["density"] - job.density):
@@ -369,6 +431,8 @@ def str_(job, s_init=-100.0, trials=10, tolerance=0.1, **fields):
 
     first = soft_threshold.decay_for(s_init, job.recipe)
     soft_threshold.reach(job.density, train, first, s_init, tolerance * job.density, trials)
+    if not found:
+        raise failed[-1]
     job.net = found["net"]
     job.notes.append("λ = {:.4g}, s_init = {:.4g}".format(*found["values"]))
     return found["masks"]
@@ -401,16 +465,40 @@ FIELDS = {
 }
 
 
+KINDS = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a word"),
+    type(None): (Real | None, "a number"),  # which the method finds itself where it is not given
+}
+
+
 def _options(method):
-    """Names of a method's options: those of its function, and the fields of its `Method` where it takes them."""
-    names = [name for name in inspect.signature(METHODS[method]).parameters if name not in ("job", "fields")]
-    fields = [f.name for f in dataclasses.fields(FIELDS[method])] if method in FIELDS else []
-    return list(dict.fromkeys([*names, *(name for name in fields if name not in ("density", "layers"))]))
+    """A method's options, `{name: default}`: of its function, and the fields of its `Method` if it takes them."""
+    defaults = {name: p.default for name, p in inspect.signature(METHODS[method]).parameters.items()}
+    fields = {f.name: f.default for f in dataclasses.fields(FIELDS[method])} if method in FIELDS else {}
+    return {n: d for n, d in (defaults | fields | defaults).items() if n not in ("job", "fields", "density", "layers")}
 
 
-def _check_rounds(rounds):
-    if not (isinstance(rounds, int) and rounds >= 1):
-        raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
+def _value(name, value, default):
+    """A value, numpy's as Python's own. Raises ValueError for one of another kind than the default."""
+    kind, words = KINDS[type(default)]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"Invalid {name} {value!r}: give {words}.")
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _at_least_1(**values):
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
+
+
+def _check_search(trials, tolerance):
+    _at_least_1(trials=trials)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"Invalid tolerance {tolerance!r}: give a relative difference in density, 0 <= tolerance < 1.")
 
 
 def _often(job):
@@ -439,12 +527,19 @@ def _settled(job, masks):
 def _search(job, make, name, x, step, trials, tolerance):
     """Train `make(x)` for values of x, on which density rises, until it is near; the closest is the job's network.
 
-    Out in growing steps until two values enclose the density, then halfway between them.
+    Out in growing steps until two values enclose the density, then halfway between them; where the training diverges,
+    halfway back to the closest. Raises Diverged: all of them did.
     """
     start, found, low, high = job.net, {}, None, None
-    for _ in range(trials):
+    for trial in range(1, trials + 1):
         method = make(x)
-        net = job.train(method.attach(M.bake(copy.deepcopy(start))), method)
+        try:
+            net = job.train(method.attach(M.bake(copy.deepcopy(start))), method)
+        except Diverged:
+            if trial == trials and not found:
+                raise
+            x, step = ((x + found["x"]) / 2, step) if found else (x + step, 2 * step)
+            continue
         masks = method.masks(net)
         got = M.density(masks)
         if not found or abs(got - job.density) < abs(found["density"] - job.density):
@@ -554,7 +649,7 @@ class Pruned:
         return normaliser(self.data, self.recipe, like)(self.data.train.x[:1].to(like.device))
 
     @property
-    def layers(self):
+    def layers(self) -> "pd.DataFrame":
         """A table of the layers that were pruned: weights, kept, density, MACs for one example before and after."""
         import pandas as pd
 
@@ -574,8 +669,8 @@ class Pruned:
         }
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def ticket(self) -> "tickets.Ticket":
-        """The start values and the masks."""
+    def ticket(self) -> tickets.Ticket:
+        """The start values and the masks; its `model(net)` puts them on a copy of a network, such as the given one."""
         return tickets.Ticket(self.theta, self.masks, self.spec)
 
     def __str__(self) -> str:
@@ -593,7 +688,7 @@ class Pruned:
         lines += [f"left alone: {name} ({why})" for name, why in self.left.items()]
         return "\n".join([*lines, table.round(4).to_string()])
 
-    def plot(self):
+    def plot(self) -> "Figure":
         """A bar for each layer: the density that is left of it. Returns the matplotlib figure."""
         from matplotlib.figure import Figure
 
@@ -604,21 +699,29 @@ class Pruned:
         axes.set(xlim=(0, 1), xlabel="fraction of weights kept (dashed: of all)")
         return figure
 
-    def save(self, folder) -> Path:
-        """Write `model.safetensors` (plain weights), `ticket.safetensors` (start values and masks), `report.json`."""
-        from safetensors.torch import save_model
+    def save(self, folder: Path | str) -> Path:
+        """Write `model.safetensors` (plain weights), `ticket.safetensors` (start values and masks), `report.json`.
+
+        Each is written whole or not at all; where the report lies, which comes last, the three belong together. Raises
+        `files.CannotWrite`.
+        """
+        from safetensors.torch import save
 
         (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / "model.safetensors"))
-        tickets.save(self.ticket(), folder / "ticket.safetensors")
         report = self.spec | {"density": self.density, "measures": self.measures, "left alone": self.left}
-        layers = json.loads(self.layers.to_json(orient="index"))
-        (folder / "report.json").write_text(
-            json.dumps(report | {"layers": layers}, indent=1, ensure_ascii=False) + "\n"
-        )
+        report |= {"layers": json.loads(self.layers.to_json(orient="index"))}
+        once = {id(t): (name, t) for name, t in reversed(self.model.state_dict(keep_vars=True).items())}  # tied ones
+        weights = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in once.values()}
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as new:
+            write(Path(new, "model.safetensors"), save(weights))
+            tickets.save(self.ticket(), Path(new, "ticket.safetensors"))
+            write(Path(new, "report.json"), f"{json.dumps(report, indent=1, ensure_ascii=False)}\n".encode())
+            (folder / "report.json").unlink(missing_ok=True)
+            for name in ("model.safetensors", "ticket.safetensors", "report.json"):
+                publish(Path(new, name), folder / name)
         return folder
 
-    def export(self, path) -> Path:
+    def export(self, path: Path | str) -> Path:
         """Write the model as ONNX, for examples as they are in the data, and check it in onnxruntime.
 
         The data's normalisation is part of the file, so that it is fed uint8 pixels, floats or token numbers as
@@ -630,33 +733,61 @@ class Pruned:
         return export.onnx(nn.Sequential(inputs, self.model), self.data.train.x[:4], path)
 
 
-def load(model: nn.Module, checkpoint) -> nn.Module:
+def load(model: nn.Module, checkpoint: Mapping[str, Any] | Path | str) -> nn.Module:
     """Put the weights and masks of a checkpoint on a model, in place.
 
     checkpoint: a state dict, or the path of one (PyTorch's, read without pickle's code, or safetensors), perhaps below
     a key "state_dict" or "model". Read are plain ones; those of `torch.nn.utils.prune` (`weight_orig`, `weight_mask`);
     of DataParallel, DistributedDataParallel and compiled models (`module.`, `_orig_mod.`); and of models with masks on.
+    What the model has and no state dict holds, non-persistent buffers, may be left out.
 
     Raises ValueError: a name or shape that does not fit, a file that holds no state dict.
     """
-    state = {_plain(name): t for name, t in _state_dict(checkpoint).items()}
-    masks = {name.removesuffix("_mask"): t.bool() for name, t in state.items() if name.endswith("_mask")}
-    masks |= {name.removesuffix(".mask"): t.bool() for name, t in state.items() if name.endswith(".weight.mask")}
-    state = {name.removesuffix("_orig"): t for name, t in state.items() if not name.endswith(("_mask", ".weight.mask"))}
+    own, stored = M.tensors(model), model.state_dict(keep_vars=True)
+    names = {id(t): name for name, t in own.items()}
+    stored = {name: names[id(t)] for name, t in stored.items() if id(t) in names}  # those that are tied have one name
+    known = {_plain(name): own_name for name, own_name in stored.items()} | stored | {name: name for name in own}
+    state = _unwrapped(_state_dict(checkpoint), known)
+    values, masks = {name: own[name] for name in own.keys() - set(stored.values())}, {}
+    for name, t in state.items():
+        is_mask, found = _meaning(name, state, known)
+        (masks if is_mask else values)[found] = t
+    layers = {M.weight_name(name): name for name in M.prunable(model)}
     for name, mask in masks.items():
-        if name in state and not name.endswith("weight"):  # a bias that was pruned too
-            state[name] = state[name] * mask
-    tied = {_plain(name) for name in model.state_dict()} - set(own := M.tensors(model))
-    M.restore(model, {name: t for name, t in state.items() if name in own or name not in tied})
-    layers = {name.rpartition(".")[0]: mask for name, mask in masks.items() if name.endswith("weight")}
-    return M.attach(model, {name: m for name, m in layers.items() if name in M.prunable(model)}) if layers else model
+        if name in values and name not in layers:  # a bias that was pruned too
+            values[name] = values[name] * mask
+    M.restore(model, values)
+    attached = {layers[name]: mask.bool() for name, mask in masks.items() if name in layers}
+    return M.attach(model, attached) if attached else model
 
 
 def _plain(name):
-    """A parameter's name without wrappers and parametrizations."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
+    """A parameter's name without parametrizations."""
     return re.sub(r"parametrizations\.(\w+)\.(?:original$|\d+(\.))", r"\1\2", name)
+
+
+def _meaning(name, state, known):
+    """Whether a checkpoint's name is that of a mask, and the model's name for the tensor; as it is where it has none.
+
+    What the model itself has is no mask, whatever it is called. known: `{name: the model's name}`.
+    """
+    plain = _plain(name)
+    base = re.sub(r"(_orig|_mask|\.mask)$", "", plain)
+    if name in known or plain in known:
+        return False, known.get(name) or known[plain]
+    by_torch = plain.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in state
+    if by_torch or (plain.endswith(".mask") and plain != name):
+        return True, known.get(base, base)
+    return False, known.get(base, plain) if plain.endswith("_orig") else plain
+
+
+def _unwrapped(state, known):
+    """A state without what wrappers put before each name, as far as the model knows the names that are left best."""
+    found = [state]
+    while state and any(all(name.startswith(prefix) for name in state) for prefix in ("module.", "_orig_mod.")):
+        state = {name.partition(".")[2]: t for name, t in state.items()}
+        found.append(state)
+    return max(found, key=lambda state: sum(_meaning(name, state, known)[1] in known for name in state))
 
 
 def _state_dict(checkpoint):
@@ -666,9 +797,9 @@ def _state_dict(checkpoint):
         path = Path(checkpoint)
         if not path.is_file():
             raise FileNotFoundError(f"No checkpoint at {path}.")
-        if path.suffix == ".safetensors":
-            return load_file(path)
         try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle raises whatever it likes
             why = str(error).strip().splitlines()[0]

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lottery import cli, data, training
 from lottery.experiments import Store, papers, work
-from lottery.experiments.engine import missing
+from lottery.experiments.engine import missing, needs
 from lottery.experiments.leases import Leases
 from lottery.experiments.runs import Run
 from lottery.experiments.store import now, versions
@@ -268,6 +268,7 @@ def train(r: Run, folder: Path | str, store: Store, accumulate: int = 1, workers
     started, device, side = now(), _device(), data.SETS[r.dataset].shape[-1]
     images = {part: Images(folder, part, side) for part in ("train", "val")}
     shown = _read(r, images)
+    work.check_data(r, shown.fingerprint, store)
     net = work.initialise(r, _scored(r, images["train"], side), store, device)
     opt = net.optimizer or training.optimizer(net.model, r.recipe, r.method.param_groups(net.model, r.recipe))
     like = next(net.model.parameters())
@@ -327,7 +328,10 @@ def main(
     workers: Annotated[int, typer.Option(min=0, help="Processes of each device that decode images.")] = 4,
     results_dir: cli.ResultsDir = None,
 ):
-    """Train a paper's runs on ImageNet that are not stored, each on all devices; started by torchrun."""
+    """Train a paper's runs on ImageNet that are not stored, each on all devices; started by torchrun.
+
+    Exit status 3 says that runs are left: those that another job trains, and what needs them. (torchrun's own is 1.)
+    """
     store, leases = Store(results_dir), None
     store.dir.mkdir(parents=True, exist_ok=True)
     runs = [r for r in _asked(paper, items, trials) if r.dataset == "imagenet"]
@@ -340,13 +344,26 @@ def main(
         if dist.get_rank() == 0:
             leases = stack.enter_context(contextlib.closing(Leases(store.leases)))
         for r in _agreed(missing(runs, store)):
-            if _agreed(leases and bool(leases.take([r.key]))):  # else it is another one's
+            if _agreed(leases and _take(r, runs, store, leases)):
                 train(r, images, store, accumulate, workers)
                 if leases:
                     leases.release([r.key])
+        left = _agreed(len(missing(runs, Store(results_dir))))
         if dist.get_rank() == 0:
-            left = len(missing(runs, Store(results_dir)))
             typer.echo(f"{len(runs)} runs: {left} left.")
+    if left:
+        raise typer.Exit(cli.LEFT)
+
+
+def _take(r, runs, store, leases):
+    """Take a run unless it is another job's, has been stored by one meanwhile, or needs one that is another's."""
+    if not leases.take([r.key]):
+        return False
+    left = missing(runs, store)
+    if r in left and not needs(r).intersection(left):
+        return True
+    leases.release([r.key])
+    return False
 
 
 def _agreed(value):

@@ -10,6 +10,7 @@ is not of this form takes the general way.
 import copy
 import math
 import platform
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ FORWARDS = {cls: cls.forward for cls in CLASSES}
 FEW = 1 / 3  # below this density it is faster to gather the survivors for the optimiser than to mask all gradients
 
 
-def layers(model):
+def layers(model: nn.Module) -> list[nn.Linear] | None:
     """The Linear layers of `Flatten, Linear, ReLU, Linear, …, Linear`, with masks or without; else None.
 
     Else is whatever could make a call of the model, or autograd behind it, do anything but the plain arithmetic:
@@ -93,7 +94,7 @@ def _is_watched(p):
         return p.view_as(p).grad_fn.next_functions[0][0].metadata.pop("seen", False)
 
 
-def trainable(models, shape=None):
+def trainable(models: Sequence[nn.Module], shape: Sequence[int] | None = None) -> bool:
     """Whether `Step`, or `Population` for several, trains these models on images of this shape (C, H, W).
 
     They have `layers` of the same sizes and dtypes, on one device, no tensor of one is another's, and every mask is of
@@ -109,7 +110,7 @@ def trainable(models, shape=None):
 
 
 @torch.no_grad()
-def forward(model):
+def forward(model: nn.Module) -> Callable | None:
     """On the CPU, float [B, …] → logits [B, classes] of the weights as they are now, without gradients; else None.
 
     None also for a network with weights that are not finite.
@@ -146,7 +147,7 @@ def _product(x, weight, bias=None, relu=False):
 
 
 @torch.no_grad()
-def narrow(model, inputs):
+def narrow(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     """A copy of a model with `layers` that reads only these inputs, int64 [n]."""
     model = copy.deepcopy(model)
     first = layers(model)[0]
@@ -161,7 +162,7 @@ def narrow(model, inputs):
 
 
 @torch.no_grad()
-def widen(model, narrow, inputs):
+def widen(model: nn.Module, narrow: nn.Module, inputs: torch.Tensor) -> None:
     """Copy the parameters of a `narrow` copy back into the model; what reads the other inputs stays as it is."""
     for layer, trained in zip(layers(model), layers(narrow), strict=True):
         weight = M.original(layer)
@@ -220,7 +221,7 @@ class Step:
         return loss
 
     @torch.no_grad()
-    def sync(self, k=0):
+    def sync(self, k: int = 0) -> None:
         """Copy θ into the model."""
         for layer, weight, bias in zip(self.layers, self.weights, self.biases, strict=True):
             _copy(layer, weight, bias)
@@ -262,7 +263,7 @@ class Population:
         self.optimizer.step()
         return loss
 
-    def activations(self, x):
+    def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x₀ [K, B, n₀], the hidden layers after ReLU, the logits [K, B, classes]."""
         xs = [x.flatten(2)]
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), start=1):
@@ -270,12 +271,12 @@ class Population:
             xs.append(z.relu_() if i < len(self.weights) else z)
         return xs
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float [B, …] → the logits of all networks for the same images [K, B, classes]."""
         return self.activations(x.expand(len(self.layers), *x.shape))[-1]
 
     @torch.no_grad()
-    def sync(self, k):
+    def sync(self, k: int) -> None:
         """Copy θ of network k into its model."""
         for layer, weight, bias in zip(self.layers[k], self.weights, self.biases, strict=True):
             _copy(layer, weight[k], bias[k])

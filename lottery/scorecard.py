@@ -11,12 +11,19 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lottery import claims as C
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lottery.experiments import Run, Store
 
 FIELDS = (
     *("paper", "item", "panel", "claim", "primary", "item_source", "title", "evidence", "net", "data"),
@@ -41,7 +48,7 @@ ALIKE = {"parent", "seed", "draw", "test_readings"}
 FEWER = {"images", "train_fraction", "rewind_to", "iterations", "milestones", "warmup", "eval_every", "precision"}
 
 
-def claims(paper, reported_dir=None):
+def claims(paper: str, reported_dir: Path | str | None = None) -> "pd.DataFrame":
     """The rules of a paper's claims, `<paper>_claims.csv`, as a pandas.DataFrame.
 
     A row without `kind` only names an item that claims nothing testable. arm_a is the larger one: A > B.
@@ -57,7 +64,7 @@ def claims(paper, reported_dir=None):
     return read(paper, "_claims", reported_dir)
 
 
-def reported(paper, reported_dir=None):
+def reported(paper: str, reported_dir: Path | str | None = None) -> "pd.DataFrame":
     """The numbers that a paper printed, `<paper>.csv`, as a pandas.DataFrame.
 
     provenance: "paper" (drawn as the paper's), "secondary", "computed" or "memory" (never drawn as the paper's), each
@@ -66,7 +73,7 @@ def reported(paper, reported_dir=None):
     return read(paper, "", reported_dir)
 
 
-def read(paper, kind="", reported_dir=None):
+def read(paper: str, kind: str = "", reported_dir: Path | str | None = None) -> "pd.DataFrame":
     """`<paper>.csv`, or with kind "_claims" the rules, as a pandas.DataFrame; what is empty is "" in text, else NaN."""
     import pandas as pd
 
@@ -97,12 +104,14 @@ def _undamaged(path):
     return content
 
 
-def papers(folder):
+def papers(folder: Path) -> list[str]:
     """The papers that have claims."""
     return sorted(path.name.removesuffix("_claims.csv") for path in folder.glob("*_claims.csv"))
 
 
-def scorecard(paper=None, store=None, reported_dir=None):
+def scorecard(
+    paper: str | None = None, store: "Store | Path | str | None" = None, reported_dir: Path | str | None = None
+) -> dict:
     """{"schema": 1, "rows": [...], "totals": {...}}, ready for strict JSON. store: a `Store`, or its folder."""
     from lottery import experiments
     from lottery.experiments.store import Rows
@@ -119,7 +128,9 @@ def scorecard(paper=None, store=None, reported_dir=None):
     return {"schema": 1, "rows": rows, "totals": totals(rows)}
 
 
-def runs(paper, ids, scale, trials=None, reported_dir=None):
+def runs(
+    paper: str, ids: Iterable[str], scale: str, trials: int | None = None, reported_dir: Path | str | None = None
+) -> "list[Run]":
     """The Runs that some claims rest on at one scale, those of the baseline gate with them.
 
     trials: default the claim's, below scale "paper" no more than the scale has. Raises ValueError for a claim that the
@@ -146,7 +157,7 @@ def runs(paper, ids, scale, trials=None, reported_dir=None):
     return list(found.values())
 
 
-def totals(rows):
+def totals(rows: list[dict]) -> dict:
     """Verdicts by evidence, so that exact items are never added to experiments, of all and of the primary claims."""
     rows = [row for row in rows if row["claim"]]
     tested = [row["rule"].split(";")[0] for row in rows if row["evidence"] != "exact" and word(row) != "not tested"]
@@ -179,23 +190,23 @@ def _after_holm(rows):
     return {"tested": len(tested), "pass": sum(said in PASSED for said in words), "after_holm": after, "mixed": mixed}
 
 
-def word(row):
+def word(row: dict) -> str | None:
     """The verdict without its remarks."""
     return row["verdict"] and row["verdict"].split(" (")[0].removesuffix(C.SIZE)
 
 
-def note(row):
+def note(row: dict) -> str:
     """The remarks of the verdict: "size differs; setting unknown", or nothing."""
     size, _, remark = (row["verdict"] or "").removeprefix(word(row) or "").partition(" (")
     return "; ".join(filter(None, [size.removeprefix(", "), remark.removesuffix(")")]))
 
 
-def anchor(row):
+def anchor(row: dict) -> str:
     """The permalink of a row: the claim's id, or the paper and item."""
     return row["claim"] or f"{row['paper']}-{_short(row['item'])}"
 
 
-def text(card):
+def text(card: dict) -> str:
     """Lines for a terminal: one a claim that has evidence, then the totals."""
     lines = []
     for row in card["rows"]:
@@ -218,13 +229,13 @@ def text(card):
     return "\n".join(lines)
 
 
-def tested(card):
+def tested(card: dict) -> list[dict]:
     """Rows of the claims that got a verdict: primary ones first, exact statements last."""
     rows = [row for row in card["rows"] if row["claim"] and row["evidence"] != "none" and word(row) != "not tested"]
     return sorted(rows, key=lambda row: (not row["primary"], row["evidence"] == "exact"))
 
 
-def summary(card):
+def summary(card: dict) -> str:
     """Lines for a chapter: how many claims were tested, and how they came out."""
     rows, chance = tested(card), card["totals"]["chance"]
     runs, exact = ([row for row in rows if (row["evidence"] == "exact") == kind] for kind in (False, True))
@@ -238,32 +249,32 @@ def summary(card):
     return "\n".join(lines)
 
 
-def said(row):
+def said(row: dict) -> str:
     """The verdict with what happened to its rule after the runs, and the word before that."""
     changed = ", before that: ".join(filter(None, [row["stale"], row["was"]]))
     return "; ".join(filter(None, [row["verdict"], changed]))
 
 
-def number(v, digits=4):
+def number(v: float | None, digits: int = 4) -> str:
     """A value for reading."""
     if v is None:
         return "–"
     return ("−" if v < 0 else "") + (f"{abs(v):,.0f}" if abs(v) >= 10_000 else f"{abs(v):.{digits}g}")
 
 
-def interval(v):
+def interval(v: Sequence[float] | None) -> str:
     """An interval for reading."""
     return "" if v is None else f"[{number(v[0], 3)}, {number(v[1], 3)}]"
 
 
-def measured(row, ours, bounds):
+def measured(row: dict, ours: float | None, bounds: Sequence[float] | None) -> str:
     """What came out, with its unit and interval, for reading: "1.48 × [1.07, 2.04]", "0.398 points [0.239, 0.557]"."""
     _, _, unit = (row["quantity"] or "").partition(", ")
     unit = {"ratio A/B": "×", "%": "%"}.get(unit, unit.partition(",")[0]) if bounds else ""
     return " ".join(filter(None, [number(ours), unit, interval(bounds)]))
 
 
-def table(rows):
+def table(rows: list[dict]) -> "pd.DataFrame":
     """Rows as a table for reading: a DataFrame of strings."""
     import pandas as pd
 
@@ -299,7 +310,7 @@ class Judge:
             return self.experiment and self.experiment.measured(measured, name, x, trial, scale)
         return self.experiment.arm(name, x, trial, scale) if self.experiment else None
 
-    def row(self, claim):
+    def row(self, claim: dict) -> dict:
         """One row of the scorecard, of a row of the rules."""
         claim = _blank_is_none(claim)
         row = dict.fromkeys(FIELDS) | {k: claim[k] for k in ("item", "panel", "item_source", "trials_paper")}
@@ -346,12 +357,12 @@ class Judge:
         scales = self.experiment.scales if trained else ()
         return [at for scale in scales if (at := _At(self, claim, scale)).cells]
 
-    def other(self, claim):
+    def other(self, claim: dict) -> "_At | None":
         """(the claim under another reading of its unknown setting, where its runs are all stored), or None."""
         other = self.rules.get(claim["alternative"])
         return other and _best(self._tried(other))
 
-    def dense(self, claim):
+    def dense(self, claim: dict) -> tuple[str, dict[str, tuple[str, float]]]:
         """(quantity, {dense arm: (reading, %)}): what the paper prints for the claim's nets.
 
         At the claim's reading point, else the best over the epochs where only that is printed.
@@ -607,7 +618,7 @@ _COLUMNS = {"net": "model", "data": "dataset", "device": "device"}
 # Reading runs ---------------------------------------------------------------------------------------------------------
 
 
-def reading(row, quantity, at):
+def reading(row: dict, quantity: str, at: str) -> float:
     """What a stored run reads at "early_stop", "last", or "best", the highest test accuracy over the readings.
 
     Points, the logarithm of iterations, or a loss of the last epoch; diverged is chance. What a measurement reads: the
@@ -630,14 +641,14 @@ def reading(row, quantity, at):
     return 100 * (_chance(row) if bad else row[f"{at}_{ACCURACIES[quantity]}"])
 
 
-def correct(row, at):
+def correct(row: dict, at: str) -> np.ndarray:
     """Correctness of every test image, float [n_test], in points."""
     if row["status"] == "diverged":
         return np.full(row["n_test"], 100 * _chance(row))
     return 100.0 * np.unpackbits(np.frombuffer(row[f"{at}_correct"], dtype=np.uint8), count=row["n_test"])
 
 
-def contrast(arms, read):
+def contrast(arms: Sequence[list[dict]], read: Callable[[dict], float]) -> float:
     """A − B of one trial, (A − B) − (C − D), or A alone; repeats are averaged first, as much as each has a `share`."""
     a, *b = (
         np.average([read(row) for row in arm], axis=0, weights=[row.get("share", 1) for row in arm]) for arm in arms
@@ -659,7 +670,7 @@ def _censored(cell):
     return max(map(np.mean, late)) if C.too_censored(late) else 0
 
 
-def images(kind, d, rows, at, margin):
+def images(kind: str, d: np.ndarray, rows: list[list[list[list[dict]]]], at: str, margin: float) -> list[float] | None:
     """The interval over trials × test images of what a verdict rests on; d: differences [cells, trials]."""
     if d.shape[1] < 2:
         return None
@@ -670,7 +681,7 @@ def images(kind, d, rows, at, margin):
     return list(C.two_way_interval(each))
 
 
-def compare(spec, paper):
+def compare(spec: dict, paper: dict) -> str:
     """Evidence of one run's spec beside the paper's."""
     spec, paper = ({**s, **s.get("recipe", {}), "recipe": None} for s in (spec, paper))
     differ = {name for name in spec if spec[name] != paper.get(name)} - ALIKE
@@ -678,7 +689,7 @@ def compare(spec, paper):
 
 
 @functools.cache
-def count(quantity, name):
+def count(quantity: str, name: str) -> float | None:
     """Weights without biases, of all layers or of convolutions, or fully connected layers' share of them in %.
 
     None when `models` does not have the network.

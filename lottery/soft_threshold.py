@@ -1,7 +1,5 @@
 """Soft Threshold weight Reparameterization (STR). Kusupati et al., ICML 2020, arXiv 2002.03231.
 
-(The body of the paper was out of reach: the steps follow its summaries and the authors' code.)
-
 Every layer l trains its weights W_l and a threshold parameter s_l together, by plain SGD from scratch:
 
 1. The layer computes with S_g(W, s) = sign(W) · relu(|W| − α), α = g(s), in the place of W. g = sigmoid for weights,
@@ -19,7 +17,8 @@ gradient, neither to W nor to s. A pruned weight moves by its decay and momentum
 Differs from the authors' code in:
 
 * g: theirs runs with sigmoid only, another choice fails at the first forward; exp is the paper's;
-* granularity: theirs is one s per layer; the paper remarks on the others without an experiment;
+* granularity: theirs is one s per layer; the paper has one for all layers as well (Table 9) and one per weight
+  (appendix A.5.3), and its remark on one per filter comes without a number;
 * the shape of s: a scalar for one number; theirs is (1, 1);
 * the classifier: any Linear or Conv layer; theirs is a 1x1 convolution without bias;
 * `param_groups`: one decay for W, biases, batch norms and s; theirs can switch that of batch norms off;
@@ -28,15 +27,19 @@ Differs from the authors' code in:
 
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from lottery import masks as M
-from lottery.methods import Method, densities
+from lottery.methods import Method, densities, need, number
+
+if TYPE_CHECKING:
+    from lottery.training import Recipe, Step
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -59,7 +62,7 @@ class SoftThreshold(nn.Module):
 
     prunes = True
 
-    def __init__(self, s_init, g="sigmoid"):
+    def __init__(self, s_init: float | torch.Tensor, g: str = "sigmoid"):
         super().__init__()
         if g not in G:
             raise ValueError(f"Invalid g {g!r}: give 'sigmoid' or 'exp'.")
@@ -69,16 +72,22 @@ class SoftThreshold(nn.Module):
             raise ValueError(f"Invalid s_init {bad}: give a finite number, far below 0 for a dense start.")
         self.g, self.s = g, nn.Parameter(s)
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         alpha = self.threshold()
         return torch.sign(weight) * torch.relu(torch.abs(weight) - alpha)
 
-    def threshold(self):
+    def threshold(self) -> torch.Tensor:
         """α = g(s), of the shape of s."""
         return G[self.g](self.s)
 
 
-def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
+def attach(
+    model: nn.Module,
+    s_init: float,
+    g: str = "sigmoid",
+    granularity: str = "layer",
+    layers: Iterable[str] | None = None,
+) -> nn.Module:
     """Put soft thresholds on the model, in place. Build the optimiser afterwards: it has to hold s.
 
     Args:
@@ -95,12 +104,7 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"Invalid granularity {granularity!r}: give {', '.join(map(repr, GRANULARITIES))}.")
-    every = M.prunable(model)
-    layers = list(every) if layers is None else list(layers)
-    if not layers:
-        raise ValueError("Nothing prunable: the model has no Linear or Conv layer, or `layers` is empty.")
-    M.check_names(layers, every, "layers", "model", complete=False)
-    chosen = {name: every[name] for name in layers}
+    chosen = M.chosen(model, layers)
     M.check_free(chosen, SoftThreshold, above=(M.Mask,))  # `read` sees the zeros of both
     if not M.is_number(s_init):
         raise ValueError(f"Invalid s_init {s_init!r}: give a finite number, far below 0 for a dense start.")
@@ -115,18 +119,18 @@ def attach(model, s_init, g="sigmoid", granularity="layer", layers=None):
             raise ValueError(f"Invalid s_init {s_init}: give a number that {weight.dtype} can hold, such as -3200.")
     new = {n: SoftThreshold(w.new_full(_shape(w, granularity), float(s_init)), g) for n, w in like.items()}
 
-    on = {name: p for name in layers if (p := _threshold(every[name]))}
-    uses = Counter(id(p) for module in every.values() if (p := _threshold(module)))
+    on = {name: p for name, layer in chosen.items() if (p := _threshold(layer))}
+    uses = Counter(id(p) for layer in M.prunable(model).values() if (p := _threshold(layer)))
     shared = next(iter(on.values()), next(iter(new.values())))
     for name, p in on.items():
         sharing = p is shared if granularity == "global" else uses[id(p)] == 1
         if p.g != g or p.s.shape != new[name].s.shape or not sharing:
             raise ValueError(f"Layer {name!r} carries a soft threshold of another kind: lottery.masks.bake it first.")
-    for name in layers:
+    for name, layer in chosen.items():
         if name in on:
             nn.init.constant_(on[name].s, s_init)
         else:
-            M.put(model, every[name], shared if granularity == "global" else new[name])
+            M.put(model, layer, shared if granularity == "global" else new[name])
     return model
 
 
@@ -162,46 +166,44 @@ class STR(Method):
 
     def __post_init__(self):
         for name, known in (("g", G), ("granularity", GRANULARITIES), ("decay", DECAYS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"Invalid {name} {value!r}: give {' or '.join(map(repr, known))}.")
-        if not (isinstance(self.s_init, int | float) and math.isfinite(self.s_init)):
-            raise ValueError(f"Invalid s_init {self.s_init!r}: give a finite number, far below 0 for a dense start.")
-        if self.freeze is not None and not 0 < self.freeze < 1:
-            raise ValueError(f"Invalid freeze {self.freeze!r}: give a share of the training, 0 < freeze < 1, or None.")
-        if self.density is not None and (self.freeze is None or not 0 < self.density <= 1):
-            raise ValueError(f"Invalid density {self.density!r}: give 0 < density <= 1, and freeze with it.")
+            need(self, name, getattr(self, name) in list(known), f"give {' or '.join(map(repr, known))}")
+        need(self, "s_init", number(self.s_init), "give a finite number, far below 0 for a dense start")
+        share = self.freeze is None or (number(self.freeze) and 0 < self.freeze < 1)
+        need(self, "freeze", share, "give a share of the training, 0 < freeze < 1, or None")
+        share = self.density is None or (self.freeze is not None and number(self.density) and 0 < self.density <= 1)
+        need(self, "density", share, "give 0 < density <= 1, and freeze with it")
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         return attach(model, self.s_init, self.g, self.granularity, self.layers)
 
-    def param_groups(self, model, recipe):
+    def param_groups(self, model: nn.Module, recipe: "Recipe") -> list[dict[str, Any]]:
         return param_groups(model, recipe, self.decay)
 
-    def before_step(self, t, step):
+    def before_step(self, t: int, step: "Step") -> None:
         if self.freeze is not None and t == round(self.freeze * step.recipe.iterations):
             freeze(step.model, self.density, step.optimizer)
 
-    def masks(self, model):
+    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Of the layers that carry a threshold."""
         layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
         return {name: layer.weight.detach() != 0 for name, layer in layers.items()}
 
-    def reading(self, model):
+    def reading(self, model: nn.Module) -> dict[str, float]:
         """The densities, and of each layer the mean s and the mean threshold (figures 1 to 3)."""
         on = {name: p for name, layer in M.prunable(model).items() if (p := _threshold(layer))}
         s = {f"s/{name}": p.s.mean().item() for name, p in on.items()}
         return densities(self.masks(model)) | s | {f"threshold/{n}": p.threshold().mean().item() for n, p in on.items()}
 
-    def check(self, model, before, finished):
+    def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
         """Masks are there to move."""
 
 
-def thresholds(model):
+def thresholds(model: nn.Module) -> dict[str, torch.Tensor]:
     """α = g(s) of the layers that carry a threshold, detached: `{layer: tensor}`, a scalar or of the shape of s."""
     return {n: p.threshold().detach() for n, module in M.prunable(model).items() if (p := _threshold(module))}
 
 
-def freeze(model, density=None, optimizer=None):
+def freeze(model: nn.Module, density: float | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
     """End the learning of thresholds: what is kept now stays, what is pruned stays 0, and training may go on.
 
     Every W becomes S_g(W, s), and s goes so far down that the threshold is 0 from here on; a weight of exactly 0 gets
@@ -213,7 +215,7 @@ def freeze(model, density=None, optimizer=None):
     """
     layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
     now = M.density({name: layer.weight.detach() != 0 for name, layer in layers.items()})
-    share = 1.0 if density is None else min(1.0, density / now)
+    share = min(1.0, density / now) if density is not None and now else 1.0
     memory = {} if optimizer is None else optimizer.state
     for layer in layers.values():
         w, s = layer.weight.detach().clone(), _threshold(layer).s
@@ -230,7 +232,7 @@ def freeze(model, density=None, optimizer=None):
                     moment.masked_fill_(gone, 0)
 
 
-def param_groups(model, recipe, decay="all"):
+def param_groups(model: nn.Module, recipe: "Recipe", decay: str = "all") -> list[dict[str, Any]]:
     """Two groups for `training.fit`: everything else, and every s once; both with the recipe's weight decay.
 
     Decay on s is what prunes. Without it (1-d parameters left out of decay, as many scripts do) s stays where it
@@ -253,12 +255,12 @@ def param_groups(model, recipe, decay="all"):
     return [{"params": p, "weight_decay": 0.0 if p is none else recipe.weight_decay} for p in (rest, s)]
 
 
-def read(model):
+def read(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that are left: `masks.remaining`, `{layer: BoolTensor}` of every prunable layer."""
     return M.remaining(model)
 
 
-def budgets(model):
+def budgets(model: nn.Module) -> dict[str, float]:
     """The learnt density of every prunable layer, `{layer: float}`: to be given to `masks.top_k` as it is.
 
     top_k then keeps exactly as many weights of every layer. Reads baked models as well.
@@ -271,7 +273,7 @@ def budgets(model):
     return found
 
 
-def decay_path(s_init, recipe):
+def decay_path(s_init: float, recipe: "Recipe") -> np.ndarray:
     """The closed form of s under decay alone, valid until the onset: float64 [iterations + 1], from s_0 = s_init.
 
     s_t = s_init · exp(−Λ_t), Λ_t = λ · Σ_{i<t} lr_i / (1 − momentum). Exact as λ · lr / (1 − momentum)² goes to 0.
@@ -284,13 +286,13 @@ def decay_path(s_init, recipe):
     return s_init * np.exp(-recipe.weight_decay * _pull(s_init, recipe))
 
 
-def onset(s_init, recipe, s=ONSET):
+def onset(s_init: float, recipe: "Recipe", s: float = ONSET) -> int | None:
     """Number of iterations after which s first is at or above `s` by the closed form; None: not in this training."""
     (reached,) = np.nonzero(decay_path(s_init, recipe) >= s)
     return int(reached[0]) if len(reached) else None
 
 
-def decay_for(s_init, recipe, share=0.3, s=ONSET):
+def decay_for(s_init: float, recipe: "Recipe", share: float = 0.3, s: float = ONSET) -> float:
     """The λ with which s arrives at `s` after `share` of the recipe's iterations: where `reach` may start.
 
     The paper's 90 % ResNet-50 has its onset after 28 % of the training. A λ taken from another training length does
@@ -336,13 +338,13 @@ class Reach:
     model: object = None
 
     @property
-    def best(self):
+    def best(self) -> Trial | None:
         """The trial nearest to the target, or None."""
         usable = [trial for trial in self.trials if not math.isnan(trial.density)]
         return min(usable, key=lambda trial: abs(trial.density - self.density), default=None)
 
     @property
-    def found(self):
+    def found(self) -> bool:
         """Whether the best trial is within the tolerance."""
         return self.best is not None and abs(self.best.density - self.density) <= self.tolerance
 
@@ -358,7 +360,15 @@ class Reach:
         return "\n".join([head, f"{'weight_decay':>14} {'s_init':>12} {'density':>10}", *rows])
 
 
-def reach(density, train, weight_decay, s_init=-3200.0, tolerance=0.005, trials=12, report=None):
+def reach(
+    density: float,
+    train: Callable[[float, float], nn.Module | float],
+    weight_decay: float,
+    s_init: float = -3200.0,
+    tolerance: float = 0.005,
+    trials: int = 12,
+    report: Callable[[Trial], Any] | None = None,
+) -> Reach:
     """Search λ, then s_init, for a density: how to get to 90 %. There is no knob for it, so this trains.
 
     Density falls with λ and, at one λ, with a smaller |s_init|. λ is doubled or halved until two values enclose the

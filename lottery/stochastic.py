@@ -27,14 +27,17 @@ Differs from the authors' code in:
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lottery import cs
 from lottery import masks as M
-from lottery.dynamic import need
-from lottery.methods import Method, densities
+from lottery.methods import Method, densities, need, number
+
+if TYPE_CHECKING:
+    from lottery.training import Recipe, Step
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -52,7 +55,7 @@ class Drawn(nn.Module):
     prunes = True
     noise = None
 
-    def draw(self, generator):
+    def draw(self, generator: torch.Generator) -> None:
         """New noise u ~ U(0, 1) for training, in place from the second time on."""
         u = torch.rand(self.logits.shape, generator=generator, dtype=self.logits.dtype)
         u.clamp_(EPSILON, 1 - EPSILON)
@@ -61,38 +64,40 @@ class Drawn(nn.Module):
         else:
             self.noise.copy_(u)
 
-    def mask(self):
+    def mask(self) -> torch.Tensor:
         """m: `drawn` in training once there is noise, else `fixed`."""
         return self.drawn() if self.training and self.noise is not None else self.fixed()
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight * self.mask()
 
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
 
 
 class HardConcrete(Drawn):
     """The parametrization w ↦ z ⊙ w with hard concrete gates z in [0, 1]; parameter `log_alpha`."""
 
-    def __init__(self, weight, drop=0.5, beta=2 / 3, gamma=-0.1, zeta=1.1):
+    def __init__(
+        self, weight: torch.Tensor, drop: float = 0.5, beta: float = 2 / 3, gamma: float = -0.1, zeta: float = 1.1
+    ):
         super().__init__()
         self.log_alpha = nn.Parameter(torch.full_like(weight, math.log(1 / drop - 1)))
         self.beta, self.gamma, self.zeta = beta, gamma, zeta
 
     @property
-    def logits(self):
+    def logits(self) -> nn.Parameter:
         return self.log_alpha
 
-    def drawn(self):
+    def drawn(self) -> torch.Tensor:
         """z of the noise u (eq. 10 and 11)."""
         return self._stretched((torch.logit(self.noise) + self.log_alpha) / self.beta)
 
-    def fixed(self):
+    def fixed(self) -> torch.Tensor:
         """z of a test (eq. 13)."""
         return self._stretched(self.log_alpha)
 
-    def active(self):
+    def active(self) -> torch.Tensor:
         """P(z ≠ 0) = σ(log α − β log(−γ / ζ)) of each gate (eq. 12), with gradient."""
         return torch.sigmoid(self.log_alpha - self.beta * math.log(-self.gamma / self.zeta))
 
@@ -106,24 +111,24 @@ class Bernoulli(Drawn):
     rescale: times the layer's size over the number of ones, the paper's dynamic weight rescaling.
     """
 
-    def __init__(self, weight, s0=0.0, rescale=False):
+    def __init__(self, weight: torch.Tensor, s0: float = 0.0, rescale: bool = False):
         super().__init__()
         self.s, self.rescale = nn.Parameter(torch.full_like(weight, s0)), rescale
 
     @property
-    def logits(self):
+    def logits(self) -> nn.Parameter:
         return self.s
 
-    def drawn(self):
+    def drawn(self) -> torch.Tensor:
         """1 where u < σ(s)."""
         p = self.active()
         return self._rescaled((self.noise < p).to(p) + (p - p.detach()))
 
-    def fixed(self):
+    def fixed(self) -> torch.Tensor:
         """1 where it is likelier than 0: s > 0."""
         return self._rescaled((self.s > 0).to(self.s))
 
-    def active(self):
+    def active(self) -> torch.Tensor:
         """P(m = 1) = σ(s) of each entry, with gradient."""
         return torch.sigmoid(self.s)
 
@@ -142,53 +147,50 @@ class _Drawn(Method):
     rate: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self):
-        need(self, "rate", 0 < self.rate < math.inf, "give a number above 0")
+        need(self, "rate", number(self.rate) and self.rate > 0, "give a number above 0")
 
-    def gate(self, weight):
+    def gate(self, weight: torch.Tensor) -> Drawn:
         """A new parametrization for a weight."""
         raise NotImplementedError
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         """Put gates on `layers`, anew where there are some. Raises ValueError: nothing prunable, unknown names."""
-        found = M.prunable(model)
-        names = list(found) if self.layers is None else list(self.layers)
-        if not names:
-            raise ValueError("Nothing prunable: there is no Linear or Conv layer to put a gate on.")
-        M.check_names(names, found, "layers", "model", complete=False)
-        gates = {name: self.gate(M.original(found[name]).detach()) for name in names}
+        found = M.chosen(model, self.layers)
+        gates = {name: self.gate(M.original(layer).detach()) for name, layer in found.items()}
         for name, new in gates.items():
             M.check_free({name: found[name]}, type(new))
         for name, new in gates.items():
             if old := M.on(found[name], type(new)):
-                old.__dict__.update({k: v for k, v in new.__dict__.items() if not k.startswith("_")})
+                own = {k: v for k, v in new.__dict__.items() if not k.startswith("_") and k != "training"}
+                old.__dict__.update(own, noise=None)
                 old.logits.data.copy_(new.logits)
             else:
                 M.put(model, found[name], new)
         return model
 
-    def param_groups(self, model, recipe):
+    def param_groups(self, model: nn.Module, recipe: "Recipe") -> list[dict[str, Any]]:
         """Two groups: the gates' parameters, without weight decay and at their own rate, and all others trained."""
         own = {id(gate.logits): gate.logits for gate in gates(model).values()}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         decays = [{"params": rest, "weight_decay": recipe.weight_decay}] if rest else []
         return [*decays, {"params": list(own.values()), "weight_decay": 0.0, "rate": self.rate}]
 
-    def before_step(self, t, step):
+    def before_step(self, t: int, step: "Step") -> None:
         """Draw the noise of the step, layer by layer, from the training's own key."""
         generator = step.generator
         for gate in gates(step.model).values():
             gate.draw(generator)
 
-    def masks(self, model):
+    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Where the mask of a test is not 0, for the layers with gates."""
         return {name: gate.fixed().detach() != 0 for name, gate in gates(model).items()}
 
-    def reading(self, model):
+    def reading(self, model: nn.Module) -> dict[str, float]:
         """Densities of a test's masks, over all and of each layer, and "expected": the mean probability of a weight."""
         p = torch.cat([gate.active().detach().flatten() for gate in gates(model).values()])
         return {**densities(self.masks(model)), "expected": p.mean().item()}
 
-    def check(self, model, before, finished):
+    def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
         """Nothing is promised. The last noise goes: from now on the weights are a test's, in any mode."""
         for gate in gates(model).values():
             gate.noise = None
@@ -215,20 +217,20 @@ class L0(_Drawn):
 
     def __post_init__(self):
         super().__post_init__()
-        need(self, "lam", 0 <= self.lam < math.inf, "give the weight of the penalty, a number from 0")
-        need(self, "drop", 0 < self.drop < 1, "give a drop rate, 0 < drop < 1")
-        need(self, "beta", 0 < self.beta <= 1, "give a temperature, 0 < beta <= 1")
-        need(self, "gamma", -math.inf < self.gamma < 0, "give a number below 0")
-        need(self, "zeta", 1 < self.zeta < math.inf, "give a number above 1")
+        need(self, "lam", number(self.lam) and self.lam >= 0, "give the weight of the penalty, a number from 0")
+        need(self, "drop", number(self.drop) and 0 < self.drop < 1, "give a drop rate, 0 < drop < 1")
+        need(self, "beta", number(self.beta) and 0 < self.beta <= 1, "give a temperature, 0 < beta <= 1")
+        need(self, "gamma", number(self.gamma) and self.gamma < 0, "give a number below 0")
+        need(self, "zeta", number(self.zeta) and self.zeta > 1, "give a number above 1")
 
-    def gate(self, weight):
+    def gate(self, weight: torch.Tensor) -> HardConcrete:
         return HardConcrete(weight, self.drop, self.beta, self.gamma, self.zeta)
 
-    def penalty(self, model):
+    def penalty(self, model: nn.Module) -> torch.Tensor:
         """λ Σ P(z ≠ 0), a scalar with gradient."""
         return self.lam * sum(gate.active().sum() for gate in gates(model).values())
 
-    def before_step(self, t, step):
+    def before_step(self, t: int, step: "Step") -> None:
         """Clip log α to [log 0.01, log 100], as the authors' code does after every step, and draw."""
         for gate in gates(step.model).values():
             gate.log_alpha.data.clamp_(math.log(1e-2), math.log(1e2))
@@ -252,13 +254,13 @@ class Supermask(_Drawn):
 
     def __post_init__(self):
         super().__post_init__()
-        need(self, "s0", abs(self.s0) <= 80, "give a number near 0, at most 80 in size")
+        need(self, "s0", number(self.s0) and abs(self.s0) <= 80, "give a number near 0, at most 80 in size")
         need(self, "rescale", isinstance(self.rescale, bool), "give True or False")
 
-    def gate(self, weight):
+    def gate(self, weight: torch.Tensor) -> Bernoulli:
         return Bernoulli(weight, self.s0, self.rescale)
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         return freeze(super().attach(model))
 
 
@@ -269,14 +271,14 @@ class FrozenCS(cs.CS):
     Fields as of `cs.CS`. `attach` freezes all parameters of the model but s.
     """
 
-    def attach(self, model):
+    def attach(self, model: nn.Module) -> nn.Module:
         return freeze(super().attach(model))
 
-    def param_groups(self, model, recipe):
+    def param_groups(self, model: nn.Module, recipe: "Recipe") -> list[dict[str, Any]]:
         return [group for group in super().param_groups(model, recipe) if group["params"]]
 
 
-def gates(model):
+def gates(model: nn.Module) -> dict[str, Drawn]:
     """`{layer: gate}` of the layers whose mask is drawn. Raises ValueError when there is none."""
     found = {name: gate for name, layer in M.prunable(model).items() if (gate := M.on(layer, Drawn))}
     if not found:
@@ -284,7 +286,7 @@ def gates(model):
     return found
 
 
-def freeze(model):
+def freeze(model: nn.Module) -> nn.Module:
     """Let nothing train, in place, but the gates of supermasks and of Continuous Sparsification."""
     own = {id(gate.s) for gate in model.modules() if isinstance(gate, Bernoulli | cs.Gate)}
     for p in model.parameters():

@@ -9,13 +9,18 @@
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lottery import data, models, tensorfile
 from lottery import masks as M
+
+if TYPE_CHECKING:
+    from lottery.experiments import Store
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,17 @@ class Ticket:
     bitwise: bool = True
 
     @property
-    def density(self):
+    def density(self) -> float:
         """Fraction of the masked layers' weights that is kept."""
         return M.density(self.masks)
 
-    def model(self, net=None):
+    def model(self, net: torch.nn.Module | None = None) -> torch.nn.Module:
         """The network m ⊙ θ, with the masks attached, ready to train: the spec's architecture, or a copy of `net`."""
         net = copy.deepcopy(net) if net is not None else _create(self.spec)
         return M.restore(M.attach(net, self.masks), self.theta)
 
 
-def level(level, seed=0, scale=None, store=None):
+def level(level: int, seed: int = 0, scale: str | None = None, store: "Store | None" = None) -> Ticket:
     """The ticket of one level of the lottery ticket chapter's IMP chain, from the store.
 
     The mask is stored with the run; θ₀ is drawn again from the seed and compared with the hash of the one trained.
@@ -68,7 +73,7 @@ def level(level, seed=0, scale=None, store=None):
     return stored(row)
 
 
-def stored(row):
+def stored(row: Mapping[str, Any]) -> Ticket:
     """The ticket of a stored run that started from θ₀, a row of `experiments.load`."""
     from lottery.experiments.store import unpack_masks
 
@@ -80,7 +85,7 @@ def stored(row):
     return Ticket(theta, unpack_masks(row["mask"], shapes), spec, bitwise)
 
 
-def save(ticket, path):
+def save(ticket: Ticket, path: Path | str) -> None:
     """Write a ticket as one safetensors file: `theta/…`, `mask/…`, and with a hash over all of it spec and `bitwise`.
 
     Raises FileNotFoundError: no such folder; `files.CannotWrite`.
@@ -92,7 +97,7 @@ def save(ticket, path):
     tensorfile.write(path, tensors, {"spec": ticket.spec, "bitwise": ticket.bitwise})
 
 
-def load(path, model=None):
+def load(path: Path | str, model: torch.nn.Module | None = None) -> Ticket:
     """Read what `save` wrote.
 
     model: for the ticket of a model of one's own, that model, which stays as it is: the file has no code in it.
@@ -112,7 +117,8 @@ def load(path, model=None):
         theta = {name: tensors[f"theta/{name}"] for name in M.state(net)}
         masks = {name: tensors[f"mask/{name}"] for name in ranked}
         for name, mine in M.state(net).items():
-            if mine.is_floating_point() != theta[name].is_floating_point() or not theta[name].isfinite().all():
+            same = (mine.shape, mine.is_floating_point()) == (theta[name].shape, theta[name].is_floating_point())
+            if not same or not theta[name][mine.isfinite()].isfinite().all():  # a causal mask is of -inf
                 raise ValueError(f"{name} is not a tensor of finite numbers")
         M.restore(M.attach(net, masks), theta)
     except _NeedsModel:
@@ -137,13 +143,13 @@ class _NeedsModel(ValueError):
     """The network of a ticket cannot be made from its file."""
 
 
-def survivors(ticket):
+def survivors(ticket: Ticket) -> dict[str, torch.Tensor]:
     """`{layer: values}`: the initial weights that the mask keeps, as flat tensors (figures 15, 16)."""
     weights = M.weights_of(ticket.theta, ticket.masks)
     return {name: weights[name][m] for name, m in ticket.masks.items()}
 
 
-def connections(masks, direction):
+def connections(masks: dict[str, torch.Tensor], direction: str) -> dict[str, torch.Tensor]:
     """`{layer: shares}`: the share of its connections that each unit has kept (figures 21 to 24).
 
     masks: of layers in order, [units, units before]; a convolution's units are its channels, whose connections are
@@ -160,7 +166,9 @@ def connections(masks, direction):
 MOVES = {"distance": (0.0, 0.8, 80), "growth": (-0.405, 0.795, 120)}
 
 
-def moves(theta_0, theta_J, masks):
+def moves(
+    theta_0: dict[str, torch.Tensor], theta_J: dict[str, torch.Tensor], masks: dict[str, torch.Tensor]
+) -> dict[str, dict[str, dict[str, list[int]]]]:
     """How training moved weights inside and outside of a ticket (figures 19, 20), as counts.
 
     distance: of |θ_J − θ₀|; growth: of |θ_J| − |θ₀|; beyond `MOVES` counts in the last bin of that side.
@@ -177,7 +185,7 @@ def moves(theta_0, theta_J, masks):
     return found
 
 
-def digest(theta):
+def digest(theta: dict[str, torch.Tensor]) -> str:
     """sha256 of a state's values, by name, since masks change the order of a model's parameters."""
     values = (theta[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for name in sorted(theta))
     return hashlib.sha256(b"".join(values)).hexdigest()

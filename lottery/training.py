@@ -5,13 +5,16 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +23,8 @@ import torch.nn.functional as F
 from lottery import masks as M
 from lottery import perceptron, tensorfile
 from lottery.batches import Batches, normaliser, take  # noqa: F401 (the last two: where callers look for them)
-from lottery.methods import NOTHING, Method
+from lottery.data import Data, Split
+from lottery.methods import NOTHING, Method, need, number
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -66,39 +70,33 @@ class Recipe:
     smooth_readings: bool = False
 
     def __post_init__(self):
-        def need(ok, name, rule):
-            if not ok:
-                raise ValueError(f"Invalid {name} {getattr(self, name)!r}: {rule}.")
-
-        def number(value, kind=(int, float)):
-            return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-
-        need(self.optimizer in ("adam", "sgd"), "optimizer", "give 'adam' or 'sgd'")
-        need(self.test_readings in ("all", "log"), "test_readings", "give 'all' or 'log'")
-        need(self.inputs in ("unit", "standard"), "inputs", "give 'unit' or 'standard'")
-        need(self.augment in ("none", "flip-crop"), "augment", "give 'none' or 'flip-crop'")
-        need(self.precision in ("float32", "bfloat16"), "precision", "give 'float32' or 'bfloat16'")
-        need(self.schedule in ("step", "cosine"), "schedule", "give 'step' or 'cosine'")
-        need(self.last_batch in ("drop", "keep"), "last_batch", "give 'drop' or 'keep'")
-        need(isinstance(self.smooth_readings, bool), "smooth_readings", "give True or False")
-        need(number(self.lr) and self.lr > 0, "lr", "give a learning rate above 0")
-        need(number(self.momentum) and 0 <= self.momentum < 1, "momentum", "give 0 <= momentum < 1")
-        need(number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", "give a number from 0")
-        need(number(self.gamma) and self.gamma > 0, "gamma", "give a factor above 0")
+        need(self, "optimizer", self.optimizer in ("adam", "sgd"), "give 'adam' or 'sgd'")
+        need(self, "test_readings", self.test_readings in ("all", "log"), "give 'all' or 'log'")
+        need(self, "inputs", self.inputs in ("unit", "standard"), "give 'unit' or 'standard'")
+        need(self, "augment", self.augment in ("none", "flip-crop"), "give 'none' or 'flip-crop'")
+        need(self, "precision", self.precision in ("float32", "bfloat16"), "give 'float32' or 'bfloat16'")
+        need(self, "schedule", self.schedule in ("step", "cosine"), "give 'step' or 'cosine'")
+        need(self, "last_batch", self.last_batch in ("drop", "keep"), "give 'drop' or 'keep'")
+        need(self, "smooth_readings", isinstance(self.smooth_readings, bool), "give True or False")
+        need(self, "lr", number(self.lr) and self.lr > 0, "give a learning rate above 0")
+        need(self, "momentum", number(self.momentum) and 0 <= self.momentum < 1, "give 0 <= momentum < 1")
+        need(self, "weight_decay", number(self.weight_decay) and self.weight_decay >= 0, "give a number from 0")
+        need(self, "gamma", number(self.gamma) and self.gamma > 0, "give a factor above 0")
         smoothing = number(self.label_smoothing) and 0 <= self.label_smoothing < 1
-        need(smoothing, "label_smoothing", "give 0 <= label_smoothing < 1")
+        need(self, "label_smoothing", smoothing, "give 0 <= label_smoothing < 1")
         for name in ("batch_size", "iterations", "eval_every", "lr_every"):
-            need(number(value := getattr(self, name), int) and value >= 1, name, "give a whole number from 1")
-        need(number(self.warmup, int) and self.warmup >= 0, "warmup", "give a whole number of iterations from 0")
+            need(self, name, number(value := getattr(self, name), int) and value >= 1, "give a whole number from 1")
+        need(self, "warmup", number(self.warmup, int) and self.warmup >= 0, "give a whole number of iterations from 0")
         rising = isinstance(self.milestones, tuple) and all(number(t, int) and t > 0 for t in self.milestones)
         rising = rising and list(self.milestones) == sorted(self.milestones)
-        need(rising, "milestones", "give a tuple of iterations in increasing order")
-        need(isinstance(self.nesterov, bool), "nesterov", "give True or False")
-        need(not self.nesterov or (self.optimizer == "sgd" and self.momentum), "nesterov", "it needs SGD with momentum")
+        need(self, "milestones", rising, "give a tuple of iterations in increasing order")
+        need(self, "nesterov", isinstance(self.nesterov, bool), "give True or False")
+        with_momentum = self.optimizer == "sgd" and self.momentum
+        need(self, "nesterov", not self.nesterov or with_momentum, "it needs SGD with momentum")
         if self.schedule == "cosine":
-            need(not self.milestones, "milestones", "the cosine schedule has none")
+            need(self, "milestones", not self.milestones, "the cosine schedule has none")
             whole = self.warmup % self.lr_every == 0 and self.warmup < self.iterations
-            need(whole, "warmup", f"give a multiple of lr_every = {self.lr_every} below iterations")
+            need(self, "warmup", whole, f"give a multiple of lr_every = {self.lr_every} below iterations")
 
     @property
     def smoothing_at_readings(self) -> float:
@@ -109,7 +107,7 @@ class Recipe:
         """Iterations in an epoch of so many training images."""
         return -(-images // self.batch_size) if self.last_batch == "keep" else images // self.batch_size
 
-    def lr_at(self, t):
+    def lr_at(self, t: int) -> float:
         """Learning rate of the step that follows `t` finished ones, by the schedule."""
         if self.schedule == "cosine":
             e, W, E = (math.ceil(i / self.lr_every) for i in (t - t % self.lr_every, self.warmup, self.iterations))
@@ -117,7 +115,7 @@ class Recipe:
         ramp = min(1.0, t / self.warmup) if self.warmup else 1.0
         return self.lr * self.gamma ** bisect.bisect_right(self.milestones, t) * ramp
 
-    def readings(self, start=0, stop=None):
+    def readings(self, start: int = 0, stop: int | None = None) -> tuple[list[int], set[int]]:
         """Iterations after which the validation set is read, and the subset of them that reads the test set."""
         stop = stop or self.iterations
         steps = [t for t in range(self.eval_every, stop + 1, self.eval_every) if t > start]
@@ -164,20 +162,29 @@ class History:
     wall_s: float = 0.0
 
     @property
-    def censored(self):
+    def censored(self) -> bool:
         """True when the minimum validation loss fell on the last reading: the training was too short to see it."""
         return self.early_stop is not None and self.early_stop.step == self.last.step
 
 
-def optimizer(model, recipe, groups=None):
+def optimizer(
+    model: torch.nn.Module, recipe: Recipe, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
     """The recipe's optimiser, fused, of a method's parameter groups; default: one of all trainable parameters.
 
     Raises ValueError when nothing is trainable, or a trainable parameter is in no group: it cannot move.
     """
     _check_trainable(model)
     groups = NOTHING.param_groups(model, recipe) if groups is None else groups
+    groups = [{**group, "params": _parameters(group)} for group in groups]
     _check_covered(model, groups)
     return _build(groups, recipe)
+
+
+def _parameters(group):
+    """A group's parameters as a list: it may be one tensor, or what can be gone through once."""
+    params = group["params"]
+    return [params] if isinstance(params, torch.Tensor) else list(params)
 
 
 def _build(groups, recipe):
@@ -218,29 +225,39 @@ class Step:
     `start`, the iteration that this training began at.
     """
 
-    def __init__(self, model, recipe, opt, method=NOTHING, batches=None, compiled=False, start=0, loss=None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        recipe: Recipe,
+        opt: torch.optim.Optimizer,
+        method: Method = NOTHING,
+        batches: Batches | None = None,
+        compiled: bool = False,
+        start: int = 0,
+        loss: Callable[..., torch.Tensor] | None = None,
+    ):
         self.model, self.recipe, self.optimizer, self.method = model, recipe, opt, method
         self.batches, self.start, self.t, self.dtype = batches, start, start, next(model.parameters()).dtype
         self.loss = loss or functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         self.forward = torch.compile(model, dynamic=False) if compiled else model
 
     @property
-    def per_epoch(self):
+    def per_epoch(self) -> int:
         """Iterations in an epoch."""
         return self.batches.per_epoch
 
     @property
-    def batch(self):
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The minibatch (x, y) that the step is about to train on."""
         return self.batches.gather()
 
     @property
-    def generator(self):
+    def generator(self) -> torch.Generator:
         """A fresh generator, on the CPU, of the data order's seed and the iteration, apart from that of the order."""
         [seed] = self.batches.seeds
         return torch.Generator().manual_seed((seed * 1_000_003 + self.t) * 2 + 1 & 0x7FFF_FFFF_FFFF_FFFF)
 
-    def __call__(self, x, y):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(self.recipe, x):
             logits = self.forward(x)
         loss = self.loss(logits.to(self.dtype), y)
@@ -251,7 +268,7 @@ class Step:
         self.optimizer.step()
         return loss.detach()
 
-    def sync(self, k=0):
+    def sync(self, k: int = 0) -> None:
         """The model has its new weights already."""
 
 
@@ -262,10 +279,10 @@ class Graph:
     overwritten by the next call.
     """
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[], torch.Tensor]):
         self.function, self.calls, self.replay, self.result = function, 0, None, None
 
-    def __call__(self):
+    def __call__(self) -> torch.Tensor:
         self.calls += 1
         if self.calls < 4:
             return _aside(self.function)
@@ -292,13 +309,13 @@ def _capture(function):
     return graph.replay, result
 
 
-def autocast(recipe, like):
+def autocast(recipe: Recipe, like: torch.Tensor) -> torch.autocast:
     """A context that computes in the recipe's precision on the device of `like`."""
     return torch.autocast(like.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
 
 
 @contextlib.contextmanager
-def modes_kept(model):
+def modes_kept(model: torch.nn.Module) -> Iterator[None]:
     """Every module leaves in the mode in which it came, training or evaluation: some may be frozen."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -309,7 +326,13 @@ def modes_kept(model):
 
 
 @torch.no_grad()
-def evaluate(model, split, normalise, batch_size=None, smoothing=0.0):
+def evaluate(
+    model: torch.nn.Module,
+    split: Split,
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+    batch_size: int | None = None,
+    smoothing: float = 0.0,
+) -> tuple[float, torch.Tensor]:
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; all modes are left as they were.
 
     smoothing: label smoothing of that loss.
@@ -332,7 +355,7 @@ def _evaluate(forward, like, split, normalise, batch_size=2500, smoothing=0.0):
         return [math.nan], [torch.zeros(0, dtype=torch.bool)]
     losses, correct = 0.0, []
     for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
-        logits = forward(normalise(x.to(like.device))).to(like.dtype)
+        logits = forward(normalise(x.to(like.device))).to(_summed(like.dtype))
         logits = logits.view(-1, *logits.shape[-2:])
         y = y.to(like.device).expand(logits.shape[:2])
         losses += F.cross_entropy(logits.mT, y, reduction="none", label_smoothing=smoothing).sum(1)
@@ -340,20 +363,25 @@ def _evaluate(forward, like, split, normalise, batch_size=2500, smoothing=0.0):
     return (losses / len(split.y)).tolist(), torch.cat(correct, 1).cpu().unbind()
 
 
+def _summed(dtype):
+    """What losses are summed in: the model's dtype, but no half precision, in which a long sum stands still."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def fit(
-    model,
-    data,
-    recipe,
-    seed=0,
-    start=0,
-    stop=None,
-    method=NOTHING,
-    opt=None,
-    graph=True,
-    compiled=False,
-    loss=None,
-    checkpoint=None,
-):
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    data: Data,
+    recipe: Recipe,
+    seed: int | Sequence[int] = 0,
+    start: int = 0,
+    stop: int | None = None,
+    method: Method = NOTHING,
+    opt: torch.optim.Optimizer | None = None,
+    graph: bool = True,
+    compiled: bool = False,
+    loss: Callable[..., torch.Tensor] | None = None,
+    checkpoint: "Checkpoint | None" = None,
+) -> History | list[History]:
     """Train the model in place and read it as the recipe says.
 
     Args:
@@ -452,7 +480,7 @@ class _Loop:
             self.step.t = self.t
             self.method.before_step(self.t, self.step)
         self.loss = self.launch[self.batch.length]()
-        self.batch_loss = self.batch_loss + self.loss
+        self.batch_loss = self.batch_loss + self.loss.to(_summed(self.loss.dtype))
         self.t += 1
         if self.t - self.start in LOSS_STEPS:
             self.first_losses[self.t] = self.loss.clone()
@@ -510,7 +538,8 @@ class Checkpoint:
     In float64 the rest of the training is the same bit for bit.
     """
 
-    def __init__(self, path: Path | str, about: dict, every: float = 60.0):
+    def __init__(self, path: Path | str, about: dict[str, Any], every: float = 60.0):
+        about = json.loads(json.dumps(about))  # as the file has it: without tuples
         self.path, self.about, self.every, self.last = Path(path), about, every, time.monotonic()
 
     def offer(self, loop: _Loop) -> None:
@@ -560,13 +589,13 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def memory(opt, model) -> dict[str, torch.Tensor]:
+def memory(opt: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What an optimiser remembers of each parameter: `{"<kind>/<parameter>": tensor}`."""
     names = {id(t): name for name, t in M.tensors(model).items()}
     return {f"{kind}/{names[id(p)]}": t.contiguous() for p, kept in opt.state.items() for kind, t in kept.items()}
 
 
-def remember(opt, model, memory: dict[str, torch.Tensor]) -> None:
+def remember(opt: torch.optim.Optimizer, model: torch.nn.Module, memory: dict[str, torch.Tensor]) -> None:
     """Give an optimiser of the same model what another one remembered."""
     tensors = M.tensors(model)
     for name, t in memory.items():
@@ -600,8 +629,8 @@ class _Member:
         h.test_loss.append(test_loss)
         h.test_acc.append(_accuracy(correct))
         h.batch_loss.append(curve if test else math.nan)
-        for name, number in self.method.reading(self.model).items():
-            h.numbers.setdefault(name, []).append(number)
+        for name, value in self.method.reading(self.model).items():
+            h.numbers.setdefault(name, []).append(value)
         return val_loss < self.best_loss, math.isfinite(val_loss) or not len(self.data.valid.y)
 
     def remember(self, done):
@@ -677,7 +706,7 @@ def _on(device, data):
     return dataclasses.replace(data, **parts)
 
 
-def populations(models, recipe, shape=None):
+def populations(models: Sequence[torch.nn.Module], recipe: Recipe, shape: tuple[int, ...] | None = None) -> bool:
     """Whether `fit` can train these models side by side: plain fully connected networks of the same sizes.
 
     shape: of the images, (C, H, W), which they must then take as well.
@@ -685,7 +714,14 @@ def populations(models, recipe, shape=None):
     return (recipe.precision, recipe.label_smoothing) == ("float32", 0) and perceptron.trainable(models, shape)
 
 
-def reading(model, data, normalise, step, smoothing=0.0, evaluate=evaluate):
+def reading(
+    model: torch.nn.Module,
+    data: Data,
+    normalise: Callable[[torch.Tensor], torch.Tensor],
+    step: int,
+    smoothing: float = 0.0,
+    evaluate: Callable[..., tuple[float, torch.Tensor]] = evaluate,
+) -> Reading:
     """Everything at one reading point, of the model as it is now."""
     val_loss, val_correct = evaluate(model, data.valid, normalise, smoothing=smoothing)
     correct = evaluate(model, data.test, normalise)[1]

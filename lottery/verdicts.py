@@ -6,6 +6,7 @@ Everything is made from the rows of `scorecard.scorecard`; no verdict is decided
 import itertools
 import re
 from collections import Counter
+from collections.abc import Iterable
 from html import escape
 
 from lottery import names, scorecard
@@ -63,34 +64,34 @@ SHORT = {  # a primary claim in a few words, understood in any order; any other 
 }
 
 
-def kind(row):
+def kind(row: dict) -> str:
     """ "good", "part", "bad", "open", or "none" for what was not tested."""
     return next((k for k, words in KINDS.items() if (word(row) or "").startswith(words)), "none")
 
 
-def anchor(row):
+def anchor(row: dict) -> str:
     """The permalink of a claim on the scorecard's page, without what a selector or an attribute cannot have."""
     return re.sub(r"[^\w-]", "-", row["claim"]) if row["claim"] else item_anchor(row)
 
 
-def item_anchor(row):
+def item_anchor(row: dict) -> str:
     """The permalink of a figure or table: lth-figure-4."""
     return re.sub(r"[^a-z0-9]+", "-", f"{row['paper']} {row['item']}".lower()).strip("-")
 
 
-def figure_name(row):
+def figure_name(row: dict) -> str | None:
     """The label that the chapter's figure of an item has where there is one: fig-lth-4, fig-grasp-table-2."""
     match = re.fullmatch(r"(Figure|Table) (\d+)", row["item"])
     return match and f"fig-{row['paper']}-{'table-' * (match[1] == 'Table')}{match[2]}"
 
 
-def in_order(rows):
+def in_order(rows: Iterable[dict]) -> list[dict]:
     """The rows, the papers in the order of the book."""
     order = {paper: i for i, paper in enumerate(names.PAPERS)}
     return sorted(rows, key=lambda row: order.get(row["paper"], len(order)))
 
 
-def by_paper(card):
+def by_paper(card: dict) -> dict[str, list[dict]]:
     """{paper: its rows}, in the order of the book."""
     return {
         paper: list(rows) for paper, rows in itertools.groupby(in_order(card["rows"]), key=lambda row: row["paper"])
@@ -100,7 +101,7 @@ def by_paper(card):
 # What came out, in words ----------------------------------------------------------------------------------------------
 
 
-def paragraph(rows, failures="all"):
+def paragraph(rows: list[dict], failures: str = "all") -> str:
     """Markdown: what came out of one paper's claims, primary ones and failures by name, each a link to its row.
 
     failures: "all" names every secondary claim that failed; "full" only those that failed in full, and the figures
@@ -157,7 +158,7 @@ def _items(rows):
     )
 
 
-def totals(card):
+def totals(card: dict) -> str:
     """Markdown: how many claims there are, by evidence and verdict, and how many would pass by chance."""
     rows = [row for row in card["rows"] if row["claim"]]
     lines = ["| evidence | claims | verdicts |", "| --- | --: | --- |"]
@@ -215,7 +216,7 @@ def _link(row):
     return f"[{short(row)}](scorecard.ipynb#{anchor(row)})"
 
 
-def short(row):
+def short(row: dict) -> str:
     """The claim in a few words."""
     return SHORT.get(row["claim"]) or _plain(row["title"].removeprefix("Lenet: ").rstrip("."))
 
@@ -225,7 +226,7 @@ def _plain(title):
     return title.replace("[", "(").replace("]", ")")
 
 
-def summary(row):
+def summary(row: dict) -> dict[str, str]:
     """A tested claim as the row of a chapter's table, in Markdown."""
     said = f"{SIGNS[kind(row)]} {scorecard.said(row)}"
     ours = scorecard.measured(row, row["ours"], row["interval"])

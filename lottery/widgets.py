@@ -1,10 +1,11 @@
 """Small pictures that a reader can move, without a server: HTML with data, a question and a still picture.
 
 The book's script (`book/static/widgets.js`) draws them; where it does not run, the still picture stands. Each has one
-question that moving it answers.
+question that moving it answers, and the answer, folded, computed from the same data.
 """
 
 import json
+import math
 from base64 import b64encode
 from html import escape
 
@@ -13,13 +14,15 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")
 
 
-def _widget(kind, title, question, data, still):
+def _widget(kind, title, question, answer, data, still):
     """The frame that all have. still: SVG."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    answer = escape(answer.replace("-", "−"))
     return (
         f'<div class="widget" id="widget-{kind}" data-widget="{kind}"><p class="widget-title">{escape(title)}</p>'
         f'<div class="widget-still">{still}</div><script type="application/json">{text}</script>'
-        f'<p class="widget-question"><b>Question.</b> {escape(question)}</p></div>'
+        f'<p class="widget-question"><b>Question.</b> {escape(question)}</p>'
+        f'<details class="widget-answer"><summary>Answer</summary><p>{answer}</p></details></div>'
     )
 
 
@@ -50,10 +53,18 @@ def pixels(levels):
     title = (
         f"The pixels that the ticket of {rounds[-1]['left']} % still looks at, darker where more connections are left"
     )
+    answer = "Not within these rounds."
+    if (at := next((r for r, row in enumerate(rounds) if row["cut"] >= 50), None)) is not None:
+        fallen = "" if rounds[at]["accuracy"] < rounds[0]["accuracy"] else "not "
+        answer = (
+            f"{at} rounds: at {rounds[at]['left']} % of the weights {rounds[at]['cut']} are cut off. The accuracy has "
+            f"{fallen}fallen, {rounds[at]['accuracy']} % against {rounds[0]['accuracy']} % at the start."
+        )
     return _widget(
         "pixels",
         "Which pixels does the ticket still look at?",
         "How many rounds does it take until fifty of the 784 pixels are cut off, and has the accuracy fallen by then?",
+        answer,
         {"rounds": rounds},
         _svg(224, 224, title, *parts),
     )
@@ -71,10 +82,18 @@ def layers(names, kept):
         for i, share in enumerate(shares):
             x, height = 10 + 620 * i / len(shares) + 8 * c, 1.4 * share
             bars.append(f'<path d="M{x:.1f} 150v-{height:.1f}h7v{height:.1f}z" fill="{COLOURS[2 - c]}"/>')
+
+    def first(criterion):
+        for s, by in data.items():
+            if (least := min(by[criterion])) < 1:
+                return f"at {s} % removed ({least} % of {names[by[criterion].index(least)]})"
+        return "at none of these"
+
     return _widget(
         "layers",
         "Which layers does a criterion spare?",
         "At which sparsity does SNIP first leave a layer less than 1 % of its weights? Does GraSP ever?",
+        f"SNIP first {first('snip')}, GraSP {first('grasp')}.",
         {"names": list(names), "kept": data},
         _svg(640, 160, "Share of the weights that two criteria keep in each layer", *bars),
     )
@@ -88,11 +107,15 @@ def gate():
         y = 150 - 130 / (1 + np.exp(-beta * s))
         points = " ".join(f"{160 + 140 * a:.0f},{b:.1f}" for a, b in zip(s, y, strict=True))
         curves.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    s = [-0.6, -0.25, -0.05, 0.1, 0.4]
+    last = min(s, key=abs)
+    beta = math.log(99) / abs(last)
     return _widget(
         "gate",
         "A gate hardens: σ(βs)",
         "At which β are all five gates within 0.01 of open or shut? Which one is the last, and why?",
-        {"s": [-0.6, -0.25, -0.05, 0.1, 0.4]},
+        f"From β = {beta:.0f} on. The last is s = {last}: only βs counts, and the smallest |s| needs the largest β.",
+        {"s": s},
         _svg(320, 160, "The curve σ(βs) for β = 1, 5 and 50: flat, then steeper, then almost a step", *curves),
     )
 
@@ -101,11 +124,14 @@ def threshold():
     """Soft against hard threshold."""
     soft = "20,140 110,80 210,80 300,20"
     hard = "20,150 110,90 110,80 210,80 210,70 300,10"
+    w = [-0.9, -0.55, -0.3, -0.12, 0.05, 0.2, 0.42, 0.7]
+    alpha, largest = sorted(map(abs, w))[-2:]
     return _widget(
         "threshold",
         "Soft and hard threshold",
         "Raise α until one weight is left. By how much has the soft threshold shrunk it, and the hard one?",
-        {"w": [-0.9, -0.55, -0.3, -0.12, 0.05, 0.2, 0.42, 0.7]},
+        f"At α = {alpha:.2f}: the soft one by α, from {largest:.2f} to {largest - alpha:.2f}, the hard one not at all.",
+        {"w": w},
         _svg(
             320, 160, "The soft threshold moves all weights towards zero, the hard one only cuts",
             f'<polyline points="{soft}" fill="none" stroke="{COLOURS[0]}" stroke-width="2"/>',
@@ -124,10 +150,16 @@ def prune(weights, trained_again, rate=0.2):
     for i, v in enumerate(flat[0]):
         x, y = 30 + 60 * (i % 5), 25 + 34 * (i // 5)
         texts.append(f'<text x="{x}" y="{y}" text-anchor="middle" font-size="14">{v:+.2f}</text>')
+    left = list(range(len(flat[0])))
+    for row in flat:  # both rounds
+        out = sorted(left, key=lambda i: abs(row[i]))[: int(rate * len(left) + 0.5)]
+        left = [i for i in left if i not in out]
+    gone = max(out, key=lambda i: abs(flat[0][i]))
     return _widget(
         "prune",
         "One round by hand",
         "Remove the smallest fifth twice. Which weight goes in the second round, though it was large after the first?",
+        f"The one of {flat[0][gone]:.2f} after the first training, which is {flat[1][gone]:.2f} after the second.",
         {"trainings": flat, "rate": rate},
         _svg(310, 34 * (len(flat[0]) // 5) + 6, "The weights of a small layer", *texts),
     )

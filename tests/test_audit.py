@@ -1,12 +1,15 @@
 """lottery.experiments.audit: what is drawn, that it is trained from nothing, what counts as having come out again."""
 
-import contextlib
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from small_runs import DENSE, fake, train
+from small_runs import DENSE, ROOT, fake, train
 from typer.testing import CliRunner
 
 from lottery import cli
@@ -151,7 +154,7 @@ def test_a_result_that_does_not_come_out_is_exit_status_1(stored, monkeypatch, t
         return found | {"val_loss": [0.0]} if key == wrong and self.dir == store.dir else found
 
     monkeypatch.setattr(audit, "declared", lambda _: known)
-    monkeypatch.setattr(audit, "_processes", lambda jobs: contextlib.nullcontext(engine._Here()))
+    monkeypatch.setattr(engine, "processes", lambda n: engine._Here())
     with monkeypatch.context() as patch:
         patch.setattr(Store, "row", altered)  # what the store says, not what is trained
         told = call(wrong, "--commit", "ab", "--json", tmp_path / "audit.json", "--results-dir", store.dir)
@@ -163,6 +166,81 @@ def test_a_result_that_does_not_come_out_is_exit_status_1(stored, monkeypatch, t
     unknown = audit.record([miss | {"accuracy": None, "loss": None}], store, "ab", False, 1.0)
     assert audit.said(unknown).endswith(f"* {wrong} (lth): miss, {miss['reason']}.")
     assert call("--runs", 1, "--commit", "ab", "--results-dir", store.dir).exit_code == 0
+
+
+def test_a_drawn_run_whose_row_is_damaged_is_a_miss(stored, monkeypatch):
+    store, known, one = stored
+    damaged, row = {max(known), one.key}, Store.row
+    monkeypatch.setattr(Store, "row", lambda *a: None if a[0] is store and a[1] in damaged else row(*a))
+    monkeypatch.setattr(engine, "processes", lambda n: engine._Here())
+    found = {r["key"]: r for r in audit.audit(list(known), known, store, report=lambda _: None)}
+    assert one.key not in found  # on the way, and not drawn
+    miss = found.pop(max(known))
+    assert (miss["outcome"], miss["reason"], miss["drawn"]) == ("miss", "its stored row is damaged", True)
+    assert {r["outcome"] for r in found.values()} == {"identical"}
+    assert min(known) in found
+
+
+def test_a_chain_that_fails_takes_no_other_one_with_it(stored, monkeypatch):
+    """In any way: its runs are told as not trained, and what came out so far is handed over after each chain."""
+    store, known, _ = stored
+    again, kept = audit._again, []
+
+    def failing(runs, *args):
+        if runs[0].criterion == "snip":
+            raise MemoryError("no room\nfor it")
+        return again(runs, *args)
+
+    monkeypatch.setattr(audit, "_again", failing)
+    monkeypatch.setattr(engine, "processes", lambda n: engine._Here())
+    found = audit.audit(list(known), known, store, report=lambda _: None, keep=lambda found: kept.append(len(found)))
+    assert sorted(kept) in ([1, 4], [3, 4])
+    [failed] = [r for r in found if r["outcome"] == "not trained"]
+    assert (known[failed["key"]][2].criterion, failed["reason"]) == ("snip", "MemoryError: no room")
+    said = audit.said(audit.record(found, store, "0123456789", False, 3.2))
+    assert "3 identical, 1 not trained." in said
+    assert said.endswith(f"* {failed['key']} (lth): not trained, MemoryError: no room.")
+    assert failed["outcome"] in audit.BAD
+
+
+def test_what_is_kept_says_where_and_is_written_whole(stored, monkeypatch, tmp_path):
+    monkeypatch.setattr(audit.work, "device_name", lambda device: f"name of {device}")
+    kept = audit.record([], stored[0], "0123456789", False, 3.2, "cuda")
+    assert kept["device"] == "name of cuda"
+    audit.write(kept, tmp_path / "audit.json")
+    assert json.loads((tmp_path / "audit.json").read_text()) == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
+
+
+AUDIT = """
+import os, pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+from small_runs import DENSE, fake
+from lottery.experiments import Store, audit
+store, here = Store(sys.argv[2]), pathlib.Path(sys.argv[2], "pid")
+store.put(fake())
+def again(*_):
+    here.with_suffix(".new").write_text(str(os.getpid()))
+    here.with_suffix(".new").rename(here)
+    time.sleep(600)
+audit._again = again
+audit.audit([DENSE.key], {DENSE.key: ("lth", "none", DENSE)}, store)
+"""
+
+
+@pytest.mark.slow
+def test_the_worker_of_an_audit_ends_with_its_parent(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    with subprocess.Popen([sys.executable, "-c", AUDIT, Path(__file__).parent, tmp_path], cwd=ROOT) as parent:
+        while parent.poll() is None and not (tmp_path / "pid").exists():
+            time.sleep(0.1)
+        worker = psutil.Process(int((tmp_path / "pid").read_text()))
+        parent.kill()
+    _, left = psutil.wait_procs([worker], timeout=30)
+    alive = [worker for worker in left if worker.status() != psutil.STATUS_ZOMBIE]
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 def call(*words):

@@ -206,6 +206,11 @@ def test_densities_refuse_what_cannot_be(densities):
         densities(mlp(), 0.001)
     with pytest.raises(ValueError, match=message("Nothing prunable: the model has no Linear or Conv layer.")):
         densities(nn.ReLU(), 0.5)
+    for layers in ([], ()):
+        with pytest.raises(ValueError, match=message("Nothing prunable: `layers` is empty; name some, or give None")):
+            densities(mlp(), 0.5, layers=layers)
+    with pytest.raises(ValueError, match=message("Invalid layers '0': give a list of names, or None for all layers.")):
+        densities(mlp(), 0.5, layers="0")
 
 
 # SynFlow --------------------------------------------------------------------------------------------------------------

@@ -164,3 +164,18 @@ def test_a_run_killed_by_sigkill_goes_on_and_cleans_up(tmp_path, monkeypatch):
     row, whole = Store(mine.dir).get(run), Store(tmp_path / "whole").get(run)
     for name in ("step", "val_loss", "test_acc", "last_correct", "early_stop_step", "train_loss", "layers"):
         np.testing.assert_equal(row[name], whole[name])
+
+
+def test_what_a_training_is_may_be_said_with_tuples(tmp_path):
+    images, path, about = data.load("digits"), tmp_path / "c.safetensors", {"recipe": dataclasses.asdict(RECIPE)}
+    assert isinstance(about["recipe"]["milestones"], tuple)
+    training.fit(network(NOTHING), images, RECIPE, checkpoint=Checkpoint(path, about, every=0))
+    began = []
+
+    class Look(Checkpoint):
+        def load(self, loop):
+            super().load(loop)
+            began.append(loop.t)
+
+    training.fit(network(NOTHING), images, RECIPE, checkpoint=Look(path, about))
+    assert began == [35]

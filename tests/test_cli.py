@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,21 @@ def test_status_tells_what_is_under_way_failed_and_left(tmp_path, one_core, tiny
     assert not first.exists()
 
 
+def test_retry_looks_once_for_what_failed_and_finds_parents_that_no_figure_shows(tmp_path, one_core, tiny, monkeypatch):
+    """Figure 3 shows level 3; what failed is level 1, on the way there."""
+    shown = lth.runs("fig3", "smoke")
+    parent = next(r for r in shown if r.level == 3).parent.parent
+    assert parent not in shown
+    mine = Store(tmp_path)
+    mine.note_failure(parent.key, MemoryError())
+    failures, looks = Store.failures, []
+    monkeypatch.setattr(Store, "failures", lambda self: looks.append(self) or failures(self))
+    told = call("run", "lth", "fig3", "--scale", "smoke", "--retry", "failed", "--results-dir", tmp_path)
+    assert "1 runs: 0 were stored, 1 trained now, 0 left." in told.stdout, told.output
+    assert len(looks) == 1
+    assert not mine.failures()
+
+
 class Counting(futures.Executor):
     """Runs at once and counts what it was given."""
 
@@ -248,9 +264,15 @@ def test_any_executor_by_its_name(tmp_path, tiny, monkeypatch):
         (["run", "lth", "--trials", "0"], "Invalid trials 0: give a whole number from 1."),
         (["run", "lth", "--retry", "all"], "Invalid retry 'all': give 'failed', or leave it out to train all that is "),
         (["run", "lth", "--executor", "local:0"], "Invalid executor 'local:0': give local: and a number of processes"),
-        (["run", "lth", "--executor", "nowhere:x"], "Invalid executor 'nowhere:x': give local:4, dask://host:port or "),
+        (["run", "lth", "--executor", "four"], "Invalid executor 'four': give local:4, dask://host:port or module:"),
+        (["run", "lth", "--executor", "nowhere:x"], "Invalid executor 'nowhere:x': ModuleNotFoundError: No module "),
         (["run", "lth", "--executor", "json:JSONDecoder"], "Invalid executor 'json:JSONDecoder': a JSONDecoder is no "),
         (["merge", "/no/such/folder"], "No folder /no/such/folder: name the results folder to take runs from."),
+        (["merge"], "No folder "),
+        (["status"], "No folder "),
+        (["status", "--json"], "No folder "),
+        (["scorecard"], "No folder "),
+        (["audit", "--list"], "No folder "),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(tmp_path, words, text):
@@ -260,6 +282,108 @@ def test_bad_input_is_one_line_on_stderr(tmp_path, words, text):
     assert told.stderr.startswith(f"lottery: {text}")
     assert told.stderr.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (
+            RuntimeError("CUDA out of memory.\nTried to"),
+            2,
+            "RuntimeError: CUDA out of memory. (LOTTERY_TRACEBACK=1 shows ",
+        ),
+        (MemoryError(), 2, "MemoryError (LOTTERY_TRACEBACK=1 shows where)"),
+        (ValueError("of torch\nin two lines"), 2, "of torch\n"),
+        (ValueError(), 2, "ValueError (LOTTERY_TRACEBACK=1 shows where)"),
+        (
+            BrokenProcessPool("A process ended.\n\nIt"),
+            cli.LEFT,
+            "BrokenProcessPool: A process ended. (start it again for",
+        ),
+        (futures.CancelledError(), cli.LEFT, "CancelledError (start it again for what is left)"),
+    ],
+)
+def test_an_error_of_a_training_is_one_line(tmp_path, monkeypatch, error, code, text):
+    """Exit status 3, after which a loop goes on, only where the workers are gone."""
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(experiments, "run", fail)
+    words = ["run", "lth", "fig12", "--scale", "smoke", "--results-dir", tmp_path]
+    told = call(*words)
+    assert told.exit_code == code
+    assert told.stdout.endswith("left.\n")
+    assert told.stderr.startswith(f"lottery: {text}")
+    assert told.stderr.count("\n") == 1
+    monkeypatch.setenv("LOTTERY_TRACEBACK", "1")
+    assert call(*words).exception is error
+
+
+def test_a_run_that_ends_any_worker_ends_a_loop_too(tmp_path, monkeypatch):
+    """Else it would be started again for ever."""
+    one = lth.runs("fig12", "smoke")[0]
+
+    def fail(*args, **options):
+        Store(tmp_path).note_failure(one.key, error)
+        raise error
+
+    error = BrokenProcessPool("The process that trained it died: give it more memory.")
+    monkeypatch.setattr(experiments, "run", fail)
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--results-dir", tmp_path)
+    assert (told.exit_code, told.stderr) == (2, f"lottery: {error}\n")
+
+
+SCRIPT = """
+import argparse
+import concurrent.futures
+
+number = 3
+mine = lambda: concurrent.futures.ThreadPoolExecutor(1)
+
+
+def one_more(x):
+    return x
+
+
+def script():
+    argparse.ArgumentParser().parse_args(["x"])
+"""
+CALLED = ("run", "lth", "fig12", "--scale", "smoke", "--budget", "0s", "--results-dir", "mine", "--executor")
+
+
+@pytest.mark.parametrize("words", [CALLED, ("prune", "--data", "digits", "--epochs", "1")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("own_things:number", "TypeError: 'int' object is not callable"),
+        ("own_things:one_more", r"TypeError: one_more\(\) missing 1 required positional argument: 'x'"),
+        ("own_things:script", "SystemExit: 2"),
+        ("own_things:none", "AttributeError: module 'own_things' has no attribute 'none'"),
+        ("own_wrong:x", r"SyntaxError: .* \(own_wrong.py, line 1\)"),
+    ],
+)
+def test_what_a_module_of_ones_own_raises_is_one_line(tmp_path, monkeypatch, words, name, text):
+    (tmp_path / "own_things.py").write_text(SCRIPT)
+    (tmp_path / "own_wrong.py").write_text("x = = 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "own_things", raising=False)
+    told = call(*words, name)
+    assert told.exit_code == 2
+    what = "model" if "prune" in words else "executor"
+    assert re.fullmatch(rf"lottery: Invalid {what} '{name}': {text}\.", told.stderr.splitlines()[-1])
+    assert told.stderr.count("\n") == 1 or name == "own_things:script"  # argparse has its own say
+    assert not (tmp_path / "mine").exists()
+
+
+def test_an_executor_in_the_working_directory(tmp_path, monkeypatch, tiny):
+    (tmp_path / "own_executor.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    told = call(*CALLED, "own_executor:mine")
+    assert told.exit_code == cli.LEFT, told.output
+    assert told.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -283,17 +407,32 @@ def test_a_damaged_result_is_named_on_stderr_and_the_json_stays_json(tmp_path):
 
 
 def test_status_names_every_item_of_every_scale(tmp_path):
-    told = json.loads(call("status", "--json", "--results-dir", tmp_path / "none").stdout)
+    told = json.loads(call("status", "--json", "--results-dir", tmp_path).stdout)
     assert told["schema"] == 1
     assert {(line["paper"], line["item"], line["scale"]) for line in told["items"]} == {
         (name, i, s) for name in PAPERS for i in papers.paper(name).items for s in papers.paper(name).scales
     }
     [line] = [line for line in told["items"] if (line["item"], line["scale"]) == ("fig14", "laptop")]
     assert (line["runs"], line["iterations"], line["stored"]) == (140, 2_100_000, 0)
-    lines = call("status", "--results-dir", tmp_path / "none").stdout.splitlines()
+    lines = call("status", "--results-dir", tmp_path).stdout.splitlines()
     assert len(lines) == 1 + len(told["items"])
     assert re.fullmatch(r"lth fig14 +laptop +0 of +140 runs", next(x for x in lines if re.search("fig14 +laptop", x)))
-    assert not (tmp_path / "none").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_watch_looks_again_until_it_is_interrupted(tmp_path, monkeypatch):
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(cli, "_declared", list)
+    told = call("status", "--watch", "--results-dir", tmp_path)
+    assert (told.exit_code, told.stderr) == (130, "")
+    assert told.stdout == f"0 runs are stored in {tmp_path}.\n" * 2
 
 
 def test_without_a_command_there_is_help():
@@ -319,11 +458,12 @@ def test_scorecard_is_one_json_object(tmp_path):
 
 @pytest.mark.slow
 def test_from_another_folder_with_a_relative_results_dir(tmp_path):
+    (tmp_path / "mine").mkdir()
     process = command("status", "--json", "--results-dir", "mine", cwd=tmp_path)
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     assert json.loads(out)["stored"] == 0
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "mine").iterdir())
 
 
 @pytest.mark.slow
@@ -415,8 +555,7 @@ def test_prune(tmp_path, monkeypatch):
     ("arguments", "line"),
     [
         (["lenet", "--data", "digits"], "Invalid model 'lenet': give module:factory, such as mynet:Net, or one of"),
-        (["nothing:net", "--data", "digits"], "Invalid model 'nothing:net': No module named 'nothing'."),
-        (["json:net", "--data", "digits"], "Invalid model 'json:net': module 'json' has no attribute 'net'."),
+        (["json:JSONDecoder", "--data", "digits"], "Invalid model 'json:JSONDecoder': a JSONDecoder is no torch.nn."),
         (["lenet_300_100", "--data", "digits", "--method", "x"], "Unknown method 'x': choose one of magnitude, lth"),
         (["lenet_300_100", "--data", "/none"], "No folder /none: give the folder that holds one folder of images"),
         (["lenet_300_100", "--data", "digits", "--option", "rounds"], "Invalid option 'rounds': give name=value"),
@@ -424,13 +563,43 @@ def test_prune(tmp_path, monkeypatch):
             ["lenet_300_100", "--data", "digits", "--option", "round=3"],
             "Unknown option 'round' of lth: it takes rounds",
         ),
+        (["lenet_300_100", "--data", "digits", "--option", "density=0.3"], "Unknown option 'density' of lth: it takes"),
+        (
+            ["lenet_300_100", "--data", "digits", "--option", "rounds=many"],
+            "Invalid rounds 'many': give a whole number.",
+        ),
+        (["lenet_300_100", "--data", "digits", "--epochs", "-5"], "Invalid epochs -5: give a whole number from 1."),
+        (["lenet_300_100", "--data", "digits", "--size", "0"], "Invalid size 0: give a whole number from 1."),
+        (["lenet_300_100", "--data", "digits", "--grey"], "Invalid grey: the pictures of digits stay as they are; "),
+        (["lenet_300_100", "--data", "digits", "--out", __file__], f"Cannot write {__file__}/model.safetensors: "),
+        (["lenet_300_100", "--data", "digits", "--out", f"{__file__}/new"], f"Cannot write {__file__}/model."),
+        (
+            ["lenet_300_100", "--data", "digits", "--onnx"],
+            "ONNX needs onnxruntime: pip install onnxscript onnxruntime.",
+        ),
     ],
 )
-def test_prune_refuses_in_one_line(arguments, line):
+def test_prune_refuses_in_one_line_before_any_training(tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     result = call("prune", *arguments)
+    assert not list(tmp_path.iterdir())
     assert result.exit_code == 2
     assert result.stderr.startswith(f"lottery: {line}")
     assert result.stderr.count("\n") == 1
+
+
+def test_prune_leaves_nothing_of_a_training_that_fails(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("out of memory\nat line 3")
+
+    monkeypatch.setattr(training, "fit", fail)
+    out = tmp_path / "a" / "b"
+    result = call("prune", "lenet_300_100", "--data", "digits", "--epochs", "1", "--out", out)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "lottery: RuntimeError: out of memory (LOTTERY_TRACEBACK=1 shows where)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_terminated_run_is_an_interrupted_one(tmp_path, monkeypatch):

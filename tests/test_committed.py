@@ -12,6 +12,7 @@ import pytest
 from lottery import scorecard
 from lottery.data import SETS
 from lottery.experiments import Store
+from lottery.experiments.runs import key_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -31,12 +32,19 @@ def test_every_committed_row_is_sound_and_is_stored_once(rows):
 
 
 def test_every_committed_row_says_what_it_is(rows):
-    """Its columns repeat its specification, it comes from the papers' own data or the digits, and from the past."""
+    """Its columns repeat its specification, it comes from the papers' own data or the digits, and from the past.
+
+    Its key follows from its specification and from what are the defaults of today.
+    """
     now = datetime.now(UTC)
     for key, row in rows.items():
         spec = json.loads(row["spec"])
         assert row["dataset"] in SETS, key
-        assert spec.get("dataset", row["dataset"]) == row["dataset"], key
+        assert key_of(spec) == key
+        assert {"model", "dataset", "seed"} <= spec.keys(), key
+        for name in ("model", "dataset", "seed", "init", "draw", "parent"):
+            assert spec.get(name, row[name]) == row[name], (key, name)
+        assert spec.get("recipe", {}).get("iterations", row["iterations"]) == row["iterations"], key
         assert row["fingerprint"] == scorecard.FINGERPRINTS.get(row["dataset"], row["fingerprint"]), key
         assert datetime.fromisoformat(row["started"]) < now, key
         assert row["status"] in ("finished", "diverged"), key

@@ -748,7 +748,7 @@ def no_train(model, start, stop):
         ),
         (
             lambda: cs.attach(nn.ReLU()),
-            "Nothing prunable: there is no Linear or Conv layer to put a gate on.",
+            "Nothing prunable: the model has no Linear or Conv layer.",
         ),
         (
             lambda: cs.attach(small(), layers=["0", "1"]),

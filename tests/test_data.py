@@ -401,17 +401,19 @@ def test_cifar10_16_is_the_rounded_mean_of_each_2x2_pixels(tmp_path):
 # Augmentation ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("side", "padding"), [(32, 4), (16, 2), (8, 1), (64, 4)])
-def test_flip_crop_by_brute_force(side, padding):
+@pytest.mark.parametrize(
+    ("height", "width", "padding"), [(32, 32, 4), (16, 16, 2), (8, 8, 1), (64, 64, 4), (48, 32, 4), (16, 40, 2)]
+)
+def test_flip_crop_by_brute_force(height, width, padding):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(256, (40, 3, side, side), generator=generator).to(torch.uint8)
-    moves = data.moves(40, side, generator)
+    x = torch.randint(256, (40, 3, height, width), generator=generator).to(torch.uint8)
+    moves = data.moves(40, min(height, width), generator)
     out = data.flip_crop(x, moves)
     assert out.dtype == torch.uint8
     for image, result, (flip, top, left) in zip(x.numpy(), out.numpy(), moves.tolist(), strict=True):
-        padded = np.zeros((3, side + 2 * padding, side + 2 * padding), np.uint8)
-        padded[:, padding : padding + side, padding : padding + side] = image
-        crop = padded[:, top : top + side, left : left + side]
+        padded = np.zeros((3, height + 2 * padding, width + 2 * padding), np.uint8)
+        padded[:, padding : padding + height, padding : padding + width] = image
+        crop = padded[:, top : top + height, left : left + width]
         assert np.array_equal(result, crop[:, :, ::-1] if flip else crop)
 
 

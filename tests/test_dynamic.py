@@ -428,6 +428,15 @@ def test_largest_of_nan():
         (lambda: GMP(density=1.2), "Invalid density 1.2: give a fraction of weights to keep, 0 < density <= 1"),
         (lambda: GMP(density=(("0", 2.0),)), "Invalid density (('0', 2.0),): give a fraction"),
         (lambda: GMP(density="0.1"), "Invalid density '0.1': give a fraction"),
+        (lambda: GMP(density=(("0", True),)), "Invalid density (('0', True),): give a fraction"),
+        (lambda: GMP(density=(1, 2)), "Invalid density (1, 2): give a fraction"),
+        (lambda: GMP(density=()), "Invalid density (): give a fraction"),
+        (lambda: DNW(budget=[]), "Invalid budget []: give one of uniform, erk."),
+        (lambda: GMP(begin=None), "Invalid begin None: give a share of the training, 0 <= begin < 1."),
+        (lambda: GMP(end="1"), "Invalid end '1': give a share of the training, 0.2 < end <= 1."),
+        (lambda: GMP(initial=True), "Invalid initial True: give a fraction of weights, 0 < initial <= 1."),
+        (lambda: SET("0.3"), "Invalid fraction '0.3': give the share of weights to replace, 0 < fraction <= 1."),
+        (lambda: RigL(end=None), "Invalid end None: give a share of the training, 0 < end <= 1."),
         (lambda: GMP(budget="flat"), "Invalid budget 'flat': give one of uniform, erk, global."),
         (lambda: DNW(budget="global"), "Invalid budget 'global': give one of uniform, erk."),
         (lambda: GMP(initial=0), "Invalid initial 0: give a fraction of weights, 0 < initial <= 1."),
@@ -448,3 +457,24 @@ def test_largest_of_nan():
 def test_bad_values(make, text):
     with pytest.raises(ValueError, match=message(text)):
         make()
+
+
+@pytest.mark.parametrize("method", [GMP(0.1), GMP(0.1, budget="global"), DNW(0.1), SET(), RigL()])
+def test_a_method_that_was_not_attached_is_told_before_the_training(method):
+    net, steps = mlp(), []
+    net[1].register_forward_pre_hook(lambda *call: steps.append(call))
+    with pytest.raises(ValueError, match="attach"):
+        trained(net, SGD, method)
+    if isinstance(method, GMP | DNW):
+        with pytest.raises(ValueError, match="has nothing to prune on this model: call"):
+            trained(net, SGD, method, opt=training.optimizer(net, SGD))
+    assert not steps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dense_gradient_of_half_precision_is_that_of_its_float32_copy(dtype):
+    net, x, y = mlp().to(dtype), torch.rand(6, 1, 4, 4).to(dtype), torch.arange(6) % 5
+    g = dynamic.dense_gradient(net, x, y)
+    for name, exact in dynamic.dense_gradient(mlp().to(dtype).float(), x.float(), y).items():
+        assert torch.equal(g[name], exact)
+    assert trained(sparse(net), SGD, RigL(every=3)).status == "finished"

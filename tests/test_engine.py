@@ -20,6 +20,7 @@ from small_runs import (
     child,
     equal,
     largest,
+    message,
     theta_0,
     train,
 )
@@ -510,6 +511,35 @@ def test_execute_leaves_threads_and_random_states(tmp_path):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
     assert random.getstate() == states[2]
+
+
+def test_nothing_is_trained_on_other_data_than_what_it_starts_from(tmp_path, monkeypatch):
+    """Nor are a stored run's weights, which a child would take for those of the stored run."""
+    train([child(DENSE)], tmp_path)
+    images = work.images_of("digits", None, False, 0)
+    other = replace(images, fingerprint="0" * 64)
+    monkeypatch.setattr(work, "images_of", lambda *_: other)
+    monkeypatch.setattr(training, "fit", None)
+    begins = f"Other data than before: digits has fingerprint {'0' * 12} here, but {DENSE!r} is stored with "
+    begins += f"{images.fingerprint[:12]}; set LOTTERY_DATA to those images, or name another --results-dir."
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message(begins)):
+            train([child(DENSE, rate=0.5)], tmp_path)
+        Store(tmp_path).artifact(DENSE.key).unlink(missing_ok=True)
+    assert set(Store(tmp_path).rows()) == {DENSE.key, child(DENSE).key}
+    assert not list(tmp_path.glob(".artifacts/*"))
+
+
+def test_dropout_in_threads_is_dropout_in_order(tmp_path):
+    """It draws from the generator of the whole process, on which every other training leaves its marks."""
+    drops = Run(model="conv2", dataset="digits", recipe=QUICK, options=(("dropout", 0.5), ("width", 4)))
+    runs = [drops, DENSE, replace(drops, seed=1), replace(DENSE, seed=1)]
+    train(runs, tmp_path / "alone")
+    with futures.ThreadPoolExecutor(2) as pool:
+        train(runs, tmp_path / "together", pool, slots=2)
+    alone, together = (Store(tmp_path / name) for name in ("alone", "together"))
+    for r in runs:
+        assert together.get(r)["val_loss"] == alone.get(r)["val_loss"]
 
 
 def test_threads_are_given_back_after_an_error(tmp_path):

@@ -623,3 +623,26 @@ def test_old_hooks_that_make_a_weight_leave_the_other_scores():
     batch = [(x.flatten(1), y) for x, y in pictures()]
     net(batch[0][0])
     assert list(grasp.scores(net, batch)) == ["2"]
+
+
+def test_images_are_fed_in_the_dtype_of_the_model():
+    own = data.from_tensors(torch.randint(256, (40, 1, 5, 5), dtype=torch.uint8), torch.arange(40) % 3, 0, 0)
+    net, pairs = convnet(), grasp.class_balanced(own, 3, torch.Generator().manual_seed(0))
+    wide = [(x.double(), y) for x, y in pairs]
+    assert pairs[0][0].dtype == torch.float32
+    assert same(grasp.scores(net, pairs), grasp.scores(net, wide))
+    assert grasp.gradient_norm(net, pairs) == grasp.gradient_norm(net, wide)
+    assert torch.equal(grasp.ntk(net, pairs[0][0]), grasp.ntk(net, wide[0][0]))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_augmented_batches_of_other_images_than_squares():
+    own = data.from_tensors(torch.ones(8, 1, 9, 24, dtype=torch.uint8), torch.arange(8) % 2, 0, 0)
+    [(x, _)] = grasp.class_balanced(own, 2, augment=True)
+    assert x.shape == (4, 1, 9, 24)
+    table = data.from_tensors(torch.ones(8, 5), torch.arange(8) % 2, 0, 0)
+    with pytest.raises(ValueError, match=message("Invalid augment True: it is for images [N, C, H, W], not (8, 5).")):
+        grasp.class_balanced(table, 2, augment=True)

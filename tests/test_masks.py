@@ -884,3 +884,42 @@ def test_a_mask_below_a_threshold_can_be_written():
     M.attach(net, half)
     assert torch.equal(M.read(net)["0"], half["0"])
     assert len(net[0].parametrizations.weight) == 2
+
+
+def test_no_weights_keep_nothing():
+    with pytest.raises(ValueError, match=r"^Nothing to prune: the model has no weights\.$"):
+        M.top_k({"a": torch.empty(0)}, 0.5)
+
+
+def test_layers_by_name_come_in_the_order_of_the_names():
+    model = small()
+    assert list(M.chosen(model)) == ["0", "4", "6"]
+    assert list(M.chosen(model, iter(["6", "0"]))) == ["6", "0"]
+    with pytest.raises(ValueError, match=r"^Unknown names in layers: 9; the model has 0, 4, 6\.$"):
+        M.chosen(model, ["9"])
+
+
+class Times(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(a))
+        self.register_buffer("mask", torch.tensor(a))
+
+    def forward(self, weight):
+        return weight * self.a * self.mask
+
+
+def test_two_parametrizations_of_one_weight_whose_tensors_have_one_name():
+    model = M.attach(nn.Sequential(nn.Linear(2, 2)))
+    parametrize.register_parametrization(model[0], "weight", Times(2.0))
+    assert list(M.tensors(model)) == ["0.bias", "0.weight", "0.weight.a", "0.weight.mask"]  # that of a Mask is no state
+    parametrize.register_parametrization(model[0], "weight", Times(3.0))
+    assert set(M.tensors(model)) == {
+        "0.bias", "0.weight", "0.weight.1.a", "0.weight.2.a", "0.weight.1.mask", "0.weight.2.mask"
+    }  # fmt: skip
+    theta = M.state(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(9)
+    M.restore(model, theta)
+    assert [p.a.item() for p in model[0].parametrizations.weight if isinstance(p, Times)] == [2, 3]

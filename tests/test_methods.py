@@ -9,7 +9,7 @@ import torch
 from small_runs import message
 from torch import nn
 
-from lottery import cs, data, experiments, models, soft_threshold, training
+from lottery import cs, data, experiments, methods, models, soft_threshold, training
 from lottery import masks as M
 from lottery.batches import Batches
 from lottery.experiments import Run, Store, load, work
@@ -315,6 +315,12 @@ def test_run_refuses(change, text):
     ("make", "text"),
     [
         (lambda: cs.CS(lam=-1), "Invalid lam -1: give the weight of the penalty, a number from 0."),
+        (lambda: cs.CS(lam=True), "Invalid lam True: give the weight of the penalty, a number from 0."),
+        (lambda: cs.CS(final="200"), "Invalid final '200': give the last inverse temperature, at least 1."),
+        (lambda: cs.CS(s0=None), "Invalid s0 None: give a number near 0, at most 80 in size; lower keeps fewer"),
+        (lambda: cs.CS(carry=1), "Invalid carry 1: give True or False."),
+        (lambda: cs.Ticket(scale="c"), "Invalid scale 'c': give True or False."),
+        (lambda: methods.densities({}), "No density: no layer is pruned; call the method's attach(model) before"),
         (lambda: cs.CS(schedule="step"), "Invalid schedule 'step': give 'epoch' or 'iteration'."),
         (lambda: cs.CS(rule="other"), "Invalid rule 'other': give 'as-described' or 'code'."),
         (lambda: cs.Ticket(99), "Invalid s0 99: give a number near 0, at most 80 in size; lower keeps fewer weights."),

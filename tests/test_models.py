@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lottery import masks, models
+from lottery import macs, masks, models
 
 CONV_WEIGHTS = {"lenet_300_100": 0, "conv2": 38_592, "conv4": 259_776, "conv6": 1_144_512}
 WEIGHTS = {"lenet_300_100": 266_200, "conv2": 4_300_992, "conv4": 2_425_024, "conv6": 2_261_184}
@@ -312,6 +312,10 @@ def test_lenet_of_other_sizes_and_with_one_deviation_for_all_layers():
         ("conv2", {"in_shape": (32, 32)}, "Invalid in_shape (32, 32): give (channels, height, width), all at least 1."),
         ("lenet_300_100", {"in_shape": (1, 0, 8)},
          "Invalid in_shape (1, 0, 8): give (channels, height, width), all at least 1."),
+        ("conv2", {"in_shape": 5}, "Invalid in_shape 5: give (channels, height, width), all at least 1."),
+        ("conv2", {"in_shape": None}, "Invalid in_shape None: give (channels, height, width), all at least 1."),
+        ("conv2", {"init": ["normal"]},
+         "Invalid init ['normal']: choose one of glorot, normal, kaiming fan_in, kaiming fan_out, pytorch."),
         ("conv2", {"classes": 0}, "Invalid classes 0: give a whole number, at least 1."),
         ("vgg16", {"in_shape": (3, 15, 32)}, "Invalid in_shape (3, 15, 32): 4 poolings need at least 16x16 pixels."),
         ("resnet8", {"width": 1.5}, "Invalid width 1.5: give a whole number, at least 1."),
@@ -375,3 +379,11 @@ def test_fastgrnn_is_drawn_with_a_deviation_of_a_tenth():
     assert weights.std().item() == pytest.approx(0.1, rel=0.05)
     with pytest.raises(ValueError, match=r"^Invalid hidden \(3, 4\): give the size of the hidden state, at least 1\.$"):
         models.create("fastgrnn", hidden=(3, 4))
+
+
+@pytest.mark.parametrize(("factorised", "counts"), [(False, (385, 847)), (True, (275, 1331))])
+def test_what_macs_counts_of_a_fastgrnn(factorised, counts):
+    """7 steps of 11·5 and 11·11 products; factorised once 11·5·5 and 11·11·11, which make the matrices."""
+    options = {"in_shape": (1, 7, 5), "hidden": 11, "classes": 3, "factorised": factorised}
+    found = macs.count(models.create("fastgrnn", **options), (1, 7, 5))
+    assert [n for n in found.values() if n] == [*counts, 33]

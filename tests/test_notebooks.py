@@ -187,9 +187,10 @@ def test_smoke_from_nothing_fills_every_figure(anew, capsys):
         print(f" [scale smoke from nothing: {anew.seconds:.0f} s] ", end="")
     cells = anew.completed().notebook.cells
     for number, (old, new) in enumerate(zip(COMMITTED.cells, cells, strict=True), start=1):
-        assert any(map(is_picture, old.get("outputs", []))) == any(map(is_picture, new.get("outputs", []))), number
-    figures = {item.partition("-conv")[0] for item in lth.ITEMS}  # three networks share one
-    assert len(anew.outputs(is_picture)) >= len(figures)
+        drawn = any(map(is_picture, new.get("outputs", [])))
+        assert drawn >= any(map(is_picture, old.get("outputs", []))), number
+        if "figure" in new.metadata.get("mystnb", {}):  # only the paper's scale has VGG-19
+            assert drawn != ("vgg19" in new.source), number
 
 
 @pytest.mark.endurance

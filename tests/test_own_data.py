@@ -261,3 +261,85 @@ def test_bad_folders(tmp_path):
     pq.write_table(pa.table({"a": [1]}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=message(f"No column 'label' in {tmp_path / 't.parquet'}: it has a.")):
         data.from_parquet(tmp_path / "t.parquet")
+
+
+def test_every_part_of_a_folder_is_numbered_as_the_training_part(tmp_path):
+    """Each image has the number of its class as its red value."""
+    names = ("cat", "dog", "owl")
+    write(tmp_path / "train", names)
+    for part, i in (("val", 2), ("test", 1)):
+        (tmp_path / part / names[i]).mkdir(parents=True)
+        Image.new("RGB", (6, 6), (100 * i, 9, 9)).save(tmp_path / part / names[i] / "0.png")
+    (tmp_path / "test" / ".cache").mkdir()
+    own = data.from_folder(tmp_path)
+    for part in (own.train, own.valid, own.test):
+        assert (part.x[:, 0, 0, 0] // 100).tolist() == part.y.tolist()
+    assert own.classes == 3
+    write(tmp_path / "test", ("ant", "bee"))
+    text = f"Unknown classes in {tmp_path / 'test'}: ant, bee; add them to {tmp_path / 'train'}, or remove them."
+    with pytest.raises(ValueError, match=message(text)):
+        data.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_images_that_are_no_squares_are_augmented_at_their_size(shape):
+    own = data.from_tensors(torch.full((20, 3, *shape), 7, dtype=torch.uint8), labels(), valid=0, test=0)
+    batch = Batches(own, training.Recipe(batch_size=4, iterations=2, augment="flip-crop"), 0, torch.zeros(1))
+    seen = torch.cat([batch(t)[0] for t in range(5)])
+    assert seen.shape == (20, 3, *shape)
+    assert 0.7 < (seen > 0).float().mean() < 1  # some is padding
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (
+            {"a": [1.0, 2], "label": ["cat", "dog"]},
+            "Invalid column 'label' in FILE: it holds string; give class numbers",
+        ),
+        ({"a": ["x", "y"], "label": [0, 1]}, "Invalid column 'a' in FILE: it holds string; give numbers, or leave"),
+        (
+            {"a": [1.0, 2], "label": [0, None]},
+            "Invalid column 'label' in FILE: 1 of 2 values are missing; fill them in",
+        ),
+        ({"a": [1, None], "label": [0, 1]}, "Invalid column 'a' in FILE: 1 of 2 values are missing; fill them in"),
+        ({"label": [0, 1]}, "No features in FILE: it has no column but 'label'."),
+        (
+            {"image": ["a.png", "b.png"], "label": [0, 1]},
+            "Invalid column 'image' in FILE: it holds string; give encoded",
+        ),
+        (
+            {"img": [{"bytes": b"x", "path": ""}, {"bytes": None, "path": ""}], "label": [0, 1]},
+            "Invalid column 'img' in FILE: 1 of 2 values are missing",
+        ),
+    ],
+)
+def test_columns_of_a_parquet_file_that_cannot_be_read_are_named(tmp_path, columns, text):
+    pq.write_table(pa.table(columns), file := tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=message(text.replace("FILE", str(file)))):
+        data.from_parquet(file)
+
+
+def test_parquet_files_that_do_not_belong_together(tmp_path):
+    def write_part(name, **columns):
+        pq.write_table(pa.table({**columns, "label": [0, 1, 0]}), tmp_path / f"{name}.parquet")
+
+    write_part("train-0", a=[1, 2, 3], b=[0.5, 1.5, 2.5], __index_level_0__=[7, 8, 9])
+    write_part("test-0", b=[5.5, 6.5, 7.5], a=[4, 5, 6], c=[0, 0, 0])
+    own = data.from_parquet(tmp_path, valid=0)
+    assert rows(own) == {(1, 0.5), (2, 1.5), (3, 2.5)}  # the names of pandas' rows are no feature
+    assert rows(own, "test") == {(4, 5.5), (5, 6.5), (6, 7.5)}  # by their names, whatever their order
+    write_part("test-0", a=[4, 5, 6])
+    text = f"No column 'b' in {tmp_path / 'test-0.parquet'}: {tmp_path / 'train-0.parquet'} has it."
+    with pytest.raises(ValueError, match=message(text)):
+        data.from_parquet(tmp_path)
+    write_part("train-1", a=[1, 2, 3])
+    text = (
+        f"Unreadable parquet {tmp_path / 'train-1.parquet'}: it has other columns than {tmp_path / 'train-0.parquet'}"
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        data.from_parquet(tmp_path)
+    (tmp_path / "train-1.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=message(f"Unreadable parquet {tmp_path / 'train-1.parquet'}: ")) as told:
+        data.from_parquet(tmp_path)
+    assert "\n" not in str(told.value)

@@ -5,17 +5,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import typer
 from PIL import Image
+from small_runs import fake
 
 from lottery import data, parallel, tensorfile
-from lottery.experiments import Store
+from lottery.experiments import Store, leases
 from lottery.experiments.runs import Run
+from lottery.methods import NOTHING
 from lottery.soft_threshold import STR
 from lottery.training import Recipe
 
@@ -115,6 +119,56 @@ def test_what_needs_one_device_or_no_imagenet_is_one_line(alone, folder, tmp_pat
     assert {r.dataset for r in asked} == {"imagenet"}
     assert [r.seed for r in asked[:12]] == [0] * 6 + [1] * 6
     assert {r.model for r in asked} == {"resnet50", "vgg16"}
+
+
+def jobs(monkeypatch, tmp_path, asked, meanwhile):
+    """(what one job trains of two runs that hang together and one apart, its exit status) beside another job.
+
+    meanwhile: called with the store and the other job's leases when this one has listed what is missing.
+    """
+    mine, trained, begun, missing = Store(tmp_path), [], [], parallel.missing
+
+    def train(r, folder, store, *_):
+        trained.append(r)
+        store.save_artifact(r.key, {"w": torch.zeros(2)})
+        store.put(fake(r))
+
+    def first(*asked):
+        found = missing(*asked)
+        if not begun:
+            begun.append(meanwhile(Store(tmp_path), leases.Leases(mine.leases)))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "missing", first)
+        patch.setattr(parallel, "train", train)
+        patch.setattr(parallel, "_asked", lambda *_: asked)
+        for name in ("init_process_group", "destroy_process_group"):
+            patch.setattr(dist, name, lambda *_: None)
+        try:
+            parallel.main("str", ["curve"], tmp_path, results_dir=mine.dir)
+        except typer.Exit as left:
+            return trained, left.exit_code
+    return trained, 0
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_of_two_jobs_on_one_store_each_run_is_trained_by_one(alone, monkeypatch, tmp_path, done):
+    """What another job has stored meanwhile is not trained again; what it is at, and what needs that, is left."""
+    first, dense = runs()[0], replace(runs()[0], seed=1)
+    ticket, last = replace(dense, parent=dense, method=NOTHING), replace(first, seed=2)
+
+    def meanwhile(store, others):
+        others.take([dense.key])
+        if done:
+            store.save_artifact(dense.key, {"w": torch.zeros(2)})
+            store.put(fake(dense))
+            others.close()
+
+    trained, status = jobs(monkeypatch, tmp_path, [first, ticket, last], meanwhile)
+    assert set(trained) == ({first, ticket, last} if done else {first, last})
+    assert status == (0 if done else 3)
+    assert not done or not list(Store(tmp_path).leases.glob("[!.]*"))
 
 
 # Order

@@ -4,6 +4,9 @@ import concurrent.futures as futures
 import contextlib
 import hashlib
 import json
+import os
+import signal
+import types
 from dataclasses import replace
 
 import pandas as pd
@@ -20,7 +23,8 @@ from small_runs import (
 )
 
 from lottery import experiments
-from lottery.experiments import Store, engine, load
+from lottery.experiments import Store, engine, load, work
+from lottery.experiments.leases import Leases
 from lottery.training import Recipe
 
 
@@ -82,6 +86,24 @@ def test_damaged_weights_are_set_aside_named_and_trained_again(tmp_path, damage)
     assert path.read_bytes() == sound
 
 
+def test_weights_are_dropped_that_nothing_declared_and_missing_starts_from(tmp_path, monkeypatch):
+    """The others are trained again when somebody asks; nothing is dropped beside a training."""
+    mine, [done, begun, apart] = Store(tmp_path), seeds(3)
+    train([child(done), child(begun), child(apart)], tmp_path)
+    declared = [child(done), child(begun), child(begun, rate=0.5)]
+    paper = types.SimpleNamespace(scales=("smoke",), runs=lambda items, scale: declared)
+    monkeypatch.setattr(engine, "PAPERS", {"one": "one"})
+    monkeypatch.setattr(engine.papers, "paper", {"one": paper}.get)
+    with contextlib.closing(Leases(mine.leases)) as leases:
+        leases.take([done.key])
+        with pytest.raises(ValueError, match=message(f"Trainings under way in {tmp_path}, 1 of them: ")):
+            engine.drop_weights(mine)
+    assert engine.drop_weights(mine) == 2
+    assert [path.stem for path in tmp_path.glob(".artifacts/*")] == [begun.key]
+    new = child(apart, rate=0.5)
+    assert train([new], tmp_path) == [apart, new]
+
+
 class Failing(Inline):
     """Some runs fail, as an exception in a worker does."""
 
@@ -106,6 +128,83 @@ def test_a_run_that_fails_stops_its_descendants_only(tmp_path):
         train([r for chain in chains for r in chain], tmp_path, executor)
     assert set(executor.ran) == {chains[0][0], *chains[2]}
     assert set(Store(tmp_path).rows()) == {r.key for r in executor.ran}
+
+
+class Mortal(futures.Executor):
+    """Two workers, both of which die when one trains a certain run; `submitted` lists what each pool was given."""
+
+    def __init__(self, deadly, submitted):
+        self.deadly, self.broken, self.held = deadly, False, []
+        submitted.append(mine := [])
+        self.mine, self.first = mine, len(submitted) == 1
+
+    def submit(self, fn, runs, *args):
+        if self.broken:
+            raise futures.BrokenExecutor("A child process terminated abruptly")
+        [r], future = runs, futures.Future()
+        self.mine.append(r.seed)
+        self.held.append(future)
+        if r.seed == self.deadly:
+            self.broken = True
+            for future in self.held:
+                future.set_exception(futures.BrokenExecutor("A process in the process pool was terminated"))
+        elif not self.first:  # in the first pool it is under way until the other one dies
+            self.held.remove(future)
+            future.set_result(fn(runs, *args))
+        return future
+
+
+def test_the_run_that_ends_its_process_is_found_and_the_others_are_trained(tmp_path, monkeypatch):
+    """Both that were under way are tried alone; only the one of which a process dies again has failed."""
+    submitted = []
+    monkeypatch.setattr(engine, "_pool", lambda slots: Mortal(1, submitted))
+    runs = [child(DENSE), *seeds(4)]  # the longest chain begins first
+    with pytest.raises(engine.WorkerDied, match=r"^The process that trained <Run .* seed 1 .*> died, and ") as told:
+        experiments.run(runs, store=Store(tmp_path), progress=False, slots=2)
+    assert "\n" not in str(told.value)
+    assert submitted[0] == [0, 1]
+    assert submitted[1] in ([0, 1], [1])
+    assert len(submitted) == 3
+    assert set(Store(tmp_path).rows()) == {r.key for r in runs if r.seed != 1}
+    assert set(Store(tmp_path).failures()) == {r.key for r in runs if r.seed == 1}
+    assert not list(Store(tmp_path).leases.glob("[!.]*"))
+
+
+def test_workers_of_an_executor_of_the_callers_that_die_are_one_line_and_no_runs_failure(tmp_path):
+    with pytest.raises(engine.WorkerDied, match=r"^The executor's workers died, .*; what is finished is kept\.$"):
+        experiments.run(seeds(3), Mortal(1, []), store=Store(tmp_path), progress=False, slots=2)
+    assert not Store(tmp_path).failures()
+    assert not list(Store(tmp_path).leases.glob("[!.]*"))
+
+
+class KilledWorker(Exception):
+    """As `distributed` says that a run's worker has died four times."""
+
+
+def test_a_run_that_dask_gives_up_is_tried_alone(tmp_path):
+    executor = Failing(replace(DENSE, seed=1), error=KilledWorker)
+    with pytest.raises(engine.WorkerDied, match="seed 1"):
+        train(seeds(3), tmp_path, executor)
+    assert set(Store(tmp_path).rows()) == {r.key for r in executor.ran} == {r.key for r in seeds(3) if r.seed != 1}
+    assert set(Store(tmp_path).failures()) == {replace(DENSE, seed=1).key}
+
+
+def deadly(runs, *args):
+    """`work.execute` of all but one run, whose process ends as it does when the system has no memory left."""
+    if runs[0].seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work.execute(runs, *args)
+
+
+@pytest.mark.slow
+@pytest.mark.endurance
+def test_a_sweep_in_processes_survives_one_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "execute", deadly)
+    with pytest.raises(engine.WorkerDied, match="seed 1"):
+        experiments.run([child(r) for r in seeds(3)], store=Store(tmp_path), progress=False, slots=2)
+    done = [x for r in seeds(3) if r.seed != 1 for x in (r, child(r))]
+    assert set(Store(tmp_path).rows()) == {r.key for r in done}
+    assert set(Store(tmp_path).failures()) == {replace(DENSE, seed=1).key}
 
 
 def test_the_progress_counts_what_was_trained(tmp_path, monkeypatch):

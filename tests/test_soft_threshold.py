@@ -403,7 +403,7 @@ def test_weights_are_kept_as_they_were_under_the_threshold():
         ({"s_init": math.nan}, "Invalid s_init nan: give a finite number, far below 0 for a dense start."),
         ({"s_init": -math.inf}, "Invalid s_init -inf: give a finite number, far below 0 for a dense start."),
         ({"layers": ["fc9"]}, "Unknown names in layers: fc9; the model has 0, 4."),
-        ({"layers": []}, "Nothing prunable: the model has no Linear or Conv layer, or `layers` is empty."),
+        ({"layers": []}, "Nothing prunable: `layers` is empty; name some, or give None for all layers."),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_changes(arguments, expected):
@@ -884,3 +884,16 @@ def test_a_start_is_a_number_that_the_weights_dtype_holds(s_init):
     with pytest.raises(ValueError, match=rf"^Invalid s_init .*{re.escape(str(s_init).lstrip('-')[:2])}"):
         S.attach(nn.Sequential(nn.Linear(3, 2)), s_init)
     S.attach(nn.Sequential(nn.Linear(3, 2)).double(), -1e39)
+
+
+def test_freezing_a_network_that_has_lost_all_its_weights():
+    model = S.attach(two(), 5.0)
+    S.freeze(model, 0.1)
+    assert not any(m.any() for m in S.read(model).values())
+
+
+@pytest.mark.parametrize("fields", [{"freeze": "x"}, {"s_init": True}, {"g": []}, {"freeze": 0.5, "density": "0.1"}])
+def test_fields_of_another_type_are_refused(fields):
+    [*_, (name, value)] = fields.items()
+    with pytest.raises(ValueError, match=rf"^Invalid {name} {re.escape(repr(value))}: give .*\.$"):
+        S.STR(**fields)

@@ -323,11 +323,29 @@ def test_gates_have_their_own_rate():
         (lambda: Supermask(rate=math.inf), "Invalid rate inf: give a number above 0."),
         (lambda: Supermask(s0=math.nan), "Invalid s0 nan: give a number near 0, at most 80 in size."),
         (lambda: Supermask(rescale=1), "Invalid rescale 1: give True or False."),
+        (lambda: L0(lam=None), "Invalid lam None: give the weight of the penalty, a number from 0."),
+        (lambda: L0(drop="0.5"), "Invalid drop '0.5': give a drop rate, 0 < drop < 1."),
+        (lambda: L0(beta=True), "Invalid beta True: give a temperature, 0 < beta <= 1."),
+        (lambda: Supermask(s0="1"), "Invalid s0 '1': give a number near 0, at most 80 in size."),
+        (lambda: L0(layers=3).attach(mlp()), "Invalid layers 3: give a list of names, or None for all layers."),
         (lambda: L0(layers=("9",)).attach(mlp()), "Unknown names in layers: 9; the model has 1, 3, 5."),
-        (lambda: L0(layers=()).attach(mlp()), "Nothing prunable: there is no Linear or Conv layer to put a gate on."),
+        (
+            lambda: L0(layers=()).attach(mlp()),
+            "Nothing prunable: `layers` is empty; name some, or give None for all layers.",
+        ),
         (lambda: L0().penalty(mlp()), "No gates on the model: call the method's attach(model) first."),
     ],
 )
 def test_bad_values(make, text):
     with pytest.raises(ValueError, match=message(text)):
         make()
+
+
+def test_attached_again_the_mode_stays_and_the_old_noise_goes():
+    net = Supermask().attach(mlp()).eval()
+    gate_of(net).draw(torch.Generator().manual_seed(0))
+    Supermask().attach(net)
+    gate = gate_of(net)
+    assert not gate.training
+    assert gate.noise is None
+    assert torch.equal(net[1].weight, net.train()[1].weight)  # of a test, as in a network that is new

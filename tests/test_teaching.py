@@ -4,9 +4,11 @@
 """
 
 import csv
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,11 @@ pytest.importorskip("IPython")
 
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook  # noqa: E402
 
+ODD = b"M\xfcller".decode(errors="surrogateescape")  # a file's name out of a zip in Latin-1
 TEACHING = Path(__file__).resolve().parents[1] / "book" / "teaching"
 sys.path.insert(0, str(TEACHING))
 
+import build  # noqa: E402
 import grade  # noqa: E402
 import jail  # noqa: E402
 import slides  # noqa: E402
@@ -120,6 +124,61 @@ def test_a_roster_names_the_line_that_is_none(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match="roster"):
             sources.roster(file)
+    for raw in ("student,seed\nmüller,1\n".encode("latin-1"), "student,seed\nada,1\n".encode("utf-16")):
+        file.write_bytes(raw)
+        with pytest.raises(ValueError, match=r"roster\.csv: it is no CSV in UTF-8; save it again"):
+            sources.roster(file)
+
+
+def test_making_the_pages_of_the_book_leaves_the_copies_of_a_roster_and_the_slides(tmp_path):
+    build.build({"ada": 1}, tmp_path)
+    deck = tmp_path / "slides" / "html" / "lth.html"
+    deck.parent.mkdir(parents=True)
+    deck.write_text("")
+    (tmp_path / "pages" / "masks.md").write_text("old")
+    build.build(to=tmp_path)
+    assert deck.exists()
+    assert all((tmp_path / "student" / lab / "ada.ipynb").exists() for lab in sources.LABS)
+    assert (tmp_path / "pages" / "masks.md").read_text() != "old"
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    """The autograder of a lab where its docstring says; returns what runs it."""
+    clone = tmp_path / "clone"
+    zipfile.ZipFile(build.build(to=tmp_path / "made") / "autograder" / "masks.zip").extractall(clone)
+    environment = {key: value for key, value in os.environ.items() if key != "LOTTERY_CLONE"}
+
+    def run(*arguments):
+        line = [sys.executable, str(clone / "grade.py"), "masks", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+    return clone, run
+
+
+def test_the_packed_grader_works_beside_the_package_of_a_clone(lab, unpacked, tmp_path):
+    isolated()
+    clone, run = unpacked
+    tmp_path.chmod(0o755)  # pytest's folders are its own, and the jail's user is another
+    tmp_path.parent.chmod(0o755)
+    (clone / "lottery").mkdir()
+    (clone / "lottery" / "__init__.py").write_text("base = 10")
+    lab.cells[2].source = "from lottery import base"  # which the package of this clone does not have
+    nbformat.write(lab, clone / "masks.ipynb")
+    (tmp_path / "submissions").mkdir()
+    nbformat.write(sources.filled(sources.student(lab), lab), tmp_path / "submissions" / f"{ODD}1.ipynb")
+    done = run(tmp_path / "submissions")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "M?ller1: 5 of 5, finished" in done.stdout
+
+
+def test_the_packed_grader_refuses_in_one_line_where_there_is_no_package(unpacked, tmp_path):
+    _, run = unpacked
+    done = run(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Not graded: no folder `lottery` in")
+    assert done.stderr.count("\n") == 1
+    assert "--trusted" not in done.stdout + done.stderr
 
 
 # Marks --------------------------------------------------------------------------------------------------------------
@@ -167,6 +226,12 @@ def test_a_file_that_is_no_notebook_is_said_to_be_none(tmp_path, lab):
         submission, why = grade.read(tmp_path / f"{name}.ipynb")
         assert submission is None
         assert why.startswith("not a notebook")
+    for source in ({}, {"source": 5}, {"source": "", "metadata": {"nbgrader": {"grade_id": []}}}):
+        odd = new_notebook() | {"cells": [{"cell_type": "markdown", "id": "a", "metadata": {}} | source]}
+        (tmp_path / "odd.ipynb").write_text(json.dumps(odd))
+        submission, why = grade.read(tmp_path / "odd.ipynb")
+        assert submission is None
+        assert why.startswith("not a notebook")
     nbformat.write(lab, tmp_path / "solution")
     (tmp_path / "link.ipynb").symlink_to(tmp_path / "solution")
     assert grade.read(tmp_path / "link.ipynb") == (None, "a link, not a file")
@@ -209,10 +274,44 @@ def test_a_folder_is_graded_and_nobody_sees_what_is_not_his(lab, tmp_path):
     assert "| sum-check | 0 | 2 |" in (out / "feedback" / "copied2.md").read_text()
 
 
-def test_a_cell_that_never_ends_costs_its_own_task(lab):
+def test_a_failure_costs_nobody_else_the_marks_and_the_roster_is_complete(lab, tmp_path):
+    lab.cells[5].source = lab.cells[5].source.replace("total =", "assert student_seed < 103\ntotal =")
+    folder, out = tmp_path / "submissions", tmp_path / "marks"
+    folder.mkdir()
+    copy = sources.filled(sources.student(lab), lab)
+    for student in ("ada", "bo", ODD):
+        nbformat.write(copy, folder / f"{student}.ipynb")
+    roster = {"ada": 103, "bo": 101, ODD: 102, "zoe": 104}
+    lines = grade.grade_folder(lab, folder, out, roster, report=lambda _: None, jailed=False)
+    assert {line["student"]: line["sum"] for line in lines} == {"ada": "", "bo": 5, ODD: 5, "zoe": 0}
+    with open(out / "marks.csv", newline="", encoding="utf-8") as file:
+        rows = {row["student"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["M?ller", "ada", "bo", "zoe"]
+    assert rows["ada"]["end"].startswith("not marked: the solution itself fails for seed 103")
+    assert rows["ada"]["sum-check"] == rows["ada"]["sum"] == ""
+    assert rows["zoe"]["end"] == "nothing handed in"
+    assert "not marked yet" in (out / "feedback" / "ada.md").read_text()
+    assert (out / "words.md").read_text().count("Because.") == 3
+
+
+def test_marks_are_written_as_they_come(lab, tmp_path, monkeypatch):
+    for student in ("s1", "s2"):
+        nbformat.write(sources.student(lab), tmp_path / f"{student}.ipynb")
+    full, out, written = sources.points(lab), tmp_path / "marks", []
+    monkeypatch.setattr(grade, "grade", lambda nb, path, *_, **__: (full, grade.Run(), None))
+
+    def report(_):
+        written.append((out / "marks.csv").read_text().count("\n"))
+
+    grade.grade_folder(lab, tmp_path, out, report=report, jailed=False)
+    assert written == [2, 3]
+
+
+@pytest.mark.parametrize("code", ["while True:\n    pass", "import time\ntime.sleep(10**6)"])
+def test_a_cell_that_never_ends_costs_its_own_task(lab, code):
     endless = sources.filled(sources.student(lab), lab)
-    endless.cells[5].source = "while True:\n    pass"
-    got = grade.run(lab, 3, endless, seconds=2, jailed=False)
+    endless.cells[5].source = code
+    got = grade.run(lab, 3, endless, seconds=8, jailed=False)
     assert [name for name, error in got.errors if error.startswith("TimeoutError")] == ["sum"]
     assert set(got.values) == {"double-check"}
 

@@ -304,3 +304,22 @@ def test_tied_weights_and_a_layer_alone_have_one_name_in_states_and_masks():
         M.restore(net, drawn)
     with pytest.raises(ValueError, match=r"^Unknown names in layers: 7; the state has 1\.$"):
         tickets.survivors(tickets.Ticket(M.state(tied), {"7": torch.ones(5, 4, dtype=torch.bool)}, {}))
+
+
+class Causal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("causal", torch.full((3, 3), float("-inf")).triu(1))
+
+
+def test_a_buffer_of_infinities_comes_back(tmp_path):
+    """A causal mask holds them; where the model's own tensor is finite the file's has to be."""
+    model = M.attach(Causal())
+    ticket = tickets.Ticket(M.state(model), M.read(model), {"own": "Causal"})
+    tickets.save(ticket, path := tmp_path / "t.safetensors")
+    assert equal(tickets.load(path, Causal()).theta, ticket.theta)
+    for name, t in (("causal", torch.full((3, 3), float("-inf"))), ("causal", torch.zeros(2, 2))):
+        tickets.save(replace(ticket, theta=ticket.theta | {name: t}), path)
+        with pytest.raises(ValueError, match="is no ticket"):
+            tickets.load(path, Causal())

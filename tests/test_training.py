@@ -510,6 +510,20 @@ def test_bfloat16_computes_under_autocast_and_keeps_float32_weights(digits):
     assert history.last.test_acc > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_half_precision_are_summed_in_float32(dtype):
+    """In their own precision a sum stands still where it is 256 or 2,048 times what is added, or overflows."""
+    x = torch.randn(6_000, 8, generator=torch.Generator().manual_seed(0))
+    own = data.from_tensors(x, torch.arange(6_000) % 3, valid=3_000, test=0)
+    net = nn.Sequential(nn.Linear(8, 3)).to(dtype)
+    recipe = Recipe("sgd", lr=1e-6, batch_size=10, iterations=600, eval_every=600)
+    history = fit(net, own, recipe)
+    exact = training.evaluate(net.float(), own.valid, normaliser(own, recipe, torch.zeros(1)))[0]
+    assert history.val_loss == pytest.approx([exact], rel=1e-2)
+    train = training.evaluate(net, own.train, normaliser(own, recipe, torch.zeros(1)))[0]
+    assert history.batch_loss == pytest.approx([train], rel=5e-2)
+
+
 # Masks, determinism, failures -----------------------------------------------------------------------------------------
 
 
@@ -863,3 +877,13 @@ def test_a_loss_of_ones_own():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert history.train_loss[1] > 4  # what is minimised; readings are the cross-entropy
     assert history.last.train_loss < 3
+
+
+@pytest.mark.parametrize("params", [lambda net: net.parameters(), lambda net: iter(list(net.parameters()))])
+def test_the_parameters_of_a_group_may_be_a_generator(params):
+    net = nn.Linear(4, 2)
+    opt = training.optimizer(net, dataclasses.replace(SHORT, optimizer="sgd"), [{"params": params(net)}])
+    assert [id(p) for p in opt.param_groups[0]["params"]] == [id(p) for p in net.parameters()]
+    own = nn.Linear(4, 2, bias=False)
+    opt = training.optimizer(own, dataclasses.replace(SHORT, optimizer="sgd"), [{"params": own.weight}])
+    assert opt.param_groups[0]["params"][0] is own.weight

@@ -4,15 +4,15 @@ Everything is written below book/_build/teaching, from the sources beside this f
 
     student/<lab>.ipynb       what is handed out; with a roster also student/<lab>/<student>.ipynb, each with its seed
     solutions/<lab>.ipynb     for the lecturer; not in the book
-    autograder/<lab>.zip      the lab's source and the grader, for whoever marks: unpack beside a clone's `lottery`
+    autograder/<lab>.zip      the lab's source and the grader, for whoever marks: unpack in a clone, beside `lottery`
     pages/<lab>.md            the lab as a page of the book, practice with its solution
     slides/html/index.html    a deck for every chapter, see slides.py
 
-ROSTER.csv has the columns student and seed; a student's submission carries the student's name.
+ROSTER.csv has the columns student and seed; a student's submission carries the student's name. Nothing is removed:
+`make book`, which needs the pages and the downloads only, leaves the copies of a roster and the slides as they are.
 """
 
 import argparse
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -26,10 +26,9 @@ GRADER = ("grade.py", "jail.py", "runner.py", "sources.py")
 
 
 def build(seeds: dict[str, int] | None = None, to: Path = BUILD) -> Path:
-    """Write all of it, anew."""
-    shutil.rmtree(to, ignore_errors=True)
+    """Write all of it over what is there."""
     for folder in ("student", "solutions", "autograder", "pages"):
-        (to / folder).mkdir(parents=True)
+        (to / folder).mkdir(parents=True, exist_ok=True)
     for lab in sources.LABS:
         nb = sources.source(lab)
         nbformat.write(sources.student(nb), to / "student" / f"{lab}.ipynb")

@@ -3,7 +3,7 @@
 FOLDER holds one notebook a student, `<student>.ipynb` or `<student>/<anything>.ipynb`. The student's seed is in the
 roster (columns student, seed); without one it is the digits of the name. RESULTS, by default `FOLDER-marks`, gets
 
-    marks.csv                 a line a student: points of every task, their sum, how the run ended
+    marks.csv                 a line a student, as they are marked: points of every task, their sum, how the run ended
     feedback/<student>.md     for the student: what was right, which cells failed and why
     words.md                  all answers in words, task by task, with the rubric's points, to be marked by hand
 
@@ -30,7 +30,10 @@ import jail
 import nbformat
 import sources
 
-ROOT = Path(os.environ.get("LOTTERY_CLONE", sources.HERE.parents[1]))
+PACKAGE = Path("lottery", "__init__.py")
+ABOVE = (sources.HERE, *sources.HERE.parents)  # this file lies in a clone: in book/teaching, or where it was unpacked
+AROUND = next((folder for folder in ABOVE if (folder / PACKAGE).exists()), sources.HERE)
+ROOT = Path(os.environ.get("LOTTERY_CLONE") or AROUND).resolve()
 LIMIT = 16 * 2**20  # bytes that a submission may have, print, or hand in
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "LOTTERY_CLONE": str(ROOT)}
 
@@ -75,8 +78,8 @@ def _cell(name, trusted, code=None) -> dict:
 def run(nb, seed, submission=None, slot=0, seconds=600, memory=8 * 2**30, jailed=True) -> Run:
     """Run the source's solution, or a submission, for a seed; the latter in the jail, unless it is trusted.
 
-    seconds: of CPU time for a process, a quarter of it for a cell; four times as long on the clock. memory: bytes of
-    address space for a process.
+    seconds: of CPU time for a process, a quarter of it for a cell; both four times as long on the clock. memory: bytes
+    of address space for a process.
     """
     job = json.dumps({"seed": seed, "seconds": seconds / 4, "cells": cells(sources.seeded(nb, seed), submission)})
     runner = [sys.executable, "-c", (sources.HERE / "runner.py").read_text()]
@@ -100,8 +103,14 @@ def run(nb, seed, submission=None, slot=0, seconds=600, memory=8 * 2**30, jailed
         log.seek(0)
         found.log = log.read(4000).decode(errors="replace")
         if submission is None and (found.errors or end != "finished"):
-            raise RuntimeError(f"The solution itself fails: {end}, {found.errors} {found.log}")
+            why = f"{end}, {found.errors[:2]} {found.log[-300:]}"
+            raise RuntimeError(f"the solution itself fails for seed {seed}: {why}")
     return found
+
+
+def brief(error: Exception) -> str:
+    """In one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _wait(command, seconds, **options) -> str:
@@ -182,44 +191,50 @@ def seeds_of(students, roster: dict[str, int] | None) -> dict[str, int]:
     return seeds
 
 
-def read(path: Path):
+def read(path: Path | None):
     """A submission, or None and why it is none."""
+    if path is None:
+        return None, "nothing handed in"
     if path.is_symlink() or path.parent.is_symlink():
         return None, "a link, not a file"
     try:
         if path.stat().st_size > LIMIT:
             return None, "larger than 16 MB"
         nb = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
-        nb.cells  # noqa: B018 - a notebook has cells
+        for cell in nb.cells:  # what is read of it later; nbformat does not insist
+            hash((sources.facts(cell).get("grade_id"), cell.cell_type + cell.source))
     except Exception as error:  # whatever a file that is no notebook makes the parser do
         return None, f"not a notebook ({type(error).__name__})"
     return nb, ""
 
 
-def grade(nb, path: Path, seed: int, slot=0, **options) -> tuple[dict[str, int], Run, object]:
-    """Marks of one submission, its run, and the notebook if it is one."""
+def grade(nb, path: Path | None, seed: int, slot=0, **options) -> tuple[dict[str, int], Run, object]:
+    """Marks of one submission, its run, and the notebook if it is one. No marks: the run says why it has none."""
     submission, why = read(path)
     if submission is None:
         return dict.fromkeys(sources.points(nb), 0), Run(end=why), None
     try:
+        expected = run(nb, seed)
         got = run(nb, seed, submission, slot, **options)
-    except Exception as error:  # metadata or cells of another shape than nbformat promises
-        return dict.fromkeys(sources.points(nb), 0), Run(end=f"not run ({type(error).__name__})"), None
-    expected = run(nb, seed)
+    except Exception as error:  # a seed that the solution cannot do, a full disk: no student's fault
+        return {}, Run(end=f"not marked: {brief(error)}"), submission
     return marks(nb, expected, got), got, submission
 
 
-def prove(nb, seed: int, **options) -> None:
+def prove(nb, seed: int = 7, **options) -> None:  # the seed with which check.py proves every lab
     """Raises RuntimeError where the solution does not get full marks as a submission: then the machine is to blame."""
+    expected = run(nb, seed)
     got = run(nb, seed, sources.solved(nb), **options)
-    if marks(nb, run(nb, seed), got) != sources.points(nb):
-        raise RuntimeError(f"the solution gets no full marks in the jail: {got.end} {got.errors[:2]} {got.log[-300:]}")
+    if marks(nb, expected, got) != sources.points(nb):
+        why = f"{got.end} {got.errors[:2]} {got.log[-300:]}"
+        raise RuntimeError(f"the solution gets no full marks in the jail (more --seconds or --memory?): {why}")
 
 
 def feedback(student: str, nb, found: dict[str, int], got: Run) -> str:
-    """What the student gets to read: no expected value is in it."""
-    lines = [f"# {student}", "", f"The run: {got.end}.", "", "| task | points | of |", "|---|---|---|"]
-    lines += [f"| {task} | {found[task]} | {n} |" for task, n in sources.points(nb).items()]
+    """What the student gets to read: no expected value is in it, so nor is why the solution fails."""
+    end = got.end if found else "not marked yet"
+    lines = [f"# {student}", "", f"The run: {end}.", "", "| task | points | of |", "|---|---|---|"]
+    lines += [f"| {task} | {found.get(task, '')} | {n} |" for task, n in sources.points(nb).items()]
     lines += [f"| {task} | by hand | {n} |" for task, n in sources.by_hand(nb).items()]
     lines += ["", *(f"* `{name}`: {error}" for name, error in got.errors)]
     return "\n".join(lines) + "\n"
@@ -237,34 +252,39 @@ def words(nb, notebooks: dict) -> str:
 
 
 def grade_folder(nb, folder: Path, out: Path, roster=None, jobs=1, report=print, **options) -> list[dict]:
-    """Grade everything in the folder and write the three kinds of results. Returns the lines of marks.csv."""
-    found = submissions(folder)
+    """Grade everything in the folder and write the three kinds of results. Returns the lines of marks.csv.
+
+    What one submission is, or does, costs nobody else the marks. Whoever is in the roster has a line.
+    """
+    handed_in = submissions(folder)
+    found = {student: handed_in.get(student) for student in sorted({*handed_in, *(roster or ())})}
     seeds = seeds_of(found, roster)
     if options.get("jailed", True):
-        prove(nb, next(iter(seeds.values())), **options)
+        prove(nb, **options)
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     total, lines, notebooks = sum(sources.points(nb).values()), [], {}
+    columns = ["student", "seed", "end", *sources.points(nb), "sum", "of"]
+    columns += [f"{task} (by hand)" for task in sources.by_hand(nb)]
+    text = {"encoding": "utf-8", "errors": "replace"}  # a name, or what a student wrote, may hold half a character
 
     def one(item):
         slot, (student, path) = item
         return student, grade(nb, path, seeds[student], slot % 1000, **options)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with open(out / "marks.csv", "w", newline="", **text) as file, ThreadPoolExecutor(jobs) as pool:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
         for student, (points, got, submission) in pool.map(one, enumerate(found.items())):
-            sum_ = sum(points.values())
-            lines.append(
-                {"student": student, "seed": seeds[student], "end": got.end, **points, "sum": sum_, "of": total}
-            )
-            lines[-1] |= {f"{task} (by hand)": "" for task in sources.by_hand(nb)}
-            (out / "feedback" / f"{student}.md").write_text(feedback(student, nb, points, got))
+            sum_ = sum(points.values()) if points else ""
+            line = {"student": student, "seed": seeds[student], "end": got.end, **points, "sum": sum_, "of": total}
+            lines.append(line)
+            table.writerow(line)
+            file.flush()
+            (out / "feedback" / f"{student}.md").write_text(feedback(student, nb, points, got), **text)
             if submission is not None:
                 notebooks[student] = submission
-            report(f"{student}: {sum_} of {total}, {got.end}")
-    (out / "words.md").write_text(words(nb, notebooks))
-    with open(out / "marks.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(lines[0]))
-        table.writeheader()
-        table.writerows(lines)
+            report(f"{student}: " + (f"{sum_} of {total}, " if points else "") + got.end)
+    (out / "words.md").write_text(words(nb, notebooks), **text)
     return lines
 
 
@@ -281,18 +301,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="submissions side by side, one core each")
     parser.add_argument("--trusted", action="store_true", help="run submissions as yourself, without any isolation")
     given = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # names of files that are no text
+    if not (ROOT / PACKAGE).exists():
+        where = os.environ.get("LOTTERY_CLONE") or f"{sources.HERE} and above"
+        sys.exit(f"Not graded: no folder `lottery` in {where}; unpack inside a clone, or set LOTTERY_CLONE to one.")
     try:
-        print("Isolation:", "none, as asked" if given.trusted else jail.strength())
+        print("Isolation:", "none, as asked" if given.trusted else jail.strength(), flush=True)
+    except RuntimeError as error:
+        sys.exit(f"Not graded: {error}. --trusted runs submissions as yourself, with all that you may do.")
+    try:
         roster = sources.roster(given.roster) if given.roster else None
         folder = given.folder.resolve()
         out = given.out or folder.with_name(folder.name + "-marks")
         options = {"seconds": given.seconds, "memory": int(given.memory * 2**30), "jailed": not given.trusted}
-        grade_folder(sources.source(given.lab), folder, out, roster, given.jobs, **options)
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    except RuntimeError as error:
-        sys.exit(f"Not graded: {error}. --trusted runs submissions as yourself, with all that you may do.")
+        lines = grade_folder(sources.source(given.lab), folder, out, roster, given.jobs, **options)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"Not graded: {brief(error)}")
     print(f"Marks, feedback and the answers in words are in {out}.")
+    if left := [line["student"] for line in lines if line["sum"] == ""]:
+        sys.exit(f"Not marked: {', '.join(left)}. The column `end` says why: grade again, or mark them by hand.")
 
 
 if __name__ == "__main__":

@@ -132,14 +132,18 @@ def page(nb, lab: str) -> str:
 def roster(path: str | Path) -> dict[str, int]:
     """`{student: seed}` of a roster. Raises ValueError naming the line that is none."""
     seeds = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            student, seed = (row.get("student") or "").strip(), (row.get("seed") or "").strip()
-            if not student or not seed.isdecimal() or "/" in student or student.startswith("."):
-                raise ValueError(f"Invalid line in {path}: {row}; needs a student's name and a seed, a whole number.")
-            if student in seeds:
-                raise ValueError(f"Invalid roster {path}: {student} is in it twice.")
-            seeds[student] = int(seed)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"Invalid roster {path}: it is no CSV in UTF-8; save it again as 'CSV UTF-8'.") from None
+    for row in rows:
+        student, seed = (row.get("student") or "").strip(), (row.get("seed") or "").strip()
+        if not student or not seed.isdecimal() or "/" in student or student.startswith("."):
+            raise ValueError(f"Invalid line in {path}: {row}; needs a student's name, a comma, a seed: a whole number.")
+        if student in seeds:
+            raise ValueError(f"Invalid roster {path}: {student} is in it twice.")
+        seeds[student] = int(seed)
     if not seeds:
         raise ValueError(f"Invalid roster {path}: it has no student; needs the columns student and seed.")
     return seeds

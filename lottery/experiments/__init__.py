@@ -5,7 +5,7 @@
 >>> experiments.run(runs)            # trains what the store does not have
 >>> experiments.load(runs)           # one row per run, a pandas.DataFrame
 
-Names load when they are first used: reading the store needs no PyTorch.
+Names load when they are first used: counting what is stored needs no PyTorch.
 """
 
 import importlib

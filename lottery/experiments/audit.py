@@ -16,10 +16,10 @@ import json
 import subprocess
 import tempfile
 from collections import Counter
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
-from lottery import training
+from lottery import files, training
 from lottery.batches import take
 from lottery.experiments import PAPERS, engine, papers, work
 from lottery.experiments.runs import Measurement
@@ -33,6 +33,8 @@ ACCURACY = {"float32": 0.3, "bfloat16": 1.5}  # points
 RECORD = ("packages", "device", "processor", "threads", "compile", "flush_denormal", "deterministic")
 TIMES = ("wall_s", "started", "device", "certificate", "payload_sha", "parent", "spec")  # no results
 SAME, CLOSE, EXPLAINED, MISS = "identical", "within tolerance", "explained miss", "miss"
+UNTRAINED = "not trained"
+BAD = (MISS, UNTRAINED)  # for the exit status
 
 
 # What is drawn --------------------------------------------------------------------------------------------------------
@@ -103,38 +105,54 @@ def seconds(runs, store, prefix=False):
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
-def audit(keys, known, store, prefix=False, jobs=1, device="cpu", report=print):
+def audit(keys, known, store, prefix=False, jobs=1, device="cpu", report=print, keep=lambda found: None):
     """Train some stored runs again, `jobs` chains side by side; returns what came out of each, as JSON types.
 
     keys: of `known`, the `declared` runs. A chain is what has one dense training in common; what is trained on the way
     has drawn False, and is left out where it is not stored. An outcome is that of `compare`, with key, paper, evidence,
-    run and drawn.
+    run and drawn. A chain that raises, or whose process dies, is not trained and takes no other one with it.
+    keep: called with all outcomes so far after each chain.
     """
-    chains, found = {}, []
+    chains, found, under_way = {}, [], {}
+
+    def tell(r, outcome):
+        paper, evidence, _ = known.get(r.key, (None, None, None))
+        about = {"key": r.key, "paper": paper, "evidence": evidence, "run": repr(r), "drawn": r.key in keys}
+        found.append(about | outcome)
+        report(found[-1])
+
     for r in (known[key][2] for key in keys):
-        chains.setdefault(r.key if isinstance(r, Measurement) else r.root.key, []).append(r)
-    longest_first = sorted(chains.values(), key=lambda some: -seconds(some, store, prefix))  # none is waited for
-    with _processes(jobs) as pool:
-        tasks = [pool.submit(_again, some, _settings(some, store, device), prefix) for some in longest_first]
-        for task in as_completed(tasks):
-            outcomes = {}  # a chain's runs come parents first
-            for r, row in task.result():
-                if not (stored := store.row(r.key)):
+        if store.row(r.key):
+            chains.setdefault(r.key if isinstance(r, Measurement) else r.root.key, []).append(r)
+        else:
+            tell(r, _outcome(MISS, "its stored row is damaged"))
+    left = sorted(chains.values(), key=lambda some: seconds(some, store, prefix))
+    try:
+        while left or under_way:
+            while left and len(under_way) < jobs:
+                # The longest first: none is waited for. Each in a process of its own, never this one, whose caches may
+                # know what is to be found out.
+                pool, some = engine.processes(1), left.pop()
+                under_way[pool.submit(_again, some, _settings(some, store, device), prefix)] = pool, some
+            for task in wait(under_way, return_when=FIRST_COMPLETED).done:
+                pool, some = under_way.pop(task)
+                pool.shutdown()
+                if error := task.exception():
+                    said = str(error).splitlines() or [""]
+                    for r in some:
+                        tell(r, _outcome(UNTRAINED, f"{type(error).__name__}: {said[0]}"))
                     continue
-                outcome = compare(stored, row, [outcomes.get(p.key, SAME) for p in engine.needs(r)])
-                outcomes[r.key] = outcome["outcome"]
-                paper, evidence, _ = known.get(r.key, (None, None, None))
-                about = {"key": r.key, "paper": paper, "evidence": evidence, "run": repr(r), "drawn": r.key in keys}
-                found.append(about | outcome)
-                report(found[-1])
+                outcomes = {}  # a chain's runs come parents first
+                for r, row in task.result():
+                    if stored := store.row(r.key):
+                        outcome = compare(stored, row, [outcomes.get(p.key, SAME) for p in engine.needs(r)])
+                        outcomes[r.key] = outcome["outcome"]
+                        tell(r, outcome)
+            keep(found)
+    finally:
+        for pool, _ in under_way.values():  # interrupted: what is under way would not be kept
+            pool.shutdown(wait=False, kill_workers=True)
     return found
-
-
-def _processes(jobs):
-    """Fresh worker processes, never this one, whose caches may know what is to be found out."""
-    from joblib.externals.loky import ProcessPoolExecutor
-
-    return ProcessPoolExecutor(jobs)
 
 
 def _settings(runs, store, device):
@@ -142,7 +160,7 @@ def _settings(runs, store, device):
     found = {}
     for r in needed(runs):
         row = store.row(r.key)
-        how = json.loads(row["certificate"]) if row else {"threads": 1, "compile": False}
+        how = {"threads": 1, "compile": False} | json.loads(row["certificate"] if row else "{}")
         found[r.key] = device, how["threads"], how["compile"] and training.can_compile(device)
     return found
 
@@ -187,7 +205,7 @@ def compare(stored, row, parents=()):
     precision = json.loads(stored["spec"]).get("recipe", {}).get("precision", "float32")
     parted, missed = set(parents) - {SAME}, {MISS, EXPLAINED}.intersection(parents)
     accuracy, loss = _accuracy(stored, row), None if parted else _loss(stored, row, ALIKE[precision])
-    found = {"outcome": SAME, "reason": "", "accuracy": accuracy, "loss": loss}
+    found = _outcome(SAME, "", accuracy, loss)
     differ = [name for name in row if name not in TIMES and _value(row, name) != _value(stored, name, like=row)]
     if not differ:
         return found
@@ -205,6 +223,10 @@ def compare(stored, row, parents=()):
         if explained:
             return found | {"outcome": EXPLAINED, "reason": f"{why}: {because}"}
     return found | {"outcome": MISS, "reason": f"{why}, {'under another' if other else 'under the same'} record"}
+
+
+def _outcome(outcome, reason, accuracy=None, loss=None):
+    return {"outcome": outcome, "reason": reason, "accuracy": accuracy, "loss": loss}
 
 
 def _value(row, name, like=None):
@@ -249,11 +271,16 @@ def _measured(row):
 # What is told ---------------------------------------------------------------------------------------------------------
 
 
-def record(found, store, by, prefix, wall_s):
+def record(found, store, by, prefix, wall_s, device="cpu"):
     """What is kept of an audit: when, by which commit's hash, where, and what came out of each run."""
-    torch, device = work.torch.__version__, work.device_name("cpu")
+    torch, device = work.torch.__version__, work.device_name(device)
     head = {"schema": 1, "when": now(), "commit": by, "prefix": prefix, "torch": torch, "device": device}
     return head | {"wall_s": round(wall_s), "stored": len(store.keys()), "runs": found}
+
+
+def write(kept, path):
+    """A `record` as a file, whole or not at all."""
+    files.write(path, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def said(kept):
@@ -272,7 +299,7 @@ def said(kept):
         f"trained again from nothing ({part}), {len(runs) - drawn} more on the way to them: "
         + ", ".join(
             f"{n} {name}{'es' * (name in (EXPLAINED, MISS) and n > 1)}"
-            for name in (SAME, CLOSE, EXPLAINED, MISS)
+            for name in (SAME, CLOSE, EXPLAINED, MISS, UNTRAINED)
             if (n := counts[name])
         )
         + f". On {kept['device']}, torch {kept['torch']}."
@@ -280,7 +307,7 @@ def said(kept):
     lines += [
         f"* {r['key']} ({r['paper']}): {r['outcome']}, {r['reason']}{_apart(r)}."
         for r in runs
-        if r["outcome"] in (EXPLAINED, MISS)
+        if r["outcome"] in (EXPLAINED, *BAD)
     ]
     return "\n".join(lines)
 

@@ -22,8 +22,7 @@ def refuse(runs, store=None):
     """
     scored = set()
     for r in (q for q in runs if isinstance(q, Run)):
-        valid = (297 if r.dataset == "digits" else 5_000) if r.valid is None else r.valid  # as `data.load` does
-        images = data.SETS[r.dataset].n_train - valid
+        images = data.SETS[r.dataset].n_train - data.held_out(r.dataset, r.valid)
         images = max(1, round(r.train_fraction * images))
         if r.recipe.batch_size > images:
             raise ValueError(f"Invalid batch_size {r.recipe.batch_size}: the training set has {images} images.")

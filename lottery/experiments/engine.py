@@ -3,6 +3,7 @@
 import concurrent.futures as futures
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -13,7 +14,8 @@ import warnings
 import torch
 
 from lottery import data, models, training
-from lottery.experiments.leases import Leases
+from lottery.experiments import PAPERS, papers
+from lottery.experiments.leases import Leases, running
 from lottery.experiments.runs import Measurement
 from lottery.experiments.store import DamagedWeights, Store
 from lottery.experiments.work import execute, start
@@ -22,6 +24,10 @@ from lottery.methods import NOTHING
 
 TOGETHER = 64  # runs side by side on a GPU
 LOOK = 2.0  # seconds between two looks at what other processes are training
+
+
+class WorkerDied(futures.BrokenExecutor):
+    """A worker process ended without a word, as the system ends one for want of memory."""
 
 
 def run(
@@ -52,6 +58,8 @@ def run(
     second one abandons them. A run that raises stops its own descendants only; it is noted in the store's folder
     `.failures`, and the first such error is raised at the end. Where nothing can be written, `files.CannotWrite` is
     raised before anything is trained; where that comes later, as on a full disk, nothing more starts.
+    Runs whose worker process dies are trained once more, each alone, in new processes; the one of which it dies again
+    is a run that raises, `WorkerDied`. An executor of the caller's that is broken raises that at once, and notes none.
     """
     check(device, threads)
     if slots is not None and (type(slots) is not int or slots < 1):
@@ -68,10 +76,11 @@ def run(
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(len(todo), progress))
         own = executor is None
-        executor = stack.enter_context(_pool(slots)) if own else executor
+        renew = (lambda: stack.enter_context(_pool(slots))) if own else None
+        executor = renew() if own else executor
         leases = stack.enter_context(contextlib.closing(Leases(store.leases)))
         how = (device, threads, compiled)
-        sweep = _Sweep(runs, todo, store, executor, slots, leases, _Clock(budget, store), how, bar)
+        sweep = _Sweep(runs, todo, store, executor, renew, slots, leases, _Clock(budget, store), how, bar)
         try:
             sweep.run()
         except KeyboardInterrupt:
@@ -85,8 +94,9 @@ def run(
 class _Sweep:
     """One call of `run`: what is to do, what is under way, what was given up."""
 
-    def __init__(self, runs, todo, store, executor, slots, leases, clock, how, bar):
-        self.runs, self.todo, self.store, self.executor, self.slots = runs, todo, store, executor, slots
+    def __init__(self, runs, todo, store, executor, renew, slots, leases, clock, how, bar):
+        self.runs, self.todo, self.store, self.executor, self.renew = runs, todo, store, executor, renew
+        self.slots, self.suspects = slots, set()  # suspects: during whose training a worker died, not yet trained alone
         self.leases, self.clock, self.how, self.bar = leases, clock, how, bar
         self.parents = {p for r in (*todo, *runs) if not getattr(r, "budget", None) for p in needs(r)}
         self.under_way, self.given_up, self.elsewhere, self.again, self.errors = {}, set(), set(), set(), []
@@ -113,8 +123,10 @@ class _Sweep:
     def _submit(self):
         """Fill the free slots with what is ready and nobody else's."""
         waiting = {*self.todo, *(r for group in self.under_way.values() for r in group)}
+        self.suspects &= waiting
         ready = [r for r in self.todo if r not in self.elsewhere and not waiting.intersection(needs(r))]
-        while ready and len(self.under_way) < self.slots:
+        ready = [r for r in ready if r in self.suspects] or ready
+        while ready and len(self.under_way) < (1 if self.suspects else self.slots):
             device = self.how[0]
             group = [r for r in ready if _alike(r, device) == _alike(ready[0], device)][:TOGETHER]
             ready = _without(group, ready)
@@ -133,8 +145,20 @@ class _Sweep:
             if group:
                 self.todo = _without(group, self.todo)
                 keep = [r in self.parents for r in group]
-                job = self.executor.submit(execute, group, self.store.dir, self.store.also, keep, *self.how)
+                job = self._start(execute, group, self.store.dir, self.store.also, keep, *self.how)
                 self.under_way[job] = group
+
+    def _start(self, *call):
+        try:
+            return self.executor.submit(*call)
+        except futures.BrokenExecutor:  # all that was under way has ended with that error, or will
+            if not self.renew:
+                raise WorkerDied(
+                    "The executor's workers died, most likely for want of memory: run again with fewer side by side; "
+                    "what is finished is kept."
+                ) from None
+            self.executor = self.renew()
+            return self.executor.submit(*call)
 
     def _finish(self, job):
         group = self.under_way.pop(job)
@@ -143,6 +167,15 @@ class _Sweep:
             self.leases.release([r.key for r in group])
             self._plan_again(group)
             return
+        if _died(error) and not self.suspects.issuperset(group):
+            self.suspects.update(group)
+            self.todo = [*group, *self.todo]
+            return
+        if _died(error):
+            error = WorkerDied(
+                f"The process that trained {group[0]!r} died, and again when nothing else was trained, most likely for "
+                "want of memory: give it more, then run again."
+            )
         if error:
             self.errors.append(error)
             self.given_up.update(group)
@@ -230,6 +263,23 @@ def missing(runs, store):
     return sorted(todo, key=lambda r: -depth[r])
 
 
+def drop_weights(store):
+    """Remove the final weights from which no declared run that is missing starts; returns how many there were.
+
+    What starts from them later, such as another paper's item or a run of one's own, has them trained again. Raises
+    ValueError while a training is under way in the store.
+    """
+    if busy := running(store.leases):
+        raise ValueError(f"Trainings under way in {store.dir}, {len(busy)} of them: drop weights when they have ended.")
+    declared = (m.runs(None, scale) for m in map(papers.paper, PAPERS) for scale in m.scales)
+    left = missing(itertools.chain.from_iterable(declared), store)
+    wanted = {p.key for r in left if not getattr(r, "budget", None) for p in needs(r)}
+    gone = [path for path in (store.dir / ".artifacts").glob("*.safetensors") if path.stem not in wanted]
+    for path in gone:
+        path.unlink(missing_ok=True)
+    return len(gone)
+
+
 def _alike(r, device):
     """What runs have in common that may train side by side; on a CPU processes are faster, so nothing."""
     if device == "cpu" or isinstance(r, Measurement) or r.method != NOTHING:
@@ -248,7 +298,13 @@ def _fully_connected(model, dataset, options, recipe):
 
 
 def _without(some, runs):
+    some = set(some)
     return [r for r in runs if r not in some]
+
+
+def _died(error):
+    """Whether a future's error is that its process ended; Dask's own class is known by its name."""
+    return isinstance(error, futures.BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 
 class _Clock:
@@ -285,9 +341,11 @@ class _Here(futures.Executor):
 
 
 def _pool(slots):
+    return _Here() if slots == 1 else processes(slots)
+
+
+def processes(n):
     """Worker processes; loky's do not import the caller's __main__, so an unguarded script or stdin works too."""
-    if slots == 1:
-        return _Here()
     from joblib.externals.loky import ProcessPoolExecutor
 
     class Pool(ProcessPoolExecutor):
@@ -295,7 +353,7 @@ def _pool(slots):
             with _uninterrupted():  # a worker that still starts would die of an interrupt, and its run with it
                 return super().submit(*args, **kwargs)
 
-    return Pool(slots, initializer=_worker, initargs=(os.getpid(),))
+    return Pool(n, initializer=_worker, initargs=(os.getpid(),))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A Run: one training of one network, named by everything that determines it and by nothing else."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -197,8 +198,7 @@ class Run:
 
         Leaving defaults out lets a field be added without renaming every run.
         """
-        text = json.dumps([SCHEMA, _fields(self, all=False), self.parent and self.parent.key], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return _hash(_fields(self, all=False), self.parent and self.parent.key)
 
     def spec(self):
         """Every field as JSON types; the parent by its key."""
@@ -235,12 +235,28 @@ class Measurement:
     @functools.cached_property
     def key(self):
         """As a Run's, of the class and the fields that differ from their defaults."""
-        text = json.dumps([SCHEMA, type(self).__name__, _fields(self, all=False)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return _hash(type(self).__name__, _fields(self, all=False))
 
     def spec(self):
         """Every field as JSON types."""
         return {"measurement": type(self).__name__, **_fields(self, all=True)}
+
+
+def key_of(spec):
+    """The key of what a `spec` says, of fields that came after it with their defaults.
+
+    None where the method's or the measurement's class is not known here, or has keys of its own.
+    """
+    from lottery import cs, dynamic, soft_threshold, stochastic  # noqa: F401  a spec names their methods
+    from lottery.experiments import grasp_init  # noqa: F401
+
+    try:
+        if "measurement" not in spec:
+            return _hash(_changed(spec, Run), spec.get("parent"))
+        cls = _class(Measurement, spec["measurement"])
+        return _hash(cls.__name__, _changed(spec, cls)) if cls.key is Measurement.key else None
+    except (LookupError, RecursionError):
+        return None
 
 
 def rates(model, r):
@@ -298,6 +314,37 @@ def _fields(spec, all):
         elif all or value != default:
             fields[name] = float(value) if is_float and isinstance(value, int | float) else _lists(value)
     return fields
+
+
+def _changed(spec, cls):
+    """What `_fields` without the defaults gives, of what it gave with them. Raises LookupError for an unknown class."""
+    fields = {}
+    for name, default, _ in _declared(cls):
+        value = spec.get(name)
+        if name == "parent" or name not in spec:
+            continue
+        if isinstance(value, dict):
+            known = Recipe if name == "recipe" else _class(Method, value.get("is", "Method"))
+            value = {k: v for k, v in value.items() if k == "is"} | _changed(value, known)
+            if value:
+                fields[name] = value
+        elif value != _lists(default):
+            fields[name] = value
+    return fields
+
+
+def _class(base, name):
+    """The class of this name at or below `base`. Raises LookupError where there is none."""
+    if base.__name__ == name:
+        return base
+    for cls in base.__subclasses__():
+        with contextlib.suppress(LookupError):
+            return _class(cls, name)
+    raise LookupError(name)
+
+
+def _hash(*parts):
+    return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:24]
 
 
 @functools.cache

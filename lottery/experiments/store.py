@@ -79,7 +79,7 @@ class Store:
         self.also = [Path(folder) for folder in also]
         if self.dir.exists() and not self.dir.is_dir():
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
-        self._folders, self._tables, self._places, self._rows, self._compared = {}, {}, {}, {}, {}
+        self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
 
     def keys(self):
         """The keys that are stored, none of them checked; files that were read before are not read again."""
@@ -131,7 +131,7 @@ class Store:
             if table.num_columns == 1:
                 self._tables[path] = stamp, (table := _table(path))
             for row in _sound(table.slice(i, 1), path):
-                self._rows[row["key"]] = row
+                self._rows[row["key"]], self._from[row["key"]] = row, path
         return self._rows.get(key)
 
     def rows(self):
@@ -139,17 +139,13 @@ class Store:
         return {key: row for key in list(self.keys()) if (row := self.row(key))}
 
     def get(self, run):
-        """The row of a run, or None. Raises ValueError when what is stored under its key is another run."""
-        row = self.row(run.key)
-        if row and self._compared.get(run.key) is not row:
-            stored, wanted = json.loads(row["spec"]), run.spec()
-            stored, wanted = ({**spec.pop("recipe", {}), **spec} for spec in (stored, wanted))
-            for name in (name for name in stored if name in wanted and stored[name] != wanted[name]):
-                raise ValueError(
-                    f"Run {run.key} is stored with {name} = {stored[name]!r}, not {wanted[name]!r}: "
-                    f"two runs share a key, or the file was edited; move it away and run again."
-                )
-            self._compared[run.key] = row
+        """The row of a run, or None. One that says it is another run's is damaged: it is named and passed over."""
+        while (row := self.row(run.key)) and self._compared.get(run.key) is not row:
+            if said := unlike(json.loads(row["spec"]), run.spec()):
+                _name_damaged(run.key, self._from[run.key], f"it is stored with {said}.")
+                del self._rows[run.key]
+            else:
+                self._compared[run.key] = row
         return row
 
     def put(self, row):
@@ -160,12 +156,15 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._holds(row["key"]):
+        def others(rows):
+            return all(unlike(json.loads(found["spec"]), json.loads(row["spec"])) for found in rows)
+
+        if not others(self.find(row["key"])):
             return False
         table = pa.Table.from_pylist([row], schema=schema())
         table = _signed(table)
         path = self.dir / ".spool" / f"{row['key']}.parquet"
-        if path.exists() and not read(path):
+        if path.exists() and others(read(path)):
             os.replace(path, path.with_suffix(".damaged"))
         with files.temporary(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
@@ -184,15 +183,16 @@ class Store:
             files.sweep(folder)
         files.sweep(self.dir / ".checkpoints", "*.safetensors", lambda path: path.stem in self.keys())
 
-    def _holds(self, key):
-        """Whether a sound row of this key is there; the spool is asked first, from which a merge takes rows away."""
+    def find(self, key):
+        """The sound rows of a key, looked for in the files: `row` without reading what else lies in the spool.
+
+        The spool is asked first, from which a merge takes rows away.
+        """
         folders = (self.dir, *self.also)
         spooled = [folder / ".spool" / f"{key}.parquet" for folder in folders]
         for path in itertools.chain(spooled, (shard for folder in folders for shard in folder.glob("*.parquet"))):
             with contextlib.suppress(FileNotFoundError):
-                if read(path, {key}):
-                    return True
-        return False
+                yield from read(path, {key})
 
     def artifact(self, key):
         """Where the final weights of a run lie, or would lie."""
@@ -353,6 +353,26 @@ def versions():
     return {module.__name__.split(".")[-1]: module.VERSION for module in modules}
 
 
+def same(row, run):
+    """Whether a stored row is that of a run, field by field; fields that came after it do not count."""
+    return row["key"] == run.key and not unlike(json.loads(row["spec"]), run.spec())
+
+
+def unlike(stored, wanted):
+    """The first field in which a stored spec is not another one, in words, or ""; fields that came later do not count.
+
+    Without what tells two classes apart, {"is": …}, it is the base class.
+    """
+    for name, value in wanted.items():
+        its = stored.get(name, value)
+        if isinstance(value, dict) and isinstance(its, dict):
+            if said := unlike({"is": None, **its}, {"is": None, **value}):
+                return said
+        elif its != value:
+            return f"{name} = {its!r}, not {value!r}"
+    return ""
+
+
 def read(path, keys=None):
     """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr."""
     if keys is None:
@@ -440,8 +460,12 @@ def _sound(table, path):
                 file=sys.stderr,
             )
         else:
-            print(f"Damaged run {key} in {path}: {problem} It is passed over; run it again.", file=sys.stderr)
+            _name_damaged(key, path, problem)
     return sound
+
+
+def _name_damaged(key, path, problem):
+    print(f"Damaged run {key} in {path}: {problem} It is passed over; run it again.", file=sys.stderr)
 
 
 def _problem(row):
@@ -477,9 +501,16 @@ def _nonsense(row):
                 return f"{name} is no JSON object."
         except (ValueError, RecursionError):
             return f"{name} is no JSON object."
-    if not row["spec"] or not isinstance(json.loads(row["certificate"] or "{}").get("versions"), dict):
+    spec = json.loads(row["spec"] or "{}")
+    if not {"model", "dataset"} <= spec.keys() or not isinstance(
+        json.loads(row["certificate"] or "{}").get("versions"), dict
+    ):
         return "it does not say what it is of."
-    return None if row["started"] else "it does not say when it was started."
+    if not row["started"]:
+        return "it does not say when it was started."
+    from lottery.experiments.runs import key_of  # imports PyTorch
+
+    return None if (key := key_of(spec)) in (None, row["key"]) else f"what it says it is has the key {key}."
 
 
 def unpack(packed, n):

@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,12 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
     denormal numbers, and its warning filters are left as they were.
     """
     store, started, r = Store(results_dir, also), now(), runs[0]
-    with settings_for(threads):
+    with _beside(alone=bool(dict(getattr(r, "options", ())).get("dropout"))), settings_for(threads):
         if isinstance(r, Measurement):
             return _measure(r, store, started, device, threads)
         images = take(images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
+        for r in runs:
+            check_data(r, images.fingerprint, store)
         given = [spending(r, images, store) for r in runs]
         nets = [initialise(r, images, store, device) for r in given]
         orders = [int(r.key[:15], 16) for r in runs]
@@ -57,6 +60,43 @@ def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1
         store.put({**row_of(r, images, net.model, history, certificate), "moves": moves})
         store.checkpoint(r.key).unlink(missing_ok=True)
     return sum(history.wall_s for history in histories)
+
+
+class _Beside:
+    """Trainings of one process, in its threads: side by side, but one with dropout alone.
+
+    Dropout draws from torch's own generator, of which a process has one, and every other training puts it back on its
+    way to where it was.
+    """
+
+    def __init__(self):
+        self.changed, self.inside = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def __call__(self, alone):
+        with self.changed:
+            self.changed.wait_for(lambda: self.inside == 0 if alone else self.inside >= 0)
+            self.inside += -1 if alone else 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside -= -1 if alone else 1
+                self.changed.notify_all()
+
+
+_beside = _Beside()
+
+
+def check_data(r, fingerprint, store):
+    """Raise ValueError where what a run needs, or itself when only its weights are trained again, had other data."""
+    for one in (r.parent, *getattr(r, "trained", ()), r):
+        row = one and next(store.find(one.key), None)
+        if row and row["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"Other data than before: {r.dataset} has fingerprint {fingerprint[:12]} here, but {one!r} is stored "
+                f"with {row['fingerprint'][:12]}; set LOTTERY_DATA to those images, or name another --results-dir."
+            )
 
 
 def fit_alike(model, images, recipe, seed, **how):
@@ -110,6 +150,7 @@ def start(r):
 def _measure(r, store, started, device, threads):
     began = time.perf_counter()
     columns = r.measure(device, *(store.load_artifact(p.key)[0] for p in r.trained))
+    check_data(r, columns["fingerprint"], store)
     certificate = certify(r.versions, started, time.perf_counter() - began, device, threads)
     row = {name: getattr(r, name) for name in ("key", "model", "dataset", "seed")} | {"status": "finished"}
     row |= {name: certificate[name] for name in ("started", "device", "wall_s")}

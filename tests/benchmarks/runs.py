@@ -21,19 +21,17 @@ def fill(folder, n, masks=True):
     template = template if masks else [row | {"mask": None} for row in template]
     declared = [r for scale in ("laptop", "paper") for r in experiments.lth.runs(None, scale)]
     declared = [r for r in declared if isinstance(r, experiments.Run)]
-    declared = [None] * (n - len(declared)) + declared[:n]
+    declared = [experiments.Run(seed=1_000 + i) for i in range(n - len(declared))] + declared[:n]
     for start in range(0, n, store.SHARD):
-        rows = [_named(template[i % len(template)], i, declared[i]) for i in range(start, min(start + store.SHARD, n))]
+        rows = [_named(template[i % len(template)], declared[i]) for i in range(start, min(start + store.SHARD, n))]
         table = pa.Table.from_pylist(rows, schema=store.schema()).to_pylist()  # float32 columns are rounded
         table = [{**row, "payload_sha": store._digest(row)} for row in table]
         path = folder / f"2026-01-01-{start:08d}.parquet"
         pq.write_table(pa.Table.from_pylist(table, schema=store.schema()), path, compression="zstd")
 
 
-def _named(row, i, run):
-    """The row under the name of a run, or of one that nothing declares."""
-    if run is None:
-        return row | {"key": f"{i:024d}", "seed": i}
+def _named(row, run):
+    """The row under the name of a run."""
     return row | {"key": run.key, "seed": run.seed, "level": run.level, "draw": run.draw, "init": run.init,
                   "parent": run.parent and run.parent.key, "spec": json.dumps(run.spec(), sort_keys=True),
                   "iterations": run.recipe.iterations}  # fmt: skip
