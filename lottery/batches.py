@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ class Batches:
 
     def __init__(self, data: Data, recipe: "Recipe", seed: int | Sequence[int], like: torch.Tensor):
         self.x, self.y = data.train.x.to(like.device), data.train.y.to(like.device)
-        self.seeds, self.shape = ([seed], ()) if isinstance(seed, int) else (seed, (len(seed),))
+        self.seeds, self.shape = ([int(seed)], ()) if isinstance(seed, Integral) else (seed, (len(seed),))
         self.size, self.epoch, self.augment = recipe.batch_size, None, recipe.augment != "none"
         self.per_epoch = recipe.per_epoch(len(self.y))
         if len(self.y) < self.size:

@@ -6,7 +6,7 @@ DNW, discovering neural wirings (Wortsman, Farhadi & Rastegari, NeurIPS 2019, ar
     the k largest weights of each layer, the backward pass gives all weights the gradient that they would have had
     (section 3.2, algorithm 1).
 SET, sparse evolutionary training (Mocanu et al., Nature Communications 9:2383, 2018, arXiv 1707.04780): a sparse
-    network drops its smallest weights every so often and grows as many at random (algorithm 1).
+    network drops the weights closest to zero every so often and grows as many at random (algorithm 1).
 RigL (Evci, Gale, Menick, Castro & Elsen, ICML 2020, arXiv 1911.11134): SET, but it grows where the gradient of the
     dense network is largest, and drops a fraction that decays along a cosine (section 3, eq. 1, algorithm 1).
 

@@ -22,7 +22,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -78,7 +78,7 @@ def prune(
         recipe: of one training; default: SGD with momentum on a cosine, ten epochs.
         skip: names of layers to leave alone, or patterns such as "head*". Frozen layers are left alone anyway.
         train: a training loop of one's own, `train(model, hook)`, which trains the model in place; see `Hook`.
-        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy.
+        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy; beside `train`, what RigL grows by.
         score: `score(model)` → a number, in the place of the accuracy.
         seed: of the order of examples and of all that a method draws.
         options: of the method: see its function in this module, such as `rounds` of `lth`.
@@ -733,7 +733,7 @@ class Pruned:
         return export.onnx(nn.Sequential(inputs, self.model), self.data.train.x[:4], path)
 
 
-def load(model: nn.Module, checkpoint: Mapping[str, Any] | Path | str) -> nn.Module:
+def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module:
     """Put the weights and masks of a checkpoint on a model, in place.
 
     checkpoint: a state dict, or the path of one (PyTorch's, read without pickle's code, or safetensors), perhaps below

@@ -460,7 +460,10 @@ class _At:
             n += 1
         if n == self.trials:
             return None
-        ours = self._ours(self.verdict(self.rows(n), margin)[0])
+        verdict = self.verdict(self.rows(n), margin)[0]
+        if math.isnan(verdict.d):  # out of reach
+            return None
+        ours = self._ours(verdict)
         return {"trials": n, "ours": ours[0], "interval": ours[1:]}
 
     def result(self):

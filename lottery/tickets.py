@@ -43,7 +43,12 @@ class Ticket:
         return M.density(self.masks)
 
     def model(self, net: torch.nn.Module | None = None) -> torch.nn.Module:
-        """The network m ⊙ θ, with the masks attached, ready to train: the spec's architecture, or a copy of `net`."""
+        """The network m ⊙ θ, with the masks attached, ready to train: the spec's architecture, or a copy of `net`.
+
+        Raises ValueError: of a model of one's own without `net`, or one that does not fit.
+        """
+        if net is None and (own := self.spec.get("own")):
+            raise ValueError(f"The ticket is that of a {own} of one's own: give model(net) such a network.")
         net = copy.deepcopy(net) if net is not None else _create(self.spec)
         return M.restore(M.attach(net, self.masks), self.theta)
 

@@ -319,6 +319,9 @@ def test_a_buffer_of_infinities_comes_back(tmp_path):
     ticket = tickets.Ticket(M.state(model), M.read(model), {"own": "Causal"})
     tickets.save(ticket, path := tmp_path / "t.safetensors")
     assert equal(tickets.load(path, Causal()).theta, ticket.theta)
+    assert equal(M.state(ticket.model(Causal())), ticket.theta)
+    with pytest.raises(ValueError, match=r"^The ticket is that of a Causal of one's own: give model\(net\) such a"):
+        ticket.model()
     for name, t in (("causal", torch.full((3, 3), float("-inf"))), ("causal", torch.zeros(2, 2))):
         tickets.save(replace(ticket, theta=ticket.theta | {name: t}), path)
         with pytest.raises(ValueError, match="is no ticket"):

@@ -887,3 +887,10 @@ def test_the_parameters_of_a_group_may_be_a_generator(params):
     own = nn.Linear(4, 2, bias=False)
     opt = training.optimizer(own, dataclasses.replace(SHORT, optimizer="sgd"), [{"params": own.weight}])
     assert opt.param_groups[0]["params"][0] is own.weight
+
+
+def test_a_seed_may_be_numpys(digits):
+    def order(seed):
+        return Batches(digits, SHORT, seed, torch.zeros(1))(20)[1]
+
+    assert torch.equal(order(np.int64(2**40)), order(2**40))
