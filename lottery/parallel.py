@@ -61,7 +61,7 @@ class Images(Dataset):
 
         self.folder, self.part = Path(folder), part
         shards = sorted(self.folder.glob(f"{part}*.parquet"))
-        self.files = _Parquet(shards) if shards else _Folder(self.folder / part)
+        self.files = _Parquet(shards) if shards else _Folder(self.folder / part, self.folder / "train")
         self.y = torch.tensor(self.files.labels)
         ends = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         self.middle = v2.Compose([v2.Resize(side * 256 // 224), v2.CenterCrop(side), *ends])
@@ -82,9 +82,9 @@ class Images(Dataset):
 
 
 class _Folder:
-    def __init__(self, folder):
-        classes = sorted(f.name for f in folder.iterdir() if f.is_dir()) if folder.is_dir() else []
-        found = [(f, c) for c, name in enumerate(classes) for f in sorted((folder / name).iterdir()) if f.is_file()]
+    def __init__(self, folder, train):
+        classes = data.class_numbers(folder, train if train.is_dir() else None) if folder.is_dir() else {}
+        found = [(f, c) for name, c in classes.items() for f in sorted((folder / name).iterdir()) if f.is_file()]
         if not found:
             raise FileNotFoundError(f"No images in {folder}: give a folder with train/<class>/* and val/<class>/*.")
         self.files, self.labels = map(list, zip(*found, strict=True))
@@ -249,7 +249,7 @@ class Loop(training._Loop):
             model.eval()
             for which in (mine[i : i + batch_size] for i in range(0, len(mine), batch_size)):
                 x, y = default_collate(list(threads.map(split.x.__getitem__, which)))
-                logits = model(x.to(like)).to(like.dtype)
+                logits = model(x.to(like)).to(torch.promote_types(like.dtype, torch.float32))
                 y = y.to(like.device)
                 found[which] = (logits.argmax(1) == y).double()
                 found[n] += F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)

@@ -629,7 +629,11 @@ class _Member:
         h.test_loss.append(test_loss)
         h.test_acc.append(_accuracy(correct))
         h.batch_loss.append(curve if test else math.nan)
-        for name, value in self.method.reading(self.model).items():
+        try:
+            numbers = self.method.reading(self.model)
+        except ValueError:  # what it reads holds NaN, which the next loss would show
+            return False, False
+        for name, value in numbers.items():
             h.numbers.setdefault(name, []).append(value)
         return val_loss < self.best_loss, math.isfinite(val_loss) or not len(self.data.valid.y)
 

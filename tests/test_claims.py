@@ -1199,7 +1199,8 @@ def test_holm_is_over_the_tested_primary_claims_of_one_paper():
 
 def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_claims_first():
     def row(title, evidence, verdict, primary=False, **values):
-        keys = {"paper": "lth", "p": 0.01} | dict.fromkeys(("ours", "paper_value", "interval", "stale", "was"))
+        keys = {"paper": "lth", "p": 0.01, "quantity": "test accuracy at last, points, A − B"}
+        keys |= dict.fromkeys(("ours", "paper_value", "interval", "stale", "was"))
         row = {"claim": title, "title": title, "item": "Figure 4", "rule": "direction; n = 5", "primary": primary}
         return keys | row | {"evidence": evidence, "verdict": verdict} | values
 
@@ -1223,7 +1224,7 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
     ]
     table = scorecard.table(scorecard.tested(card))
     assert table["claim"].tolist() == ["★ better", "faster", "weights"]
-    assert table["ours"].tolist() == ["1.235 [0.5, 2]", "– ", "266,200 "]
+    assert table["ours"].tolist() == ["1.235 points [0.5, 2]", "–", "266,200"]
     assert table["paper"].tolist() == ["1", "–", "266,000"]
     remarks = {
         "reproduced": "",

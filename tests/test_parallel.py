@@ -1,6 +1,7 @@
 """One training on several processes: the images, their order, and that it ends where one process ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def test_a_crop_depends_on_seed_epoch_and_image_alone(folder):
     assert not torch.equal(first[0], images[1, 0, 3][0])  # another seed
     assert first[0].shape == images[3][0].shape == (3, 32, 32)
     assert torch.equal(images[3][0], images[3][0])
+
+
+def test_a_class_that_only_the_training_part_has_keeps_its_number(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / "val" / "n00")
+    assert set(parallel.Images(tmp_path / "images", "val", 32).y.tolist()) == {1, 2}
 
 
 def test_parquet_shards_hold_what_the_folder_holds(folder, tmp_path):

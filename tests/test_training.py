@@ -586,6 +586,18 @@ def test_a_training_that_diverges_late_keeps_its_early_stop(digits):
     assert history.early_stop.test_acc > 0.3
 
 
+def test_a_gate_that_is_no_number_at_a_reading_is_divergence(digits):
+    """The loss of the first minibatch is finite, its gradient is not."""
+    method, model = cs.CS(schedule="iteration"), models.create("lenet_300_100", in_shape=(1, 8, 8))
+    method.attach(model)
+    history = fit(
+        model, digits, dataclasses.replace(SHORT, eval_every=1), method=method,
+        loss=lambda logits, y: F.cross_entropy(logits, y) + (0 * logits.sum()).sqrt(),
+    )  # fmt: skip
+    assert history.status == "diverged"
+    assert history.step == [1]
+
+
 @pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize("valid", [None, 0])
 def test_divergence_on_the_last_step_is_divergence(valid, density):
