@@ -267,7 +267,8 @@ class Chapter:
             return
         exact = [row for row in rows if row["evidence"] == "exact"]
         if runs := [row for row in rows if row["evidence"] != "exact"]:
-            display(table(map(verdicts.summary, runs), CLAIMS))
+            display(table(map(verdicts.summary, runs), "Claims that were tested; ★: primary, chosen before the runs."))
+            display(say(OURS))
         if exact:
             folded = table(map(verdicts.summary, exact), "Numbers that need no training.").data
             display(Markdown(f"<details><summary>{len(exact)} exact statements</summary>\n\n{folded}\n\n</details>"))
@@ -316,10 +317,10 @@ def _minus(text):
     return re.sub(r"(?<![^ (\[])-(?=\d)", "−", text)
 
 
-CLAIMS = (
-    "Claims that were tested; ★: primary, chosen before the runs. Ours is the mean over trials with its 95 % interval, "
-    "first minus second of what is compared, or the factor (×) between them: of a claim about several densities at the "
-    "one that speaks most against it, of “up to” at the level that the other trials choose."
+OURS = (
+    "*Ours* is the mean over trials with its 95 % interval, first minus second of what is compared, or the factor (×) "
+    "between them: of a claim about several densities at the one that speaks most against it, of “up to” at the level "
+    "that the other trials choose."
 )
 
 

@@ -23,7 +23,7 @@ from small_runs import (
 )
 
 from lottery import experiments
-from lottery.experiments import Store, engine, load, work
+from lottery.experiments import Run, Store, engine, load, work
 from lottery.experiments.leases import Leases
 from lottery.training import Recipe
 
@@ -241,6 +241,14 @@ def test_long_chains_go_before_side_branches(tmp_path):
     side = [child(DENSE, init="reinit", draw=i) for i in range(3)]
     other = replace(DENSE, seed=1)
     assert engine.missing([*side, other, *trunk], Store(tmp_path)) == [*trunk[:2], *side, other, trunk[2]]
+
+
+def test_runs_are_taken_out_by_their_keys_and_not_compared_one_by_one(monkeypatch):
+    runs, again, compared = seeds(50), seeds(60), []
+    equal = Run.__eq__
+    monkeypatch.setattr(Run, "__eq__", lambda one, other: compared.append(1) or equal(one, other))
+    assert engine._without(runs, again) == again[50:]
+    assert len(compared) <= 2 * 60
 
 
 def test_a_thread_pool_will_do(tmp_path):
