@@ -207,15 +207,21 @@ def _hours(seconds):
 @kind_errors
 def merge(
     source: Annotated[Path | None, typer.Argument(help="Another store; default: this store's own spool.")] = None,
+    drop_weights: Annotated[
+        bool, typer.Option("--drop-weights", help="Remove weights that no missing run of the papers starts from.")
+    ] = False,
     results_dir: ResultsDir = None,
 ):
     """Pack finished runs into shards that can be committed."""
     from lottery import experiments
+    from lottery.experiments import engine
 
     if source is not None and not source.is_dir():
         raise FileNotFoundError(f"No folder {source}: name the results folder to take runs from.")
     store = experiments.Store(results_dir) if source else _stored(results_dir)
     typer.echo(f"{store.merge(source)} runs packed into {store.dir}.")
+    if drop_weights:
+        typer.echo(f"{engine.drop_weights(store)} files of weights removed.")
 
 
 @app.command()

@@ -115,6 +115,12 @@ def test_run_trains_once_then_status_and_merge(tmp_path, one_core, tiny):
     other = tmp_path / "other"
     assert f"{n} runs packed into {other}" in call("merge", tmp_path, "--results-dir", other).stdout
 
+    weights = tmp_path / ".artifacts" / "0123456789abcdef01234567.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"")
+    assert re.search(r"\d+ files of weights removed", call("merge", "--drop-weights", "--results-dir", tmp_path).stdout)
+    assert not weights.exists()
+
 
 def test_a_budget_of_nothing_trains_nothing(tmp_path, one_core, tiny):
     told = call("run", "lth", "fig12", "--scale", "smoke", "--budget", "0s", "--results-dir", tmp_path / "new")

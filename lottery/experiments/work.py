@@ -379,7 +379,7 @@ def images_of(name, valid, balanced, split_seed):
 
 
 def _part(tensors, prefix):
-    """A part of an artifact, see `_artifact`."""
+    """A part of an artifact, see `artifact_of`."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
