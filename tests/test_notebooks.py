@@ -243,7 +243,7 @@ def test_the_comparison_of_a_reader_s_methods_fills_every_figure(others, capsys)
         assert bool(drawn) == ("figure" in cell.metadata.get("mystnb", {})), number
         assert not any("not enough runs yet" in text for text in drawn), number
     said = "".join(o["data"].get("text/markdown", "") for o in run.outputs(lambda output: "data" in output))
-    assert "| GMP begin=0.0 | 2 |" in said
+    assert "| GMP begin=0.0 | begin=0.0 | 2 |" in said
     assert "not stored (" not in said
 
 
