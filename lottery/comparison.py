@@ -195,7 +195,7 @@ def winners(frame, margin):
 
 
 def said(frame, density, margin):
-    """Who wins at a density, in a sentence or two: the highest mean, what it is above and what it may equal.
+    """Who wins at a density, in a sentence or two: the highest mean, what it is above and not told apart from.
 
     None where fewer than two methods have all declared trials.
     """
