@@ -95,13 +95,13 @@ SCALES = {
 called = {}  # what an exploration trains under an arm's name, in words; a `Chapter` fills it
 
 
-def arm(name):
+def arm(name: str) -> str:
     """The words for an arm: "resnet32-c10/grasp" → "GraSP"; an unknown one stays as it is."""
     last = name.split("/")[-1]
     return called.get(last) or ARMS.get(last, name)
 
 
-def layer(name):
+def layer(name: str) -> str:
     """The words for a layer: "fc1" → "first layer", "layer3.0.conv2" → "stage 3, convolution 2"."""
     if not (found := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:conv(\d+)|downsample\.0)", name)):
         return LAYERS.get(name, name)
@@ -115,7 +115,7 @@ def trials(n: int) -> str:
     return f"{n} trial{'s' * (n != 1)}"
 
 
-def net(model, dataset=None):
+def net(model: str, dataset: str | None = None) -> str:
     """The words for a network, and the data it is trained on: "vgg19", "cifar10" → "VGG-19, CIFAR-10".
 
     model: of `models.create`, or a paper's net with its data, "vgg19-c10".

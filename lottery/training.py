@@ -629,11 +629,9 @@ class _Member:
         h.test_loss.append(test_loss)
         h.test_acc.append(_accuracy(correct))
         h.batch_loss.append(curve if test else math.nan)
-        try:
-            numbers = self.method.reading(self.model)
-        except ValueError:  # what it reads holds NaN, which the next loss would show
+        if not all(p.isfinite().all() for p in self.model.parameters()):  # the next loss would show it
             return False, False
-        for name, value in numbers.items():
+        for name, value in self.method.reading(self.model).items():
             h.numbers.setdefault(name, []).append(value)
         return val_loss < self.best_loss, math.isfinite(val_loss) or not len(self.data.valid.y)
 

@@ -353,11 +353,6 @@ def versions():
     return {module.__name__.split(".")[-1]: module.VERSION for module in modules}
 
 
-def same(row, run):
-    """Whether a stored row is that of a run, field by field; fields that came after it do not count."""
-    return row["key"] == run.key and not unlike(json.loads(row["spec"]), run.spec())
-
-
 def unlike(stored, wanted):
     """The first field in which a stored spec is not another one, in words, or ""; fields that came later do not count.
 
