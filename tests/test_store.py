@@ -336,6 +336,7 @@ def changed(**fields):
         (changed(method={"is": "CS", "s0": 0.5}), "what it says it is has the key "),
         (changed(parent="0" * 24), "what it says it is has the key "),
         (changed(measurement="Pruning"), "what it says it is has the key "),
+        (changed(measurement="Instability", parent=["0" * 24] * 2, points=11), "what it says it is has the key "),
         ("{}", "it does not say what it is of."),
         (json.dumps({"model": "lenet_300_100", "measurement": "Pruning"}), "it does not say what it is of."),
     ],
@@ -362,6 +363,7 @@ def test_another_runs_row_is_named_with_its_file_passed_over_and_trained_again(t
 def test_a_row_of_a_method_that_is_not_known_here_is_compared_with_the_run_that_is_asked_for(tmp_path, capsys):
     Store(tmp_path).put(fake(spec=changed(method={"is": "Nobodys", "x": 1.0})))
     assert set(Store(tmp_path).rows()) == {DENSE.key}
+    assert DENSE.key not in store.Rows(Store(tmp_path)), "no claim rests on it"
     capsys.readouterr()
     assert Store(tmp_path).get(DENSE) is None
     [path] = spool(tmp_path)

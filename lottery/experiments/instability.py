@@ -7,8 +7,6 @@ and once more as the mean of the two; which of them the authors did is not known
 """
 
 import copy
-import functools
-import hashlib
 import json
 import operator
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ import torch
 from lottery import data, lth, models, training
 from lottery import masks as M
 from lottery.batches import normaliser
-from lottery.experiments.runs import SCHEMA, Measurement, Run
+from lottery.experiments.runs import Measurement, Run, hashed
 
 IMAGES = 2_000  # of the training set, for batch norm's statistics
 
@@ -48,10 +46,10 @@ class Instability(Measurement):
         pair = [r.key for r in self.trained]
         return {**self.one.spec(), "measurement": "Instability", "parent": pair, "points": self.points}
 
-    @functools.cached_property
-    def key(self):
-        text = json.dumps([SCHEMA, type(self).__name__, [r.key for r in self.trained], self.points])
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+    @classmethod
+    def key_of(cls, spec):
+        """The key of the pair, which the fields that the two share do not tell."""
+        return hashed(cls.__name__, spec["parent"], spec["points"])
 
     def measure(self, device, one, other):
         """The columns of the store; one, other: artifacts, `{name: tensor}`."""

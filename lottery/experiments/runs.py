@@ -198,7 +198,7 @@ class Run:
 
         Leaving defaults out lets a field be added without renaming every run.
         """
-        return _hash(_fields(self, all=False), self.parent and self.parent.key)
+        return hashed(_fields(self, all=False), self.parent and self.parent.key)
 
     def spec(self):
         """Every field as JSON types; the parent by its key."""
@@ -235,7 +235,12 @@ class Measurement:
     @functools.cached_property
     def key(self):
         """As a Run's, of the class and the fields that differ from their defaults."""
-        return _hash(type(self).__name__, _fields(self, all=False))
+        return self.key_of(self.spec())
+
+    @classmethod
+    def key_of(cls, spec):
+        """The key of what a `spec` says."""
+        return hashed(cls.__name__, _changed(spec, cls))
 
     def spec(self):
         """Every field as JSON types."""
@@ -245,16 +250,15 @@ class Measurement:
 def key_of(spec):
     """The key of what a `spec` says, of fields that came after it with their defaults.
 
-    None where the method's or the measurement's class is not known here, or has keys of its own.
+    None where the method's or the measurement's class is not known here.
     """
     from lottery import cs, dynamic, soft_threshold, stochastic  # noqa: F401  a spec names their methods
-    from lottery.experiments import grasp_init  # noqa: F401
+    from lottery.experiments import grasp_init, instability  # noqa: F401
 
     try:
-        if "measurement" not in spec:
-            return _hash(_changed(spec, Run), spec.get("parent"))
-        cls = _class(Measurement, spec["measurement"])
-        return _hash(cls.__name__, _changed(spec, cls)) if cls.key is Measurement.key else None
+        if "measurement" in spec:
+            return _class(Measurement, spec["measurement"]).key_of(spec)
+        return hashed(_changed(spec, Run), spec.get("parent"))
     except (LookupError, RecursionError):
         return None
 
@@ -343,7 +347,7 @@ def _class(base, name):
     raise LookupError(name)
 
 
-def _hash(*parts):
+def hashed(*parts):
     return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -317,7 +317,10 @@ def load(runs=None, store=None):
 
 
 class Rows(Mapping):
-    """`{key: row}` of a store, as the rows of `load`: each is looked for and checked once, when it is asked for."""
+    """`{key: row}` of a store, as the rows of `load`: each is looked for and checked once, when it is asked for.
+
+    Those whose key nothing here can recompute are left out: no paper's run has a method that is unknown here.
+    """
 
     def __init__(self, store):
         self.store, self.found = store, {}
@@ -325,7 +328,8 @@ class Rows(Mapping):
 
     def __getitem__(self, key):
         if key not in self.found:
-            self.found[key] = row = self.store.row(key)
+            row = self.store.row(key)
+            self.found[key] = row = row and _key_of(row) and row
             if row:
                 known = {name: value for name, value in row.items() if value is not None}
                 self.found[key] = row | self.numbers | known | {"stale": stale(row)}
@@ -503,9 +507,13 @@ def _nonsense(row):
         return "it does not say what it is of."
     if not row["started"]:
         return "it does not say when it was started."
+    return None if (key := _key_of(row)) in (None, row["key"]) else f"what it says it is has the key {key}."
+
+
+def _key_of(row):
     from lottery.experiments.runs import key_of  # imports PyTorch
 
-    return None if (key := key_of(spec)) in (None, row["key"]) else f"what it says it is has the key {key}."
+    return key_of(json.loads(row["spec"]))
 
 
 def unpack(packed, n):
