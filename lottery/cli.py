@@ -74,6 +74,13 @@ def kind_errors(command):
     return wrapped
 
 
+def _stoppable():
+    """Be stopped as by ^C: by a batch system or a container, and in the background of a script, where ^C is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _said(error):
     """The kind of an error and the first line of what it says."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
@@ -122,9 +129,7 @@ def run(
     seconds = None if budget is None else _seconds(budget)
     engine.check(device, threads)
     before = len(experiments.load(runs, store))
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell's script
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a batch system or a container stops it
+    _stoppable()
     try:
         how = {"device": device, "threads": threads, "compiled": compiled}
         experiments.run(runs, executor, budget=seconds, store=store, slots=slots, **how)
@@ -259,6 +264,7 @@ def audit(
     from lottery.experiments import audit as audits
     from lottery.experiments import engine
 
+    _stoppable()
     engine.check(device, 1)
     for name, value in (("runs", n), ("jobs", jobs)):
         if value < 1:
@@ -271,8 +277,8 @@ def audit(
         raise ValueError(f"No declared run is stored under {key!r}: `lottery audit --list` names some.")
     keys, began = [key] if key else audits.draw(known, n, by), time.monotonic()
     for name in keys if look else ():
-        typer.echo(f"{name} {known[name][0]}, {known[name][1]}: {known[name][2]!r}")
-    todo = [known[name][2] for name in keys]
+        typer.echo(f"{name} {known[name].paper} {known[name].item}, {known[name].evidence}: {known[name].run!r}")
+    todo = [known[name].run for name in keys]
     typer.echo(f"{len(audits.needed(todo))} trainings, {_hours(audits.seconds(todo, store, prefix))} of one core.")
     if look:
         return

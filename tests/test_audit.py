@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_runs import DENSE, ROOT, fake, train
 from typer.testing import CliRunner
@@ -97,12 +98,27 @@ def test_bfloat16_parts_earlier_and_further():
 
 
 def test_what_is_drawn_takes_turns_and_follows_from_the_commit():
-    runs = {f"a{i}": ("lth", "full", None) for i in range(20)} | {f"b{i}": ("grasp", "full", None) for i in range(3)}
+    runs = {f"a{i}": audit.Declared("lth", "fig4", "full", None) for i in range(20)}
+    runs |= {f"b{i}": audit.Declared("grasp", "table2", "full", None) for i in range(3)}
     first = audit.draw(runs, 6, "1234")
     assert sorted(key[0] for key in first) == ["a", "a", "a", "b", "b", "b"]
     assert first == audit.draw(dict(reversed(runs.items())), 6, "1234")
     assert first != audit.draw(runs, 6, "5678")
     assert len(audit.draw(runs, 30, "1234")) == 23
+
+
+def test_how_far_trials_lie_apart_is_told_of_those_that_differ_in_their_seeds_alone(tmp_path):
+    store = Store(tmp_path)
+    dense = [replace(DENSE, seed=seed) for seed in range(3)]
+    children = [Run(parent=r, seed=r.seed, recipe=r.recipe, dataset="digits") for r in dense]
+    other = replace(children[2], rate=0.5)
+    for r, hits in [*zip(dense, (9, 12, 18), strict=True), *zip(children, (3, 6, 6), strict=True), (other, 21)]:
+        bits = np.packbits(np.arange(21) < hits).tobytes()
+        store.put(fake(r, last_test_acc=hits / 21, last_correct=bits))
+    spread = audit.spreads({r.key: audit.Declared("lth", "fig4", "none", r) for r in (*children, other)}, store)
+    assert spread(dense[0]) == pytest.approx(100 / 21 * 21**0.5, abs=1e-4)  # of 9, 12, 18: √(16 + 1 + 25) / √2
+    assert spread(children[1]) == pytest.approx(100 / 21 * 3**0.5, abs=1e-4)
+    assert spread(other) is None
 
 
 def test_parents_come_first():
@@ -119,7 +135,7 @@ def stored(tmp_path_factory):
     two, snip = replace(one, parent=one), replace(small, criterion="snip", density=0.1)
     train([two, snip], folder)
     shutil.rmtree(folder / ".artifacts")
-    return Store(folder), {r.key: ("lth", "none", r) for r in (two, snip)}, one
+    return Store(folder), {r.key: audit.Declared("lth", "fig4", "none", r) for r in (two, snip)}, one
 
 
 def test_stored_runs_come_out_again_from_nothing(stored):
@@ -137,7 +153,7 @@ def test_stored_runs_come_out_again_from_nothing(stored):
 def test_the_first_steps_come_out_again(stored, monkeypatch):
     monkeypatch.setattr(audit, "PREFIX", 5)
     store, known, one = stored
-    runs = [r for _, _, r in known.values()]
+    runs = [each.run for each in known.values()]
     rows = dict(audit._again(runs, audit._settings(runs, store, "cpu"), prefix=True))
     assert [len(json.loads(rows[r]["train_loss"])) for r in runs] == [3, 3]  # of steps 1, 2 and 5
     for r in (*runs, one):
@@ -161,10 +177,14 @@ def test_a_result_that_does_not_come_out_is_exit_status_1(stored, monkeypatch, t
     assert told.exit_code == 1
     [miss] = [run for run in json.loads((tmp_path / "audit.json").read_text())["runs"] if run["key"] == wrong]
     assert (miss["outcome"], miss["reason"]) == ("miss", "stored with val_loss otherwise, under the same record")
-    far = "; apart: last test accuracy 0.00 points, first losses or values 0 of their size."
-    assert f"* {wrong} (lth): miss, {miss['reason']}{far}" in audit.said(tmp_path / "audit.json")
+    far = "; apart: last test accuracy 0.00 points, first losses or values 0 of their size"
+    begins = f"* lth fig4, {repr(known[wrong].run)[5:-1]}: miss, {miss['reason']}"
+    assert f"{begins}{far} (`{wrong}`)." in audit.said(tmp_path / "audit.json")
+    spread = audit.record([miss | {"accuracy": 0.75, "loss": None, "spread": 0.253}], store, "ab", False, 1.0)
+    far = "; apart: last test accuracy 0.75 points (trials spread by 0.25, s.d.)"
+    assert f"{begins}{far} (`{wrong}`).\n\nUnder another record" in audit.said(spread)
     unknown = audit.record([miss | {"accuracy": None, "loss": None}], store, "ab", False, 1.0)
-    assert audit.said(unknown).endswith(f"* {wrong} (lth): miss, {miss['reason']}.")
+    assert audit.said(unknown).endswith(f"{begins} (`{wrong}`).")
     assert call("--runs", 1, "--commit", "ab", "--results-dir", store.dir).exit_code == 0
 
 
@@ -196,10 +216,10 @@ def test_a_chain_that_fails_takes_no_other_one_with_it(stored, monkeypatch):
     found = audit.audit(list(known), known, store, report=lambda _: None, keep=lambda found: kept.append(len(found)))
     assert sorted(kept) in ([1, 4], [3, 4])
     [failed] = [r for r in found if r["outcome"] == "not trained"]
-    assert (known[failed["key"]][2].criterion, failed["reason"]) == ("snip", "MemoryError: no room")
+    assert (known[failed["key"]].run.criterion, failed["reason"]) == ("snip", "MemoryError: no room")
     said = audit.said(audit.record(found, store, "0123456789", False, 3.2))
     assert "3 identical, 1 not trained." in said
-    assert said.endswith(f"* {failed['key']} (lth): not trained, MemoryError: no room.")
+    assert said.endswith(f"iterations: not trained, MemoryError: no room (`{failed['key']}`).")
     assert failed["outcome"] in audit.BAD
 
 
@@ -224,7 +244,7 @@ def again(*_):
     here.with_suffix(".new").rename(here)
     time.sleep(600)
 audit._again = again
-audit.audit([DENSE.key], {DENSE.key: ("lth", "none", DENSE)}, store)
+audit.audit([DENSE.key], {DENSE.key: audit.Declared("lth", "fig4", "none", DENSE)}, store)
 """
 
 
@@ -267,6 +287,6 @@ def test_what_is_declared_is_what_is_stored(tmp_path, monkeypatch):
     run = compare.runs("lenet", "smoke")[0]
     store = Store(tmp_path)
     store.put(fake(run))
-    assert audit.declared(store) == {run.key: ("compare", "none", run)}
+    assert audit.declared(store) == {run.key: ("compare", "lenet-sparse", "none", run)}
     assert audit.seconds([run], store) == 1.5
     assert audit.said(tmp_path / "none.json").startswith("No audit is kept")

@@ -11,18 +11,23 @@ losses have to agree within LOSS, for as many steps as ALIKE says, and the last 
 does not is a miss; it is explained where something else is known to be different.
 """
 
+import functools
 import hashlib
 import json
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from lottery import files, training
 from lottery.batches import take
 from lottery.experiments import PAPERS, engine, papers, work
-from lottery.experiments.runs import Measurement
+from lottery.experiments.runs import Measurement, Run
 from lottery.experiments.store import Store, now, root, stale
 
 PREFIX = 500  # steps
@@ -40,24 +45,34 @@ BAD = (MISS, UNTRAINED)  # for the exit status
 # What is drawn --------------------------------------------------------------------------------------------------------
 
 
-def declared(store):
-    """`{key: (paper, evidence, Run)}` of all that is stored and declared; of a run of several papers the first one."""
+class Declared(NamedTuple):
+    """A run and what it is for: of several papers, or items of one, the first."""
+
+    paper: str
+    item: str
+    evidence: str
+    run: Run | Measurement
+
+
+def declared(store: Store) -> dict[str, Declared]:
+    """All that is declared and stored, by its key."""
     found, stored = {}, set(store.keys())
     for paper in PAPERS:
         module = papers.paper(paper)
         for scale in module.scales:
             evidence = {"paper": "full", "primary": "full", "smoke": "none"}.get(scale, "reduced or stand-in")
-            for r in module.runs(None, scale):
-                if r.key in stored:
-                    found.setdefault(r.key, (paper, evidence, r))
+            for item in module.items:
+                for r in module.runs(item, scale):
+                    if r.key in stored:
+                        found.setdefault(r.key, Declared(paper, item, evidence, r))
     return found
 
 
 def draw(runs, n, commit):
     """n keys of `declared` runs, by turns from each paper and evidence, within them in the order of a hash."""
     strata = {}
-    for key, (paper, evidence, _) in runs.items():
-        strata.setdefault((paper, evidence), []).append(key)
+    for key, known in runs.items():
+        strata.setdefault((known.paper, known.evidence), []).append(key)
     turns = {
         key: (turn, stratum)
         for stratum, keys in strata.items()
@@ -109,19 +124,20 @@ def audit(keys, known, store, prefix=False, jobs=1, device="cpu", report=print, 
     """Train some stored runs again, `jobs` chains side by side; returns what came out of each, as JSON types.
 
     keys: of `known`, the `declared` runs. A chain is what has one dense training in common; what is trained on the way
-    has drawn False, and is left out where it is not stored. An outcome is that of `compare`, with key, paper, evidence,
-    run and drawn. A chain that raises, or whose process dies, is not trained and takes no other one with it.
+    has drawn False, and is left out where it is not stored. An outcome is that of `compare`, with key, paper, item,
+    evidence, run, drawn and the `spread` of its trials. A chain that raises, or whose process dies, is not trained and
+    takes no other one with it.
     keep: called with all outcomes so far after each chain.
     """
-    chains, found, under_way = {}, [], {}
+    chains, found, under_way, spread = {}, [], {}, spreads(known, store)
 
     def tell(r, outcome):
-        paper, evidence, _ = known.get(r.key, (None, None, None))
-        about = {"key": r.key, "paper": paper, "evidence": evidence, "run": repr(r), "drawn": r.key in keys}
-        found.append(about | outcome)
+        paper, item, evidence, _ = known.get(r.key, (None, None, None, r))
+        about = {"key": r.key, "paper": paper, "item": item, "evidence": evidence, "run": repr(r)}
+        found.append(about | {"drawn": r.key in keys, "spread": spread(r)} | outcome)
         report(found[-1])
 
-    for r in (known[key][2] for key in keys):
+    for r in (known[key].run for key in keys):
         if store.row(r.key):
             chains.setdefault(r.key if isinstance(r, Measurement) else r.root.key, []).append(r)
         else:
@@ -225,6 +241,32 @@ def compare(stored, row, parents=()):
     return found | {"outcome": MISS, "reason": f"{why}, {'under another' if other else 'under the same'} record"}
 
 
+def spreads(known: dict[str, Declared], store: Store) -> Callable[[Run | Measurement], float | None]:
+    """What gives a run's standard deviation of the last test accuracy over its stored trials, in points.
+
+    Trials differ in nothing but their seeds. None for a measurement, and for fewer than three of them: beside this
+    number a reader sees what it means that a training came out otherwise.
+    """
+    kinds = {}
+    for r in needed(known.run for known in known.values()):
+        if not isinstance(r, Measurement):
+            kinds.setdefault(_kind(r), []).append(r.key)
+
+    def spread(r):
+        rows = [] if isinstance(r, Measurement) else [store.row(key) for key in kinds.get(_kind(r), ())]
+        found = [100 * row["last_test_acc"] for row in rows if row and row["last_test_acc"] is not None]
+        return round(float(np.std(found, ddof=1)), 4) if len(found) > 2 else None
+
+    return spread
+
+
+@functools.cache
+def _kind(r):
+    """What the trials of one run have in common, of all that it was trained from."""
+    fields = {name: value for name, value in r.spec().items() if name not in ("seed", "parent")}
+    return json.dumps([fields, r.parent and _kind(r.parent)], sort_keys=True)
+
+
 def _outcome(outcome, reason, accuracy=None, loss=None):
     return {"outcome": outcome, "reason": reason, "accuracy": accuracy, "loss": loss}
 
@@ -305,15 +347,29 @@ def said(kept):
         + f". On {kept['device']}, torch {kept['torch']}."
     ]
     lines += [
-        f"* {r['key']} ({r['paper']}): {r['outcome']}, {r['reason']}{_apart(r)}."
+        f"* {_name(r)}: {r['outcome']}, {r['reason']}{_apart(r)} (`{r['key']}`)."
         for r in runs
         if r["outcome"] in (EXPLAINED, *BAD)
     ]
+    if any("(trials spread" in line for line in lines):
+        lines += [
+            "",
+            "Under another record two trainings part, and may end as far apart as two trials do: √2 times the s.d. of "
+            "trials is ordinary, three times that is not.",
+        ]
     return "\n".join(lines)
+
+
+def _name(r):
+    """A run in words: "lth fig4, lenet_300_100/mnist seed 0 level 2, 15000 iterations"."""
+    where = " ".join(filter(None, [r["paper"], r["item"]])) or "on the way"
+    return f"{where}, {r['run'].removeprefix('<Run ').removesuffix('>')}"
 
 
 def _apart(r):
     """How far two results lie from each other, in words; nothing where that cannot be said."""
     words = {"accuracy": "last test accuracy {:.2f} points", "loss": "first losses or values {:.1g} of their size"}
     far = [text.format(r[name]) for name, text in words.items() if r[name] is not None]
+    if far and r["accuracy"] is not None and r["spread"] is not None:
+        far[0] += f" (trials spread by {r['spread']:.2f}, s.d.)"
     return f"; apart: {', '.join(far)}" * bool(far)
