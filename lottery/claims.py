@@ -61,7 +61,8 @@ class Verdict:
     p: float = math.nan
 
     @property
-    def passes(self) -> bool:
+    def somewhere(self) -> bool:
+        """Whether it is true in some cell at least; what *passes* in the totals is `scorecard.PASSED`."""
         return self.word.startswith(("reproduced", "partly"))
 
     def __str__(self):
@@ -294,8 +295,8 @@ def wording(verdict: Verdict, kind: str, evidence: str, unknown: str | None = ""
     """The verdict in the words that the evidence allows. unknown: a decisive setting that nothing printed states."""
     if evidence == "none" or (evidence in ("reduced", "stand-in") and kind.endswith("value")):
         return replace(verdict, word="not tested", note="")
-    if unknown and (verdict.passes or verdict.word == "not reproduced"):
-        word = verdict.word if verdict.passes else "inconclusive"
+    if unknown and (verdict.somewhere or verdict.word == "not reproduced"):
+        word = verdict.word if verdict.somewhere else "inconclusive"
         verdict = replace(verdict, word=word, note="; ".join(filter(None, [verdict.note, "setting unknown"])))
     if evidence in ("exact", "full"):
         return verdict
@@ -305,7 +306,7 @@ def wording(verdict: Verdict, kind: str, evidence: str, unknown: str | None = ""
 
 def disagree(verdict: Verdict, other: Verdict) -> bool:
     """Whether two readings of an unknown setting decide a claim in opposite ways: then it depends on the setting."""
-    return {verdict.passes, other.passes} == {True, False} and "not reproduced" in (verdict.word, other.word)
+    return {verdict.somewhere, other.somewhere} == {True, False} and "not reproduced" in (verdict.word, other.word)
 
 
 def default_margin(quantity: str, dataset: str) -> float:

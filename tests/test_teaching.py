@@ -307,6 +307,42 @@ def test_marks_are_written_as_they_come(lab, tmp_path, monkeypatch):
     assert written == [2, 3]
 
 
+def test_points_that_were_typed_by_hand_stay_when_a_folder_is_graded_again(lab, tmp_path, monkeypatch):
+    """Also of those who are not graded again, and when the second grading ends early; a file of others is refused."""
+    students, out = ("s1", "s2", f"{ODD}3"), tmp_path / "marks"
+    for student in students:
+        nbformat.write(sources.student(lab), tmp_path / f"{student}.ipynb")
+    got = {"now": sources.points(lab)}
+    monkeypatch.setattr(grade, "grade", lambda nb, path, *_, **__: (got["now"], grade.Run(), None))
+    again = lambda report=lambda _: None: grade.grade_folder(lab, tmp_path, out, report=report, jailed=False)  # noqa: E731
+    again()
+    [task] = [f"{task} (by hand)" for task in sources.by_hand(lab)]
+
+    def marks():
+        with open(out / "marks.csv", newline="", encoding="utf-8") as file:
+            return {row["student"]: row for row in csv.DictReader(file)}
+
+    text = (out / "marks.csv").read_text().replace("5,5,", "5,5,2")
+    (out / "marks.csv").write_text("\ufeff" + text, encoding="utf-8")  # as a spreadsheet writes it
+    got["now"] = dict.fromkeys(got["now"], 0)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        again(stop)
+    assert [(row["sum"], row[task]) for row in marks().values()] == [("0", "2"), ("5", "2"), ("5", "2")]
+    (tmp_path / "s1.ipynb").unlink()
+    again()
+    assert {name: (row["sum"], row[task]) for name, row in marks().items()} == {
+        "M?ller3": ("0", "2"), "s2": ("0", "2"), "s1": ("5", "2")
+    }  # fmt: skip
+    (out / "marks.csv").write_text(text.replace("student,", "student,note,"))
+    with pytest.raises(ValueError, match="has 'note': it is not this lab's, or was changed; rename it"):
+        again()
+    assert "note" in (out / "marks.csv").read_text()
+
+
 @pytest.mark.parametrize("code", ["while True:\n    pass", "import time\ntime.sleep(10**6)"])
 def test_a_cell_that_never_ends_costs_its_own_task(lab, code):
     endless = sources.filled(sources.student(lab), lab)

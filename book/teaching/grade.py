@@ -3,7 +3,8 @@
 FOLDER holds one notebook a student, `<student>.ipynb` or `<student>/<anything>.ipynb`. The student's seed is in the
 roster (columns student, seed); without one it is the digits of the name. RESULTS, by default `FOLDER-marks`, gets
 
-    marks.csv                 a line a student, as they are marked: points of every task, their sum, how the run ended
+    marks.csv                 a line a student, as they are marked: points of every task, their sum, how the run ended;
+                              points that somebody typed into the columns "(by hand)" stay when it is graded again
     feedback/<student>.md     for the student: what was right, which cells failed and why
     words.md                  all answers in words, task by task, with the rubric's points, to be marked by hand
 
@@ -35,6 +36,7 @@ ABOVE = (sources.HERE, *sources.HERE.parents)  # this file lies in a clone: in b
 AROUND = next((folder for folder in ABOVE if (folder / PACKAGE).exists()), sources.HERE)
 ROOT = Path(os.environ.get("LOTTERY_CLONE") or AROUND).resolve()
 LIMIT = 16 * 2**20  # bytes that a submission may have, print, or hand in
+TEXT = {"encoding": "utf-8", "errors": "replace"}  # a name, or what a student wrote, may hold half a character
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "LOTTERY_CLONE": str(ROOT)}
 
 
@@ -263,29 +265,48 @@ def grade_folder(nb, folder: Path, out: Path, roster=None, jobs=1, report=print,
         prove(nb, **options)
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     total, lines, notebooks = sum(sources.points(nb).values()), [], {}
-    columns = ["student", "seed", "end", *sources.points(nb), "sum", "of"]
-    columns += [f"{task} (by hand)" for task in sources.by_hand(nb)]
-    text = {"encoding": "utf-8", "errors": "replace"}  # a name, or what a student wrote, may hold half a character
+    hand = [f"{task} (by hand)" for task in sources.by_hand(nb)]
+    columns, file = ["student", "seed", "end", *sources.points(nb), "sum", "of", *hand], out / "marks.csv"
+    before = _lines(file, columns)
 
     def one(item):
         slot, (student, path) = item
         return student, grade(nb, path, seeds[student], slot % 1000, **options)
 
-    with open(out / "marks.csv", "w", newline="", **text) as file, ThreadPoolExecutor(jobs) as pool:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
+    with ThreadPoolExecutor(jobs) as pool:
         for student, (points, got, submission) in pool.map(one, enumerate(found.items())):
             sum_ = sum(points.values()) if points else ""
             line = {"student": student, "seed": seeds[student], "end": got.end, **points, "sum": sum_, "of": total}
-            lines.append(line)
-            table.writerow(line)
-            file.flush()
-            (out / "feedback" / f"{student}.md").write_text(feedback(student, nb, points, got), **text)
+            typed = before.pop(student.encode(errors="replace").decode(), {})
+            lines.append(line | {task: typed.get(task, "") for task in hand})
+            _write(file, columns, [*lines, *(old for old in before.values() if any(old[task] for task in hand))])
+            (out / "feedback" / f"{student}.md").write_text(feedback(student, nb, points, got), **TEXT)
             if submission is not None:
                 notebooks[student] = submission
             report(f"{student}: " + (f"{sum_} of {total}, " if points else "") + got.end)
-    (out / "words.md").write_text(words(nb, notebooks), **text)
+    (out / "words.md").write_text(words(nb, notebooks), **TEXT)
     return lines
+
+
+def _lines(path, columns):
+    """{student: line} of the marks.csv that is there. Raises ValueError for one that could not be written again."""
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:  # spreadsheets begin it with a mark
+        lines = csv.DictReader(file)
+        if lines.fieldnames != columns:
+            odd = next((c for c in (*(lines.fieldnames or ()), *columns) if c not in columns), "other columns")
+            raise ValueError(f"{path} has {odd!r}: it is not this lab's, or was changed; rename it, or give --out.")
+        return {line["student"]: {c: line[c] or "" for c in columns} for line in lines}
+
+
+def _write(path, columns, lines):
+    """A marks.csv, whole or not at all: it may hold what somebody typed."""
+    with open(path.with_suffix(".new"), "w", newline="", **TEXT) as file:
+        rows = csv.DictWriter(file, columns)
+        rows.writeheader()
+        rows.writerows(lines)
+    path.with_suffix(".new").replace(path)
 
 
 def main() -> None:
