@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from pathlib import Path
 from typing import Annotated
@@ -44,11 +45,11 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-):
+) -> None:
     """What holds for every command."""
 
 
-def kind_errors(command):
+def kind_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Every error is one line on stderr and exit status 2, or LEFT where only workers are gone; never a traceback."""
     import functools
 
@@ -111,7 +112,7 @@ def run(
         typer.Option("--executor", help="local:4 processes, dask://host:port, or module:attribute, an Executor."),
     ] = None,
     results_dir: ResultsDir = None,
-):
+) -> None:
     """Train what the store does not have yet of a paper's figures, tables or claims. Interrupt and repeat at will.
 
     Exit status 3 says that runs are left, and that nothing was wrong but a lack of time or a worker that was killed.
@@ -150,7 +151,7 @@ def status(
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every ten seconds, until interrupted.")] = False,
     results_dir: ResultsDir = None,
-):
+) -> None:
     """What is stored, under way, failed and missing, per paper, item and scale, and how long the rest would take."""
     while True:
         told = _progress(_stored(results_dir))
@@ -216,7 +217,7 @@ def merge(
         bool, typer.Option("--drop-weights", help="Remove weights that no missing run of the papers starts from.")
     ] = False,
     results_dir: ResultsDir = None,
-):
+) -> None:
     """Pack finished runs into shards that can be committed."""
     from lottery import experiments
     from lottery.experiments import engine
@@ -235,7 +236,7 @@ def scorecard(
     paper: Annotated[str | None, typer.Option(help=f"One of {', '.join(PAPERS)}; default: all.")] = None,
     as_json: Json = False,
     results_dir: ResultsDir = None,
-):
+) -> None:
     """Every claim: the paper's value, ours, interval, verdict."""
     from lottery import scorecard as cards
 
@@ -259,7 +260,7 @@ def audit(
     look: Annotated[bool, typer.Option("--list", help="Only name what is drawn and the time it takes.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything that came out.")] = None,
     results_dir: ResultsDir = None,
-):
+) -> None:
     """Train stored results again, from nothing, and compare. Exit status 1: one does not come out, unexplained."""
     from lottery.experiments import audit as audits
     from lottery.experiments import engine
@@ -304,7 +305,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Repeats of each measurement, in turn with what it is compared to.")] = 3,
     small: Annotated[bool, typer.Option("--small", help="Minutes in all: to see that everything runs.")] = False,
-):
+) -> None:
     """Time everything beside plain reference loops, in the same run: 10 minutes in which the machine is left alone."""
     from lottery.experiments import engine
 
@@ -344,7 +345,7 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of the order of examples and what the method draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too, checked in onnxruntime.")] = False,
-):
+) -> None:
     """Prune a model of your own on data of your own to a density, train it, and write it without lottery in it."""
     import dataclasses
 

@@ -6,7 +6,8 @@ Everything takes the frame of `networks`, one row for each stored network; what 
 import functools
 import itertools
 import json
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,11 @@ from lottery import masks as M
 from lottery.experiments import compare
 from lottery.experiments.soft_threshold import macs_left
 from lottery.experiments.store import unpack_masks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lottery.chapter import Chapter
 
 COLUMNS = ["method", "seed", "point", "x", "density", "test", "validation", "macs", "layers", "row", "total", "after"]
 COLUMNS += ["hours"]
@@ -46,20 +52,20 @@ DEFAULTS = {  # of methods that have another configuration on another network
 }
 
 
-def words(method):
+def words(method: str) -> str:
     """A method in as few words as tell it from the others: "gmp@begin=0.1" → "GMP begin=0.1"."""
     name, _, options = method.partition("@")
     return f"{WORDS.get(name, name.upper())} {options}".strip()
 
 
-def configuration(net, method):
+def configuration(net: str, method: str) -> str:
     """In words how a method is set on a network, as it was chosen by tuning or as its name says."""
     name, _, options = method.partition("@")
     config = options or compare.CHOSEN.get(net, {}).get(name, "default")
     return CONFIGURATIONS.get(config, DEFAULTS.get(name, config) if config == "default" else config)
 
 
-def networks(chapter, item):
+def networks(chapter: "Chapter", item: str) -> "pd.DataFrame":
     """One row for each stored network of an item, at the highest scale of which anything is stored: a DataFrame.
 
     Columns: method (with "@options" where it has some), seed, point, x (the density asked for, NaN where none is),
@@ -108,7 +114,7 @@ def _seconds(run, store):
     return found
 
 
-def at(frame, method, density, quantity="test"):
+def at(frame: "pd.DataFrame", method: str, density: float, quantity: str = "test") -> dict[int, float]:
     """{seed: value} of a method at a density: of its network there, or between the two around it; what is out of reach
     is left out. The dense network is at every density. MACs follow the density: between two networks their logarithm
     is interpolated."""
@@ -126,7 +132,7 @@ def at(frame, method, density, quantity="test"):
     return found
 
 
-def summary(frame, quantity="test"):
+def summary(frame: "pd.DataFrame", quantity: str = "test") -> list[dict[str, str | float]]:
     """[{method, density, mean, half, n}] over trials; half: of the 95 % interval, NaN for one trial."""
     rows = []
     for method, density in itertools.product(dict.fromkeys(frame["method"]), frame.attrs["densities"]):
@@ -156,7 +162,7 @@ class Pair(NamedTuple):
     word: str
 
 
-def pairs(frame, density, margin):
+def pairs(frame: "pd.DataFrame", density: float, margin: float) -> list[Pair]:
     """All pairs of methods at a density that have all declared trials in common; the dense network stays out."""
     methods = (m for m in dict.fromkeys(frame["method"]) if not m.startswith("dense"))
     values, tests = {m: at(frame, m, density) for m in methods}, []
@@ -173,19 +179,19 @@ def pairs(frame, density, margin):
     return found
 
 
-def enough(frame):
+def enough(frame: "pd.DataFrame") -> int:
     """Trials from which on words are said: all that are declared, two at least."""
     return max(2, frame.attrs["trials"])
 
 
-def matrix(found, methods):
+def matrix(found: Sequence[Pair], methods: Collection[str]) -> dict[tuple[str, str], str | None]:
     """{(a, b): word} of some `pairs`, both ways round."""
     turned = {"above": "below", "below": "above"}
     words = {(p.a, p.b): p.word for p in found} | {(p.b, p.a): turned.get(p.word, p.word) for p in found}
     return {(a, b): words.get((a, b)) for a in methods for b in methods}
 
 
-def winners(frame, margin):
+def winners(frame: "pd.DataFrame", margin: float) -> list[str]:
     """`said` of each density, and of those that nothing can be said of one sentence."""
     lines = {d: said(frame, d, margin) for d in frame.attrs["densities"]}
     if silent := [f"{100 * d:g}" for d, line in lines.items() if line is None]:
@@ -194,7 +200,7 @@ def winners(frame, margin):
     return list(lines.values())
 
 
-def said(frame, density, margin):
+def said(frame: "pd.DataFrame", density: float, margin: float) -> str | None:
     """Who wins at a density, in a sentence or two: the highest mean, what it is above and not told apart from.
 
     None where fewer than two methods have all declared trials.
@@ -218,7 +224,7 @@ def said(frame, density, margin):
     return f"{text}; {'; '.join(said)}. Pairs told apart: {total} of {len(found)}."
 
 
-def timing(frame, density, margin):
+def timing(frame: "pd.DataFrame", density: float, margin: float) -> str | None:
     """What finding the mask after, during and before the training give at a density, in two sentences: the range of the
     methods' means, and how many pairs of two groups are told apart. None where fewer than two groups have a pair.
     """
@@ -240,7 +246,7 @@ def timing(frame, density, margin):
     return f"**{100 * density:g} %, by when the mask is found**: {listed(spans)} %. Told apart: {'; '.join(told)}."
 
 
-def listed(some):
+def listed(some: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return some[0] if len(some) == 1 else f"{', '.join(some[:-1])} and {some[-1]}"
 
@@ -248,7 +254,7 @@ def listed(some):
 # What is kept, and whose masks agree ----------------------------------------------------------------------------------
 
 
-def layers(frame, density):
+def layers(frame: "pd.DataFrame", density: float) -> dict[str, dict[str, float]]:
     """{method: {layer: share of its weights that is kept}}, means over trials, of each method's networks at a density;
     of a method without one the point whose density is the nearest, within a factor of 2. The dense network stays out.
     """
@@ -269,7 +275,7 @@ def _shapes(model, dataset, options):
     return {name: tuple(layer.weight.shape) for name, layer in M.prunable(net).items()}
 
 
-def masks(row):
+def masks(row: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     """The stored masks of a row, `{layer: bool [weights]}`, or None where they were not kept."""
     if not row["mask"]:
         return None
@@ -277,7 +283,7 @@ def masks(row):
     return {name: m.numpy().ravel() for name, m in unpack_masks(row["mask"], shapes).items()}
 
 
-def overlap(a, b):
+def overlap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """(share of kept weights that both masks keep, what masks of the same layer densities give by chance)."""
     both = sum(int((a[name] & b[name]).sum()) for name in a)
     chance = sum(int(a[name].sum()) * int(b[name].sum()) / a[name].size for name in a)
@@ -285,7 +291,7 @@ def overlap(a, b):
     return both / size, chance / size
 
 
-def overlaps(frame, density):
+def overlaps(frame: "pd.DataFrame", density: float) -> dict[tuple[str, str], tuple[float, float]]:
     """{(a, b): (overlap, by chance)} of methods' masks nearest to a density, means over trials of the same seed.
 
     (a, a) is of two seeds of one method. Left out: methods whose masks are not stored, or not within a factor of 1.5.
@@ -311,7 +317,7 @@ def overlaps(frame, density):
 # How the methods were tuned -------------------------------------------------------------------------------------------
 
 
-def tuned(frame):
+def tuned(frame: "pd.DataFrame") -> dict[str, dict[str, float | None]]:
     """{method: {configuration: validation accuracy in %, or None}} at the density of tuning; see `compare.CONFIGS`."""
     density = min(frame.attrs["densities"], key=lambda d: abs(d - compare.TUNED_AT))
     found = {}
@@ -321,9 +327,11 @@ def tuned(frame):
     return found
 
 
-def chosen(tried):
+def chosen(tried: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
     """{method: the configuration with the highest validation accuracy, of equals the first}; "default" without any."""
+    import pandas as pd
+
     return {
-        method: max(values, key=lambda config: -1 if values[config] is None else values[config])
+        method: max(values, key=lambda config: -1 if pd.isna(values[config]) else values[config])
         for method, values in tried.items()
     }

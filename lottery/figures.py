@@ -10,14 +10,21 @@ import io
 import json
 import re
 import textwrap
-from typing import NamedTuple
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from numpy.typing import ArrayLike
 
 from lottery import names
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Look(NamedTuple):
@@ -87,7 +94,7 @@ DENSITY = "weights remaining (density), %"
 WIDTH = 6.9  # inches: the column of the book, so that a point in the figure is a point on the page
 
 
-def style():
+def style() -> None:
     """The book's look; call it once in a notebook, where it also makes figures SVG."""
     rc = {"axes.grid": True, "grid.alpha": 0.35, "legend.frameon": False, "text.color": "black", "axes.linewidth": 0.8}
     rc |= dict.fromkeys(("xtick.major.width", "ytick.major.width", "grid.linewidth"), 0.8)
@@ -108,7 +115,7 @@ def style():
         shell.display_formatter.formatters["image/svg+xml"].for_type(Figure, svg)
 
 
-def svg(fig):
+def svg(fig: "Figure") -> str:
     """A figure as SVG: text as text, black as the page's own colour, no date, one decimal, the badge below.
 
     The badge stands in a group of its own, below the height that `data-height` gives; the book cuts it off there and
@@ -188,7 +195,7 @@ def _slim(node, used):
     node.attrib = given
 
 
-def per_trial(frame, quantity, reading="early_stop", x="density"):
+def per_trial(frame: "pd.DataFrame", quantity: str, reading: str = "early_stop", x: str = "density") -> "pd.DataFrame":
     """One value for each arm, point and trial (repeated draws averaged), and the density in % or the weights left.
 
     quantity: "step", "val_loss", or an accuracy ("test_acc", "train_acc", "val_acc"), returned in %.
@@ -202,7 +209,7 @@ def per_trial(frame, quantity, reading="early_stop", x="density"):
     return values.groupby(keys, sort=False, dropna=False)[[x, "value"]].mean().reset_index()
 
 
-def summary(frame, quantity, reading="early_stop", x="density"):
+def summary(frame: "pd.DataFrame", quantity: str, reading: str = "early_stop", x: str = "density") -> "pd.DataFrame":
     """Mean, minimum and maximum over the trials, for each arm and density: what `by_density` draws."""
     trials = per_trial(frame, quantity, reading, x)
     groups = trials.groupby(["arm", "level", "point"], sort=False, dropna=False)
@@ -213,17 +220,22 @@ def summary(frame, quantity, reading="early_stop", x="density"):
     return out.reset_index().drop(columns="point")
 
 
-def value(table, arm, level, column="mean"):
+def value(table: "pd.DataFrame", arm: str, level: int, column: str = "mean") -> float:
     """What a `summary` has for an arm at a level."""
     return table[(table["arm"] == arm) & (table["level"] == level)][column].iloc[0]
 
 
-def near(levels, wanted):
+def near(levels: Collection[int], wanted: Iterable[int]) -> list[int]:
     """Those of the wanted levels that there are, or the last one."""
     return [level for level in wanted if level in set(levels)] or [max(levels)]
 
 
-def compared(frame, arms, levels, quantities=(("step", "early_stop"), ("test_acc", "early_stop"))):
+def compared(
+    frame: "pd.DataFrame",
+    arms: Collection[str],
+    levels: Collection[int],
+    quantities: Iterable[tuple[str, str]] = (("step", "early_stop"), ("test_acc", "early_stop")),
+) -> "pd.DataFrame":
     """What a figure draws, as rows of a table: density, then each quantity of each arm, mean over trials.
 
     levels: besides the dense network, 0. quantities: [(quantity, reading)].
@@ -242,7 +254,13 @@ def compared(frame, arms, levels, quantities=(("step", "early_stop"), ("test_acc
     return pd.DataFrame(columns).sort_index()
 
 
-def at_steps(frame, quantity, arms, shares=(0.1, 0.3, 1.0), factor=100):
+def at_steps(
+    frame: "pd.DataFrame",
+    quantity: str,
+    arms: Iterable[tuple[str, int]],
+    shares: Collection[float] = (0.1, 0.3, 1.0),
+    factor: float = 100,
+) -> "pd.DataFrame":
     """What learning curves draw, as rows of a table: their means over trials after some shares of the training.
 
     arms: [(arm, level)]. The readings are those of the trained length: a column says its iteration.
@@ -259,17 +277,24 @@ def at_steps(frame, quantity, arms, shares=(0.1, 0.3, 1.0), factor=100):
     return pd.DataFrame(rows)
 
 
-def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None, x="density"):
+def by_density(
+    ax: "Axes",
+    frame: "pd.DataFrame",
+    quantity: str,
+    reading: str = "early_stop",
+    arms: Collection[str] | None = None,
+    labels: dict[str, str] | None = None,
+    x: str = "density",
+) -> "pd.DataFrame":
     """Mean over trials against density, bars from minimum to maximum, the dense network as a grey line.
 
-    arms: default all; labels: of those that ARMS does not have; x: "density", or "weights" for their number.
+    arms: default all; labels: {arm: another label than its own}; x: "density", or "weights" for their number.
     """
     table = summary(frame, quantity, reading, x)
     given = set(table["arm"])
     others = [name for name in dict.fromkeys(table["arm"]) if name not in METHODS]
-    style = METHODS | {
-        name: Look((labels or {}).get(name, name), *OTHERS[i % len(OTHERS)]) for i, name in enumerate(others)
-    }
+    looks = {name: Look((labels or {}).get(name, name), *OTHERS[i % len(OTHERS)]) for i, name in enumerate(others)}
+    style = _Looks(METHODS | looks)  # `|` alone gives a plain dict
     for arm in arms or [name for name in style if name in given]:
         label, colour, marker, line = style[arm]
         label = (labels or {}).get(arm, label)
@@ -296,7 +321,7 @@ def by_density(ax, frame, quantity, reading="early_stop", arms=None, labels=None
     return table
 
 
-def density_axis(ax, density):
+def density_axis(ax: "Axes", density: Collection[float]) -> None:
     """Log axis of densities in %, dense on the left."""
     ticks = [100, 51.3, 21.1, 10.8, 7.0, 3.6, 1.9, 1.0]
     ax.set_xscale("log")
@@ -310,7 +335,7 @@ def density_axis(ax, density):
 ERROR_TICKS = (0, 20, 40, 60, 70, 80, 90, 95, 97, 98, 98.5, 99, 99.5, 99.9)
 
 
-def error_scale(ax, smallest=0.05):
+def error_scale(ax: "Axes", smallest: float = 0.05) -> None:
     """Accuracies in % on the logarithm of the error, so that 97 and 98 % are as far apart as 10 and 40 %.
 
     To be called when all is drawn: the range stays. smallest: the error in points that smaller ones are drawn at.
@@ -324,7 +349,15 @@ def error_scale(ax, smallest=0.05):
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
-def printed(ax, x, y, label, error=None, color="black", size=11):
+def printed(
+    ax: "Axes",
+    x: ArrayLike,
+    y: ArrayLike,
+    label: str,
+    error: ArrayLike | None = None,
+    color: str = "black",
+    size: float = 11,
+) -> None:
     """The paper's printed points: hollow stars, a read-off error as a bar; never a curve."""
     ax.errorbar(
         x, y, error, label=label, color=color, marker="*", markersize=size, markerfacecolor="white", linestyle="none",
@@ -332,7 +365,7 @@ def printed(ax, x, y, label, error=None, color="black", size=11):
     )  # fmt: skip
 
 
-def by_sparsity(ax, table):
+def by_sparsity(ax: "Axes", table: "pd.DataFrame") -> None:
     """Mean against % of the weights removed, bars from minimum to maximum, the dense network as a grey line.
 
     table: columns arm ("net/control" of PRUNED), point (sparsity in %), mean, min, max.
@@ -350,7 +383,9 @@ def by_sparsity(ax, table):
     ax.set(xlabel="sparsity, %", ylabel="test accuracy, %")
 
 
-def over_training(ax, frame, quantity, arms, scale=100):
+def over_training(
+    ax: "Axes", frame: "pd.DataFrame", quantity: str, arms: Collection[tuple[str, int]], scale: float = 100
+) -> None:
     """Readings against iterations, mean over trials, with a band from minimum to maximum.
 
     Of many readings the first 60 are drawn, and 120 spread over the training. The axis is linear up to `FIRST`
@@ -381,19 +416,19 @@ def over_training(ax, frame, quantity, arms, scale=100):
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
 
 
-def outline(ax, counts, edges, **style):
+def outline(ax: "Axes", counts: ArrayLike, edges: ArrayLike, **style: Any) -> None:
     """A histogram as an outline whose area is 1."""
     ax.stairs(np.asarray(counts) / max(1, np.sum(counts)) / np.diff(edges), edges, linewidth=1.3, **style)
 
 
-def missing(text):
+def missing(text: str) -> None:
     """In place of a figure: the line that says which runs are missing and how to get them."""
     _, ax = plt.subplots(figsize=(WIDTH, 0.8))
     ax.axis("off")
     ax.text(0, 0.5, "\n".join(textwrap.wrap(text, 90)), fontsize=9.5, color="#737373", va="center")
 
 
-def legend(fig, axes):
+def legend(fig: "Figure", axes: Iterable["Axes"]) -> None:
     """One legend above the panels, each label once."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     split = {n: np.array_split([len(label) + 8 for label in entries], n) for n in range(min(4, len(entries)), 0, -1)}
@@ -401,7 +436,7 @@ def legend(fig, axes):
     fig.legend(entries.values(), entries, loc="outside upper center", ncols=columns)
 
 
-def name_ends(ax, gap=11):
+def name_ends(ax: "Axes", gap: float = 11) -> None:
     """Each line's label at the right edge, at the height where the line ends and in its colour, in place of a legend.
 
     gap: points between two labels at least. Call it when limits and scales are set.
@@ -437,12 +472,12 @@ def _low(cluster, gap):
     return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
 
 
-def badge(fig, text):
+def badge(fig: "Figure", text: str) -> None:
     """What the figure's numbers rest on: one line, which stands below the caption in the book."""
     fig.badge = text
 
 
-def panels(n, height=2.9, width=None):
+def panels(n: int, height: float = 2.9, width: float | None = None) -> tuple["Figure", np.ndarray]:
     """n axes, two in a row at most, as an array; the figure is as wide as the book's column where there are two.
 
     height: of a row, in inches; width: of one panel, at most half of the column where there are two.

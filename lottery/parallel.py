@@ -24,9 +24,10 @@ import itertools
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -127,8 +128,8 @@ def _row_group(path, group):
 class Feed:
     """What `training.Batches` is, for images that are decoded when their turn comes.
 
-    `choose(t)` goes to iteration t, `gather()` is that iteration's parts on this device, [(x, y, share of the
-    minibatch)]. parts: of a minibatch, over all devices.
+    `choose(t)` goes to iteration t, `gather()` is a tuple of one: that iteration's parts on this device, [(x, y, share
+    of the minibatch)]. parts: of a minibatch, over all devices.
     """
 
     def __init__(self, images, recipe, seed, like, accumulate=1, workers=4):
@@ -144,7 +145,7 @@ class Feed:
 
     normalise = staticmethod(lambda x: x)  # the transforms have done it
 
-    def choose(self, t):
+    def choose(self, t: int) -> None:
         if self.t != t:
             sampler = itertools.chain.from_iterable(map(self.mine, range(t, self.recipe.iterations)))
             loader = DataLoader(
@@ -157,18 +158,18 @@ class Feed:
         n = sum(map(len, self.chosen(t)))
         self.now = [(x, y, len(y) / n) for x, y in itertools.islice(self.loader, self.accumulate)]
 
-    def gather(self):
+    def gather(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor, float]]]:
         to = functools.partial(torch.Tensor.to, device=self.like.device, non_blocking=True)
         return ([(to(x).to(self.like.dtype), to(y), share) for x, y, share in self.now],)
 
-    def chosen(self, t):
+    def chosen(self, t: int) -> list[list[tuple[int, int, int] | int]]:
         """The images of iteration t as they are cut into parts, [[(seed, epoch, image), …], …]."""
         epoch, i = divmod(t, self.per_epoch)
         B, [seed] = self.recipe.batch_size, self.seeds
         part = _order(len(self.images), seed, epoch)[i * B : (i + 1) * B].tensor_split(self.parts)
         return [[(seed, epoch, i) if self.recipe.augment != "none" else i for i in p.tolist()] for p in part]
 
-    def mine(self, t):
+    def mine(self, t: int) -> list[list[tuple[int, int, int] | int]]:
         return self.chosen(t)[self.rank :: self.parts // self.accumulate]
 
 
@@ -199,7 +200,7 @@ class Step(training.Step):
         self.forward = DistributedDataParallel(model, device_ids=ids)
 
     @property
-    def batch(self):
+    def batch(self) -> NoReturn:
         raise ValueError(f"{type(self.method).__name__} looks at the whole minibatch: train it on one device.")
 
     def __call__(self, parts):
@@ -224,7 +225,7 @@ class Step(training.Step):
 class Loop(training._Loop):
     """`training.fit`'s loop, on all devices; one of them keeps the checkpoint, at any iteration."""
 
-    def run(self, checkpoint):
+    def run(self, checkpoint: training.Checkpoint) -> None:
         checkpoint.load(self)
         dist.barrier()
         while self.t < self.stop and self.under_way:
@@ -236,7 +237,13 @@ class Loop(training._Loop):
 
     @staticmethod
     @torch.no_grad()
-    def evaluate(model, split, normalise, batch_size=100, smoothing=0.0):
+    def evaluate(
+        model: torch.nn.Module,
+        split: data.Split,
+        normalise: Callable[[torch.Tensor], torch.Tensor],
+        batch_size: int = 100,
+        smoothing: float = 0.0,
+    ) -> tuple[float, torch.Tensor]:
         """`training.evaluate` of a split whose `x` is a Dataset, a share of it on each device."""
         n, like = len(split), next(model.parameters())
         if not n:
@@ -257,7 +264,9 @@ class Loop(training._Loop):
         return found[n].item() / n, found[:n].bool().cpu()
 
 
-def train(r: Run, folder: Path | str, store: Store, accumulate: int = 1, workers: int = 4, every: float = 600.0):
+def train(
+    r: Run, folder: Path | str, store: Store, accumulate: int = 1, workers: int = 4, every: float = 600.0
+) -> training.History:
     """Train a run of a data set of images on all processes of the group, and keep it; returns its `History`.
 
     Call it in every process of an initialised `torch.distributed` group that sees the store's folder. every: seconds
@@ -327,7 +336,7 @@ def main(
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a minibatch that a device takes in turn.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes of each device that decode images.")] = 4,
     results_dir: cli.ResultsDir = None,
-):
+) -> None:
     """Train a paper's runs on ImageNet that are not stored, each on all devices; started by torchrun.
 
     Exit status 3 says that runs are left: those that another job trains, and what needs them. (torchrun's own is 1.)

@@ -7,9 +7,11 @@ question that moving it answers, and the answer, folded, computed from the same 
 import json
 import math
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")
 
@@ -33,7 +35,7 @@ def _svg(width, height, title, *parts):
     )
 
 
-def pixels(levels):
+def pixels(levels: Sequence[Mapping[str, np.ndarray | float]]) -> str:
     """Which pixels a ticket of LeNet-300-100 still looks at, round by round.
 
     levels: [{"mask": bool array [300, 784] of the first layer, "density": of all weights, "accuracy": test accuracy}].
@@ -70,7 +72,7 @@ def pixels(levels):
     )
 
 
-def layers(names, kept):
+def layers(names: Sequence[str], kept: Mapping[float, Mapping[str, Sequence[float]]]) -> str:
     """What two criteria keep of each layer, by density.
 
     names: of the layers. kept: {sparsity in %: {criterion: [share kept in each layer, %]}}.
@@ -99,7 +101,7 @@ def layers(names, kept):
     )
 
 
-def gate():
+def gate() -> str:
     """σ(βs) from soft to hard."""
     s = np.linspace(-1, 1, 41)
     curves = []
@@ -120,7 +122,7 @@ def gate():
     )
 
 
-def threshold():
+def threshold() -> str:
     """Soft against hard threshold."""
     soft = "20,140 110,80 210,80 300,20"
     hard = "20,150 110,90 110,80 210,80 210,70 300,10"
@@ -140,7 +142,7 @@ def threshold():
     )  # fmt: skip
 
 
-def prune(weights, trained_again, rate=0.2):
+def prune(weights: ArrayLike, trained_again: ArrayLike, rate: float = 0.2) -> str:
     """Rounds of magnitude pruning by clicking.
 
     weights: those of a small layer after the first training, trained_again: after the second, from the same start.

@@ -80,6 +80,13 @@ def test_of_many_columns_that_differ_three_are_named():
     assert audit.compare(one, other)["reason"] == "stored with a, b, c and 3 more otherwise, under the same record"
 
 
+def test_what_is_no_number_agrees_with_itself():
+    """Without validation images there is no validation loss; each reading of the store makes such values anew."""
+    one, other = (row() | {"last_val_loss": float("nan"), "val_loss": [float("nan"), 1.0]} for _ in range(2))
+    assert audit.compare(one, other)["outcome"] == "identical"
+    assert audit.compare(one, other | {"val_loss": [float("nan"), 2.0]})["outcome"] == "miss"
+
+
 def test_a_beginning_is_compared_in_what_it_has():
     begun = {name: row()[name] for name in ("fingerprint", "certificate")}
     assert audit.compare(row(), begun | {"train_loss": '{"1": 2.0}'})["outcome"] == "identical"

@@ -559,6 +559,13 @@ def test_iterations_and_other_readings_keep_their_unit():
     assert set(figures.summary(small_frame(), "test_acc", "last")["mean"]) == {50}
 
 
+def test_a_figure_calls_an_arm_what_an_exploration_makes_of_it(monkeypatch):
+    _, [ax] = figures.panels(1)
+    monkeypatch.setattr(names, "called", {"reinit": "what is trained today"})
+    figures.by_density(ax, small_frame(), "test_acc", labels={"oneshot": "at once"})
+    assert {c.get_label() for c in ax.containers} == {names.ARMS["imp"], "at once", "what is trained today"}
+
+
 def test_a_figure_draws_the_summary(tmp_path):
     import matplotlib.pyplot as plt
 

@@ -293,6 +293,7 @@ def test_overlap_by_hand():
 def test_what_is_tuned_is_chosen_by_validation():
     tried = {"gmp": {"default": 97.0, "lr=0.03": 98.0, "budget=global": None}, "l0": dict.fromkeys(("default", "x"))}
     assert comparison.chosen(tried) == {"gmp": "lr=0.03", "l0": "default"}
+    assert comparison.chosen({"gmp": {"default": float("nan"), "lr=0.03": 10.0}}) == {"gmp": "lr=0.03"}
 
 
 def test_what_is_written_down_as_chosen_is_what_the_stored_tuning_says(tmp_path):

@@ -36,6 +36,13 @@ def test_weights_left_by_hand(name):
         left = [n - round(s * n) for n, s in zip(left, shares, strict=True)]
 
 
+def test_weights_are_counted_with_the_classes_of_the_data():
+    """CIFAR-100 has a hundred: Conv-2's last layer is 256 x 100."""
+    net = PAPER.net("conv2")
+    more = replace(net, base=replace(net.base, dataset="cifar100"))
+    assert more.weights(0) - net.weights(0) == 256 * 90
+
+
 def test_every_claim_about_training_is_an_experiment_of_the_paper_scale():
     rules = scorecard.read("lth", "_claims", REPORTED)
     for claim in rules[(rules["kind"] != "") & rules["quantity"].isin(scorecard.READ)].to_dict("records"):

@@ -17,10 +17,10 @@ import json
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def declared(store: Store) -> dict[str, Declared]:
     return found
 
 
-def draw(runs, n, commit):
+def draw(runs: dict[str, Declared], n: int, commit: str) -> list[str]:
     """n keys of `declared` runs, by turns from each paper and evidence, within them in the order of a hash."""
     strata = {}
     for key, known in runs.items():
@@ -81,7 +81,7 @@ def draw(runs, n, commit):
     return sorted(turns, key=turns.get)[:n]
 
 
-def commit():
+def commit() -> str:
     """The hash of the clone's commit. Raises ValueError where there is none."""
     git = ["git", "-C", str(root()), "rev-parse", "HEAD"]
     try:
@@ -90,7 +90,7 @@ def commit():
         raise ValueError("No commit to draw by: work inside a git clone, or give --commit.") from None
 
 
-def needed(runs):
+def needed(runs: Iterable[Run | Measurement]) -> dict[Run | Measurement, None]:
     """`{run: None}` of some runs and all that they are trained from, parents first."""
     found = {}
 
@@ -104,7 +104,7 @@ def needed(runs):
     return found
 
 
-def seconds(runs, store, prefix=False):
+def seconds(runs: Iterable[Run | Measurement], store: Store, prefix: bool = False) -> float:
     """What some runs and all they need took as they are stored; of what is not stored, what as many steps take."""
     pace, todo = store.paces(), needed(runs)
     parents = {p for r in todo for p in engine.needs(r)}
@@ -120,7 +120,16 @@ def seconds(runs, store, prefix=False):
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
-def audit(keys, known, store, prefix=False, jobs=1, device="cpu", report=print, keep=lambda found: None):
+def audit(
+    keys: Collection[str],
+    known: dict[str, Declared],
+    store: Store,
+    prefix: bool = False,
+    jobs: int = 1,
+    device: str = "cpu",
+    report: Callable[[dict[str, Any]], object] = print,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda found: None,
+) -> list[dict[str, Any]]:
     """Train some stored runs again, `jobs` chains side by side; returns what came out of each, as JSON types.
 
     keys: of `known`, the `declared` runs. A chain is what has one dense training in common; what is trained on the way
@@ -212,7 +221,7 @@ def _beginning(r, store, device, threads, compiled):
     return {"train_loss": json.dumps(losses), "fingerprint": images.fingerprint, "certificate": certificate}
 
 
-def compare(stored, row, parents=()):
+def compare(stored: dict[str, Any], row: dict[str, Any], parents: Collection[str] = ()) -> dict[str, Any]:
     """{outcome, reason, accuracy, loss} of a stored row beside a new one, or the beginning of one.
 
     parents: the outcomes of what it was trained from. accuracy: points by which the last test accuracies differ; loss:
@@ -272,9 +281,10 @@ def _outcome(outcome, reason, accuracy=None, loss=None):
 
 
 def _value(row, name, like=None):
-    """What is compared of a column; of a beginning's losses those that it has."""
+    """What is compared of a column, NaN as None; of a beginning's losses those that it has."""
     if name != "train_loss" or row[name] is None:
-        return row[name]
+        plain = lambda v: None if isinstance(v, float) and np.isnan(v) else v  # noqa: E731
+        return [plain(v) for v in row[name]] if isinstance(row[name], list) else plain(row[name])
     steps = json.loads((like or row)[name])
     return {t: loss for t, loss in json.loads(row[name]).items() if t in steps}
 
@@ -313,19 +323,21 @@ def _measured(row):
 # What is told ---------------------------------------------------------------------------------------------------------
 
 
-def record(found, store, by, prefix, wall_s, device="cpu"):
+def record(
+    found: list[dict[str, Any]], store: Store, by: str, prefix: bool, wall_s: float, device: str = "cpu"
+) -> dict[str, Any]:
     """What is kept of an audit: when, by which commit's hash, where, and what came out of each run."""
     torch, device = work.torch.__version__, work.device_name(device)
     head = {"schema": 1, "when": now(), "commit": by, "prefix": prefix, "torch": torch, "device": device}
     return head | {"wall_s": round(wall_s), "stored": len(store.keys()), "runs": found}
 
 
-def write(kept, path):
+def write(kept: dict[str, Any], path: Path) -> None:
     """A `record` as a file, whole or not at all."""
     files.write(path, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def said(kept):
+def said(kept: dict[str, Any] | Path) -> str:
     """Markdown: what came out of an audit, `record` or its file; every miss by name."""
     if isinstance(kept, Path):
         if not kept.exists():

@@ -1,6 +1,7 @@
 """What makes a run impossible and can be told before anything is trained: counts follow from sizes and rates."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 
@@ -8,13 +9,14 @@ from lottery import data, lth, models
 from lottery import masks as M
 from lottery.batches import take
 from lottery.experiments import work
-from lottery.experiments.runs import Run, rates
+from lottery.experiments.runs import Measurement, Run, rates
+from lottery.experiments.store import Store
 from lottery.methods import Method
 
 LR = 10.0  # above it every network here diverges, and what is to be pruned of it is not there
 
 
-def refuse(runs, store=None):
+def refuse(runs: Iterable[Run | Measurement], store: Store | None = None) -> None:
     """Raise ValueError for the first of `runs` that could not be trained, with all that it needs.
 
     store: with one, what scores at initialisation is also scored, once for each criterion and its options; for that

@@ -18,7 +18,9 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from lottery import baselines, data, models
 from lottery.cs import CS, Ticket
@@ -29,6 +31,10 @@ from lottery.experiments.runs import Run, fractions
 from lottery.methods import NOTHING
 from lottery.soft_threshold import STR
 from lottery.stochastic import L0
+from lottery.training import Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GUESSED = ()
 WIDEST = 4.0  # a factor: densities further apart are not interpolated between
@@ -39,7 +45,7 @@ TUNED_AT, TUNING_SEED = 0.05, 100
 # The methods ----------------------------------------------------------------------------------------------------------
 
 
-def shared(run, density, share):
+def shared(run: Run, density: float, share: str) -> float | tuple[tuple[str, float], ...]:
     """A density as `Run` takes it: "global" ranks all layers together, "uniform" and "erk" each layer by itself."""
     if share == "global":
         return density
@@ -55,7 +61,7 @@ def _shared(model, dataset, options, density, share):
     return tuple({"uniform": baselines.uniform, "erk": baselines.erk}[share](net, density).items())
 
 
-def at_initialisation(criterion):
+def at_initialisation(criterion: str) -> Callable[..., Run]:
     """θ₀ is ranked once, before any training."""
 
     def method(net, run, density, share="global", **score):
@@ -65,12 +71,12 @@ def at_initialisation(criterion):
     return method
 
 
-def oneshot(net, run, density, share="global"):
+def oneshot(net: "Net", run: Run, density: float, share: str = "global") -> Run:
     """The dense network pruned once, its survivors back at θ₀."""
     return dataclasses.replace(run, parent=run, density=shared(run, density, share))
 
 
-def imp(net, run, density, share="global", **start):
+def imp(net: "Net", run: Run, density: float, share: str = "global", **start: Any) -> Run:
     """Pruned and reset in rounds, by the Net's `levels` down to a density."""
     found = run
     for level in (d for d in net.levels if d >= density):
@@ -78,12 +84,12 @@ def imp(net, run, density, share="global", **start):
     return found
 
 
-def rewind(net, run, density, share="global", back=BACK):
+def rewind(net: "Net", run: Run, density: float, share: str = "global", back: float = BACK) -> Run:
     """As `imp`, but survivors go back to where they were after a share of the training."""
     return imp(net, run, density, share, init="rewind", rewind_to=max(1, round(back * run.recipe.iterations)))
 
 
-def moving(kind):
+def moving(kind: type[GMP] | type[DNW]) -> Callable[..., Run]:
     """GMP and DNW, whose masks move to, or at, a density."""
 
     def method(net, run, density, **options):
@@ -92,7 +98,7 @@ def moving(kind):
     return method
 
 
-def rewired(kind):
+def rewired(kind: type[SET]) -> Callable[..., Run]:
     """SET and RigL, from random masks at ERK densities."""
 
     def method(net, run, density, share="erk", **options):
@@ -103,14 +109,14 @@ def rewired(kind):
     return method
 
 
-def cs(net, run, s0, **options):
+def cs(net: "Net", run: Run, s0: float, **options: Any) -> Run:
     """One round of search from s0 and the training of its ticket, rewound."""
     searched = dataclasses.replace(run, method=CS(s0=s0, **options), rate=0.0, rate_output=None)
     ticket = {"method": Ticket(s0=s0, scale=searched.method.scale), "init": "rewind"}
     return dataclasses.replace(searched, parent=searched, rewind_to=round(BACK * run.recipe.iterations), **ticket)
 
 
-def str_(net, run, decay, **options):
+def str_(net: "Net", run: Run, decay: float, **options: Any) -> Run:
     """λ is `decay` · 10⁻⁵ of the paper's training, scaled to this recipe; s starts at −3200."""
     decay = soft_threshold.weight_decay(decay * 1e-5, run.recipe)
     return dataclasses.replace(
@@ -118,7 +124,7 @@ def str_(net, run, decay, **options):
     )  # fmt: skip
 
 
-def l0(net, run, lam, rate=1000.0, **options):
+def l0(net: "Net", run: Run, lam: float, rate: float = 1000.0, **options: Any) -> Run:
     """Gates at a thousand times the weights' learning rate, which is near that of supermasks' authors, 100."""
     return dataclasses.replace(run, method=L0(lam=lam, rate=rate, **options))
 
@@ -188,10 +194,10 @@ class Net:
     knobs: dict[str, tuple] = field(default_factory=dict)
     kept: tuple = ()
 
-    def points(self, method):
+    def points(self, method: str) -> tuple[float, ...]:
         return (1.0,) if method == "dense" else self.knobs[method] if method in KNOBS else self.densities
 
-    def read(self, run, point):
+    def read(self, run: Run, point: float) -> Run:
         """The run, with its masks stored where they are kept."""
         if point not in self.kept:
             return run
@@ -217,11 +223,11 @@ class Setting:
                 )
 
     @property
-    def seeds(self):
+    def seeds(self) -> range:
         return range(self.seed, self.seed + self.trials)
 
 
-def recipe(epochs, per_epoch, **changes):
+def recipe(epochs: int, per_epoch: int, **changes: Any) -> Recipe:
     """GraSP's schedule: SGD with momentum 0.9, lr 0.1, a tenth of it after a half and again after three quarters."""
     return dataclasses.replace(grasp.recipe(epochs, per_epoch, augment="none"), test_readings="log", **changes)
 
@@ -271,7 +277,7 @@ ITEMS = {  # item → net, methods
 MAIN = ("lenet", "resnet8")
 
 
-def cells(item, at):
+def cells(item: str, at: Setting) -> list[tuple[str, float | None, float]]:
     """(arm, density, point); the density is None where only the training decides it."""
     net, methods = ITEMS[item]
     found = []
@@ -289,17 +295,17 @@ def cells(item, at):
     return found
 
 
-def tuned_at(net):
+def tuned_at(net: Net) -> float:
     """The density at which a network's methods are tuned: the one nearest to TUNED_AT."""
     return min(net.densities, key=lambda d: abs(d - TUNED_AT))
 
 
-def seeds(item, at):
+def seeds(item: str, at: Setting) -> range:
     """The seeds of an item's trials; tuning has one that is no trial."""
     return range(TUNING_SEED, TUNING_SEED + 1) if item.endswith("-tuning") else at.seeds
 
 
-def trial(arm, at, seed, point):
+def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Run of one arm and trial at a point, a list of one."""
     (name, _, variant), method = arm.split("/")[0].partition("@"), arm.split("/")[1]
     net, run = at.nets[name], dataclasses.replace(at.nets[name].base, seed=seed)
@@ -308,12 +314,14 @@ def trial(arm, at, seed, point):
     run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
     try:
         found = METHODS[method](net, run, point, **given)
-    except TypeError:
-        raise ValueError(f"Unknown option of {method} in {variant!r}: see lottery.experiments.compare.") from None
+    except TypeError as error:
+        raise ValueError(
+            f"Unknown option of {method} in {variant!r}, see lottery.experiments.compare: {error}."
+        ) from error
     return [net.read(found, point)]
 
 
-def options(text):
+def options(text: str) -> dict[str, Any]:
     """ "lr=0.03,share=erk" → {"lr": 0.03, "share": "erk"}; "default" → {}."""
     found = {}
     for part in text.split(",") if text != "default" else ():
@@ -327,7 +335,7 @@ def options(text):
     return found
 
 
-def override(at, **given):
+def override(at: Setting, **given: Any) -> Setting:
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
 
     methods: as of `Setting`. model, dataset, train_fraction, iterations, batch_size, lr: of every network, which keeps
@@ -368,7 +376,9 @@ def _changed(net, base, changes, densities):
 # What is read of the runs ---------------------------------------------------------------------------------------------
 
 
-def at_density(density, found, values):
+def at_density(
+    density: float, found: Sequence[float], values: "Sequence[float | np.ndarray] | np.ndarray"
+) -> "float | np.ndarray | None":
     """A trial's value at a density by interpolation over its logarithm, or None where no two runs are close around it.
 
     found: densities of its runs, 0 ones among them; values: as many numbers, or arrays.
@@ -386,7 +396,7 @@ def at_density(density, found, values):
     return (1 - share) * values[i] + share * values[j]
 
 
-def cost(run):
+def cost(run: Run) -> tuple[float, float]:
     """(all that is trained for a network, its part after the masks are what they stay), in units of one training."""
     chain = [run]
     while parent := chain[-1].parent:

@@ -19,6 +19,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from lottery.cs import CS, Ticket
 from lottery.dynamic import GMP
 from lottery.experiments.papers import Paper
 from lottery.experiments.runs import Run, fractions
+from lottery.methods import Method
 from lottery.stochastic import L0, FrozenCS, Supermask
 from lottery.training import Recipe
 
@@ -46,7 +48,7 @@ L0_RATE = 1000.0  # of the gates, in units of the weights' learning rate; at 1 a
 GRADIENT = (("chunks", 1), ("class_sorted", False), ("per_class", 100), ("reinit_linear", False))
 
 
-def recipe(epochs, per_epoch=352, **changes):
+def recipe(epochs: int, per_epoch: int = 352, **changes: Any) -> Recipe:
     """The code's schedule: lr 0.1, divided by 10 after 56/85 and 71/85 of the epochs; read after every epoch."""
     n = epochs * per_epoch
     milestones = tuple(round(epochs * share / 85) * per_epoch for share in (56, 71))
@@ -63,7 +65,7 @@ IMAGENET = dataclasses.replace(recipe(90, 5_005, batch_size=256), nesterov=False
 IMAGENET_S0 = (0.0, -0.01, -0.02, -0.03, -0.05)
 
 
-def dense(model, dataset, recipe, valid=None, **options):
+def dense(model: str, dataset: str, recipe: Recipe, valid: int | None = None, **options: Any) -> Run:
     """The dense Run of the first trial; how it would be pruned, 20 % of all 3x3 convolutions together, goes with it."""
     options = tuple(sorted(options.items()))
     return Run(
@@ -125,16 +127,16 @@ class Setting:
             CS(s0=s0, **self.method)
 
     @property
-    def seeds(self):
+    def seeds(self) -> range:
         return range(self.seed, self.seed + self.trials)
 
     # The networks of one trial, each a Run. `variant`: a key of VARIANTS, or another s0 as "s-0.1".
 
-    def dense(self, net, seed):
+    def dense(self, net: str, seed: int) -> Run:
         return dataclasses.replace(self.nets[net], seed=seed)
 
     @functools.cache  # noqa: B019 (settings are few; a run that stands on another is that very run)
-    def search(self, net, seed, rounds, variant=""):
+    def search(self, net: str, seed: int, rounds: int, variant: str = "") -> Run:
         """The soft network after so many rounds; how it restarts matters from the second on, so the first is shared."""
         change = self.change(variant)
         first = {name: value for name, value in change.items() if name not in ("rule", "carry")}
@@ -147,13 +149,13 @@ class Setting:
             run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, test_readings="all"))
         return dataclasses.replace(run, method=CS(layers=run.layers, **first), rate=0.0)
 
-    def ticket(self, net, seed, rounds, variant=""):
+    def ticket(self, net: str, seed: int, rounds: int, variant: str = "") -> Run:
         """The mask after so many rounds on w_k, for the whole schedule of a round."""
         k = int(self.rewind_to * VARIANTS.get(variant, {}).get("rewind_to", 1))
         rewound = {"init": "rewind", "rewind_to": k, "rewind_schedule": "restart"}
         return self._alone(net, seed, rounds, variant, **(rewound if k else {"init": "reset"}))
 
-    def pruned(self, net, seed, rounds, variant=""):
+    def pruned(self, net: str, seed: int, rounds: int, variant: str = "") -> Run:
         """The mask after so many rounds on the weights as trained, fine-tuned."""
         return self._alone(net, seed, rounds, variant, init="continue")
 
@@ -165,11 +167,11 @@ class Setting:
         )  # fmt: skip
 
     @functools.cache  # noqa: B019
-    def magnitude(self, net, seed, level):
+    def magnitude(self, net: str, seed: int, level: int) -> Run:
         """IMP's network of a level: 20 % of the weights gone in each round, the others back at k."""
         return self._rewound(self.magnitude(net, seed, level - 1)) if level else self.dense(net, seed)
 
-    def magnitude_continued(self, net, seed, level):
+    def magnitude_continued(self, net: str, seed: int, level: int) -> Run:
         """IMP-C's ticket of a level: its chain goes on from the trained weights instead."""
         return self._rewound(self._continued(net, seed, level - 1))
 
@@ -185,23 +187,23 @@ class Setting:
             run, parent=run, init="rewind", rewind_to=self.rewind_to, rewind_schedule="restart"
         )  # fmt: skip
 
-    def once(self, net, seed, density, **criterion):
+    def once(self, net: str, seed: int, density: float, **criterion: Any) -> Run:
         """The dense network pruned once, fine-tuned."""
         run = self.dense(net, seed)
         return dataclasses.replace(run, parent=run, init="continue", density=density, **criterion)
 
-    def tuned(self, net, seed, method):
+    def tuned(self, net: str, seed: int, method: Method) -> Run:
         """A network that a method pruned in one training, fine-tuned."""
         run = self.dense(net, seed)
         return dataclasses.replace(run, parent=dataclasses.replace(run, method=method), init="continue", rate=0.0)
 
-    def frozen(self, net, seed, method, lr=None):
+    def frozen(self, net: str, seed: int, method: Method, lr: float | None = None) -> Run:
         """Masks on weights that stay at their initial values, trained with the recipe's or another learning rate."""
         run = self.dense(net, seed)
         recipe = dataclasses.replace(run.recipe, lr=lr) if lr else run.recipe
         return dataclasses.replace(run, method=method, recipe=recipe)
 
-    def change(self, variant):
+    def change(self, variant: str) -> dict[str, Any]:
         """What a variant changes of `CS`."""
         change = {"s0": self.s0} | self.method
         if variant in ("lowest-s0", "highest-s0"):
@@ -212,7 +214,7 @@ class Setting:
         return change | ({"s0": float(variant.removeprefix("s"))} if variant else {})
 
 
-def imagenet(seed=0):
+def imagenet(seed: int = 0) -> list[Run]:
     """ResNet-50 on ImageNet, for `lottery.parallel`: dense, and searched once from each s0, then fine-tuned."""
     at = Setting({"resnet50": dense("resnet50", "imagenet", IMAGENET, valid=0)})
     return [at.dense("resnet50", seed), *(at.pruned("resnet50", seed, 1, f"s{s0}") for s0 in IMAGENET_S0)]
@@ -295,13 +297,13 @@ TRAINED = ("search", "restart", "grid", "switches", "pruning", "studies", "super
 ITEMS = dict.fromkeys((*TRAINED, *VIEWS))
 
 
-def seeds(item, at):
+def seeds(item: str, at: Setting) -> range:
     """The seeds of an item's trials."""
     n = min((at.own.get(name, at.trials) for name in VIEWS.get(item, (item,))), default=at.trials)
     return range(at.seed, at.seed + n)
 
 
-def cells(item, at):
+def cells(item: str, at: Setting) -> list[tuple[str, float | None, float]]:
     """The (arm, density, point) of an item. Points: rounds, IMP's levels, densities, L0's λ; 0 for a dense network.
 
     The density is None where only the training decides it.
@@ -357,7 +359,7 @@ def _cells(item, at):
     return dense + frozen
 
 
-def trial(arm, at, seed, point):
+def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Runs of one arm and trial at a point, a list of one."""
     net, variant, control = _parts(arm)
     if control in ("search", "ticket", "pruned"):
@@ -424,7 +426,7 @@ def _points(control, at, x):
     return [min(above, key=density.get), max(below, key=density.get)]
 
 
-def shares(name, x, rows, quantity):
+def shares(name: str, x: float | None, rows: list[dict], quantity: str) -> list[float] | None:
     """How much each stored row of a trial counts for an arm at x: it sums to 1; or None where x is out of reach.
 
     Of a family at a density: the network of that density, else the two beside it, linear in the logarithm of the
@@ -462,7 +464,7 @@ def _masked(name):
     return sum(net.get_submodule(layer).weight.numel() for layer in run.layers)
 
 
-def gate(s, beta):
+def gate(s: float, beta: float) -> tuple[float, float]:
     """(mask, its derivative by s) of the gate σ(βs)."""
     m = 1 / (1 + math.exp(-beta * s))
     return m, beta * m * (1 - m)
@@ -488,7 +490,7 @@ READS = {
 }
 
 
-def override(at, **given):
+def override(at: Setting, **given: Any) -> Setting:
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
 
     s0: searched from, alone. lam, beta_final, beta_step, restart_rule, mask_scale: of `CS`.

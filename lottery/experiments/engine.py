@@ -10,17 +10,22 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from lottery import data, models, training
 from lottery.experiments import PAPERS, papers
 from lottery.experiments.leases import Leases, running
-from lottery.experiments.runs import Measurement
+from lottery.experiments.runs import Measurement, Run
 from lottery.experiments.store import DamagedWeights, Store
 from lottery.experiments.work import execute, start
 from lottery.files import CannotWrite
 from lottery.methods import NOTHING
+
+if TYPE_CHECKING:
+    from joblib.externals.loky import ProcessPoolExecutor
 
 TOGETHER = 64  # runs side by side on a GPU
 LOOK = 2.0  # seconds between two looks at what other processes are training
@@ -31,16 +36,16 @@ class WorkerDied(futures.BrokenExecutor):
 
 
 def run(
-    runs,
-    executor=None,
-    budget=None,
-    store=None,
-    device="cpu",
-    threads=1,
-    progress=True,
-    compiled=False,
-    slots=None,
-):
+    runs: Iterable[Run | Measurement],
+    executor: futures.Executor | None = None,
+    budget: float | None = None,
+    store: Store | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: bool = True,
+    compiled: bool = False,
+    slots: int | None = None,
+) -> list[Run | Measurement]:
     """Train what is missing of `runs` and of the parents they need; returns the runs left undone.
 
     Args:
@@ -225,7 +230,7 @@ class _Sweep:
             raise
 
 
-def check(device, threads):
+def check(device: str, threads: int) -> None:
     """Raises ValueError for a device that is not here or a number of threads that is none."""
     here = device == "cpu" or (str(device).startswith("cuda") and torch.cuda.is_available())
     if not here:
@@ -234,14 +239,14 @@ def check(device, threads):
         raise ValueError(f"Invalid threads {threads!r}: give a whole number from 1.")
 
 
-def needs(r):
+def needs(r: Run | Measurement) -> set[Run]:
     """The runs whose final weights this one starts from or is measured against."""
     if isinstance(r, Measurement):
         return set(r.trained)
     return ({r.parent, r.root} if r.init == "survivors" else {r.parent}) - {None}
 
 
-def missing(runs, store):
+def missing(runs: Iterable[Run | Measurement], store: Store) -> list[Run | Measurement]:
     """Runs to train so that all of `runs` are stored, longest chain first.
 
     A missing run needs its parent's weights, or only what is stored of it where it takes the budget."""
@@ -263,7 +268,7 @@ def missing(runs, store):
     return sorted(todo, key=lambda r: -depth[r])
 
 
-def drop_weights(store):
+def drop_weights(store: Store) -> int:
     """Remove the final weights from which no declared run that is missing starts; returns how many there were.
 
     What starts from them later, such as another paper's item or a run of one's own, has them trained again. Raises
@@ -344,7 +349,7 @@ def _pool(slots):
     return _Here() if slots == 1 else processes(slots)
 
 
-def processes(n):
+def processes(n: int) -> "ProcessPoolExecutor":
     """Worker processes; loky's do not import the caller's __main__, so an unguarded script or stdin works too."""
     from joblib.externals.loky import ProcessPoolExecutor
 

@@ -9,6 +9,7 @@ resnet32-c10. What nothing printed or published states: see GUESSED.
 import dataclasses
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 from lottery import data, names
 from lottery.experiments import grasp_init
@@ -27,7 +28,7 @@ GUESSED = (
 REWIND = 5 / 160  # "reset to epoch 5", as a share of the training
 
 
-def recipe(epochs, per_epoch=390, **changes):
+def recipe(epochs: int, per_epoch: int = 390, **changes: Any) -> Recipe:
     """The authors' schedule: lr 0.1, divided by 10 after half and three quarters of the training; read every epoch."""
     n = epochs * per_epoch
     given = {"batch_size": 128, "weight_decay": 1e-4, "augment": "flip-crop"} | changes
@@ -37,7 +38,7 @@ def recipe(epochs, per_epoch=390, **changes):
     )  # fmt: skip
 
 
-def dense(model, dataset, recipe, **options):
+def dense(model: str, dataset: str, recipe: Recipe, **options: Any) -> Run:
     """The dense Run of the first trial, initialised as the authors do."""
     options = {"init": "kaiming fan_out"} | options
     return Run(model=model, dataset=dataset, recipe=recipe, valid=0, options=tuple(sorted(options.items())))
@@ -71,7 +72,7 @@ class Setting:
             raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
 
     @property
-    def seeds(self):
+    def seeds(self) -> range:
         return range(self.seed, self.seed + self.trials)
 
 
@@ -98,7 +99,7 @@ SETTINGS = {  # highest scale first
 }
 
 
-def imagenet(seed=0):
+def imagenet(seed: int = 0) -> list[Run]:
     """ResNet-50 and VGG-16 on ImageNet, for `lottery.parallel`: dense, SNIP and GraSP with 60, 80 and 90 % removed.
 
     90 epochs, divided by 10 after each third, as in the authors' script. The rest is guessed: ten images a class are
@@ -140,7 +141,7 @@ ITEMS = (*TRAINED, *MEASURED)
 PRINTS = "sparsity"
 
 
-def cells(item, at):
+def cells(item: str, at: Setting) -> list[tuple[str, float, float]]:
     """(arm "net/control", density, sparsity in %): the networks of which one trial of an item consists."""
     return [
         (f"{net}/{control}", _density(point), point)
@@ -164,7 +165,7 @@ def _points(points, at):
     return at.sparsities or [p for p in points if at.only is None or p in at.only]
 
 
-def trial(arm, at, seed, point):
+def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Runs of one arm and trial, a list of one: `point` % of the weights removed."""
     net, control = arm.split("/")
     net, _, variant = net.partition("@")
@@ -188,8 +189,8 @@ def trial(arm, at, seed, point):
     return [dataclasses.replace(run, criterion=criterion, density=density, score=score)]
 
 
-def measured(item, name, x, seed, scale):
-    """The Pruning of an arm "net/criterion" for one trial at `x` % removed, as `item` measures it, or None."""
+def measured(item: str, name: str, x: float | None, seed: int, scale: str) -> list[grasp_init.Pruning] | None:
+    """A list of the Pruning of "net/criterion" for one trial at `x` % removed, as `item` measures it, or None."""
     net, criterion = name.split("/")
     return _measured(item, scale).get((net, criterion, 0 if criterion == "dense" else x, seed))
 
@@ -209,7 +210,7 @@ def _toy(name):
 EXACT = {"outgoing weights removed": _toy}
 
 
-def override(at, **given):
+def override(at: Setting, **given: Any) -> Setting:
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing."""
     given = {name: value for name, value in given.items() if value is not None}
     asked = dict(given)
@@ -232,7 +233,7 @@ def override(at, **given):
     return dataclasses.replace(at, measured=at.measured.changed(asked))
 
 
-def called(changed):
+def called(changed: dict[str, Any]) -> dict[str, str]:
     """What arms are called where their experiment is another: the arm "grasp" ranks by any criterion."""
     criterion = changed.get("criterion", "grasp")
     return {} if criterion == "grasp" else {"grasp": f"{names.arm(criterion)}, scored as GraSP is"}

@@ -16,6 +16,7 @@ import itertools
 import json
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from torch.nn import functional as F
 from lottery import baselines, data, grasp, models
 from lottery import masks as M
 from lottery.experiments.runs import Measurement
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CRITERIA = ("grasp", "snip", "random", "magnitude", "dense")
 SKETCH = 32_768  # places at which the mask is kept, for overlaps
@@ -67,11 +71,11 @@ class Pruning(Measurement):
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"Invalid {name} {value!r}: give a whole number from {least}.")
 
-    def network(self):
+    def network(self) -> nn.Module:
         shape, classes = data.SETS[self.dataset].shape, data.SETS[self.dataset].classes
         return models.create(self.model, seed=self.seed, in_shape=shape, classes=classes, **dict(self.options))
 
-    def batches(self):
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The chunks that are scored: every pair of them is one draw of the same number of images of each class."""
         generator, draws = _generator("scored", self.seed, self.batch), (self.chunks + 1) // 2
         chunks = []
@@ -82,7 +86,7 @@ class Pruning(Measurement):
             chunks += [(x[part], y[part]) for part in order.tensor_split(self.chunks // draws)]
         return chunks
 
-    def scores(self, device="cpu"):
+    def scores(self, device: str = "cpu") -> dict[str, torch.Tensor]:
         """{layer: scores}, higher = keep."""
         net = self.network()
         if self.criterion == "random":
@@ -94,11 +98,11 @@ class Pruning(Measurement):
             return baselines.snip_scores(net, self.batches())
         return grasp.scores(net, self.batches(), self.temperature)
 
-    def copy(self, net):
+    def copy(self, net: nn.Module) -> nn.Module:
         """The network with the classifier that the authors' driver draws for the copy that it scores."""
         return grasp.with_xavier_linear(net, _generator("classifier", self.seed))
 
-    def measure(self, device="cpu"):
+    def measure(self, device: str = "cpu") -> dict[str, str | float | bytes]:
         """The columns of the store's row."""
         images, net = _images(self.dataset), self.network()
         m = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in M.prunable(net).items()}
@@ -127,7 +131,7 @@ class Pruning(Measurement):
         }
 
 
-def kernel(net, dense, x, y):
+def kernel(net: nn.Module, dense: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
     """How much of the tangent kernel Θ is left, on average and along the output gradient v = ∂L/∂Z (section 4).
 
     ‖g‖² = vᵀΘv = Σ λ_i (u_iᵀv)². "trace": Σ λ_i. "along_gradient": vᵀΘv of the network's own v, "gradient": ‖v‖²;
@@ -140,21 +144,21 @@ def kernel(net, dense, x, y):
     return {f"kernel_{name}": float(value) for name, value in energy.items()}
 
 
-def output_gradient(net, x, y):
+def output_gradient(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """∂L/∂Z of the mean cross-entropy, flat [B·K]: (softmax(Z) − one-hot) / B, in training mode."""
     with torch.no_grad():
         Z = grasp.scored_copy(net)[0](x)
         return ((F.softmax(Z, 1) - F.one_hot(y, Z.shape[1])) / len(y)).flatten()
 
 
-def sketch(masks):
+def sketch(masks: dict[str, torch.Tensor]) -> bytes:
     """Packed bits of the masks at SKETCH places, the same for masks of the same shapes, deflated."""
     bits = torch.cat([m.flatten() for m in masks.values()])
     places = torch.randint(len(bits), (SKETCH,), generator=torch.Generator().manual_seed(0))
     return zlib.compress(np.packbits(bits[places].numpy()).tobytes(), 9)
 
 
-def overlap(a, b):
+def overlap(a: bytes, b: bytes) -> float:
     """Share of the weights of one sketched mask that the other keeps, for masks of one density; ± about 1 point."""
     a, b = (np.unpackbits(np.frombuffer(zlib.decompress(s), dtype=np.uint8)).astype(bool) for s in (a, b))
     return float((a & b).sum() / max(a.sum(), b.sum()))
@@ -197,11 +201,13 @@ class Toy(nn.Module):
             self.incoming.weight.copy_(torch.tensor([[1.0, -1.0], [0.5, 0.5]]))
             self.outgoing.weight.copy_(torch.tensor([[1.0, 1.0]]))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.pad(self.outgoing(self.incoming(x)), (0, 1))
 
 
-def toy(criterion, temperature=1.0):
+def toy(
+    criterion: str, temperature: float = 1.0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
     """(scores, masks, gradient of each incoming weight of the unit): one of the toy's six weights is removed."""
     net, batches = Toy().double(), [(torch.ones(1, 2, dtype=torch.float64), torch.tensor([0]))]
     score = grasp.scores(net, batches, temperature) if criterion == "grasp" else baselines.snip_scores(net, batches)
@@ -213,7 +219,7 @@ def toy(criterion, temperature=1.0):
 # How strong the paper's own evidence is -------------------------------------------------------------------------------
 
 
-def printed_tests(reported, a="grasp", b="snip", n=3):
+def printed_tests(reported: "pd.DataFrame", a: str = "grasp", b: str = "snip", n: int = 3) -> "pd.DataFrame":
     """Welch's t-test of the printed mean ± deviation of two arms in each cell, and which pass alone after Holm.
 
     reported: of `scorecard.reported("grasp")`. n: trials behind each number (3 is remembered, the paper's text is not
@@ -287,7 +293,7 @@ class Plan:
     densities: tuple[float, ...] | None = None
     ranked: str = "grasp"
 
-    def cells(self, item):
+    def cells(self, item: str) -> list[tuple[dict[str, str | float], Pruning]]:
         """[(labels, Pruning)]; labels are net, seed, criterion, variant, and sparsity in %."""
         found = {}
         for net, trials in self.trials[item].items():
@@ -303,10 +309,10 @@ class Plan:
                     found[tuple(labels.values()), d] = (labels | {"sparsity": round(100 * (1 - d), 6)}, p)
         return list(found.values())
 
-    def prunings(self, item):
+    def prunings(self, item: str) -> list[Pruning]:
         return list(dict.fromkeys(p for _, p in self.cells(item)))
 
-    def changed(self, given):
+    def changed(self, given: dict[str, Any]) -> "Plan":
         """The plan with a notebook's parameters, those of them that it has."""
         fields = ("model", "dataset", "seed", "temperature", "per_class", "chunks", "class_sorted")
         changes = {name: given[name] for name in fields if name in given}
@@ -357,7 +363,7 @@ PLANS = {
 }
 
 
-def relative(frame, quantity="gradient_norm"):
+def relative(frame: "pd.DataFrame", quantity: str = "gradient_norm") -> "pd.DataFrame":
     """A chapter's frame with `ratio`, the quantity over that of the dense network of the same trial."""
     dense = frame[frame["criterion"] == "dense"].set_index(["net", "seed"])[quantity].rename("whole")
     pruned = frame[frame["criterion"] != "dense"].join(dense, on=["net", "seed"])

@@ -10,6 +10,7 @@ import copy
 import json
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Instability(Measurement):
     versions = ("lth", "training")
 
     @property
-    def trained(self):
+    def trained(self) -> tuple[Run, Run]:
         return self.one, self.other
 
     model, dataset, seed, recipe, options, level = (  # what the two trainings share
@@ -41,17 +42,17 @@ class Instability(Measurement):
         for name in ("model", "dataset", "seed", "recipe", "options", "level")
     )
 
-    def spec(self):
+    def spec(self) -> dict[str, Any]:
         """The trainings' common fields; which two they are stands in place of their parent."""
         pair = [r.key for r in self.trained]
         return {**self.one.spec(), "measurement": "Instability", "parent": pair, "points": self.points}
 
     @classmethod
-    def key_of(cls, spec):
+    def key_of(cls, spec: dict[str, Any]) -> str:
         """The key of the pair, which the fields that the two share do not tell."""
         return hashed(cls.__name__, spec["parent"], spec["points"])
 
-    def measure(self, device, one, other):
+    def measure(self, device: str, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The columns of the store; one, other: artifacts, `{name: tensor}`."""
         images = data.load(self.dataset, valid=self.one.valid, split_seed=self.one.split_seed)
         shape = tuple(images.train.x.shape[1:])

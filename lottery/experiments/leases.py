@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from lottery import files
@@ -29,7 +30,7 @@ class Leases:
     def __init__(self, folder: Path | str):
         self.folder, self.held, self.thread, self.stop = Path(folder), set(), None, threading.Event()
 
-    def take(self, keys) -> set[str]:
+    def take(self, keys: Iterable[str]) -> set[str]:
         """Take what is free of some keys, or was left by the dead; returns those that are this process's now."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -43,7 +44,7 @@ class Leases:
             self.thread.start()
         return mine
 
-    def release(self, keys) -> None:
+    def release(self, keys: Iterable[str]) -> None:
         """Give back; a lease that another process has taken over meanwhile stays its own."""
         for key in set(keys) & self.held:
             self.held.discard(key)

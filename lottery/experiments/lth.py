@@ -11,7 +11,9 @@ minibatch (dropped).
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -62,25 +64,25 @@ class Net:
 
     # The controls: what is trained of one trial at one level, as a list of Runs.
 
-    def dense(self, seed, level=0):
+    def dense(self, seed: int, level: int = 0) -> list[Run]:
         """The whole network; how it would be pruned is no part of it."""
         unpruned = {name: getattr(Run, name) for name in PRUNING}
         return [dataclasses.replace(self.base, seed=seed, **unpruned)]
 
-    def imp(self, seed, level):
+    def imp(self, seed: int, level: int) -> list[Run]:
         """The network after `level` rounds of iterative magnitude pruning."""
         return self._pruned(seed, level, self.init, self.base.recipe)
 
-    def continued(self, seed, level):
+    def continued(self, seed: int, level: int) -> list[Run]:
         """Strategy 2 of appendix B: training goes on between rounds, and only the ticket of the level is reset."""
         return self._pruned(seed, level, "continue", self._off_trunk)
 
-    def rewind(self, seed, level, k):
+    def rewind(self, seed: int, level: int, k: int) -> list[Run]:
         """The network after `level` rounds whose survivors go back to θ_k (1903.01611, algorithm 1)."""
         base = dataclasses.replace(self.base, rewind_to=k)
         return dataclasses.replace(self, base=base, init="rewind").imp(seed, level)
 
-    def instability(self, seed, level, k):
+    def instability(self, seed: int, level: int, k: int) -> list[Instability]:
         """Two copies from m ⊙ θ_k that differ in the order of the data (1912.05671); level 0: of the whole network."""
         if level:
             [one] = self.rewind(seed, level, k) if k else self.imp(seed, level)
@@ -95,35 +97,35 @@ class Net:
         chain = _chain(self, seed, level, last if last in ("rewind", "continue") else "reset", recipe)
         return [chain if not level else dataclasses.replace(chain, init="reset" if last == "continue" else last)]
 
-    def reinit(self, seed, level):
+    def reinit(self, seed: int, level: int) -> list[Run]:
         """The ticket's mask on fresh initialisations."""
         return self._control(self.imp(seed, level), "reinit", self.draws)
 
-    def random(self, seed, level):
+    def random(self, seed: int, level: int) -> list[Run]:
         """Random masks of the ticket's layer densities on fresh initialisations."""
         return self._control(self.imp(seed, level), "random", self.random_draws)
 
-    def prune_at_init(self, seed, level):
+    def prune_at_init(self, seed: int, level: int) -> list[Run]:
         """As many weights of each layer as the ticket has, the largest of θ₀: pruned before any training."""
         share = {name: _after(n, rate, level) / n for name, (n, rate) in self._sizes.items()}
         [dense] = self.dense(seed)
         return [dataclasses.replace(dense, recipe=self._off_trunk, density=tuple(share.items()))]
 
-    def dm_reinit(self, seed, level):
+    def dm_reinit(self, seed: int, level: int) -> list[Run]:
         """The ticket's mask on values drawn from its own initial values (appendix F)."""
         return self._control(self.imp(seed, level), "survivors", 1)
 
-    def noise(self, seed, level, c):
+    def noise(self, seed: int, level: int, c: float) -> list[Run]:
         """The ticket with noise of c σ on its initial values (appendix F)."""
         return self._control(self.imp(seed, level), "noise", 1, noise=c)
 
-    def oneshot(self, seed, p):
+    def oneshot(self, seed: int, p: float | None) -> list[Run]:
         """The dense network pruned once: fraction p of the hidden weights, p/2 of the output layer (appendix G.4)."""
         [dense] = self.dense(seed)
         p = self.one_shot_rate(self.density(min(10, self.rounds))) if p is None else p
         return [dataclasses.replace(dense, recipe=self._off_trunk, parent=dense, rate=p, rate_output=p / 2)]
 
-    def oneshot_reinit(self, seed, p):
+    def oneshot_reinit(self, seed: int, p: float | None) -> list[Run]:
         return self._control(self.oneshot(seed, p), "reinit", self.draws)
 
     def _control(self, tickets, init, draws, **more):
@@ -139,7 +141,7 @@ class Net:
 
     # Other recipes.
 
-    def variant(self, change, share=1.0):
+    def variant(self, change: dict[str, Any], share: float = 1.0) -> "Net":
         """The Net of a point of VARIANTS; share: what part of the paper's iterations one training has here.
 
         It is pruned until as few weights are left as here after the sweep's rounds.
@@ -163,18 +165,18 @@ class Net:
 
     # Densities, by counting.
 
-    def weights(self, level):
+    def weights(self, level: int) -> int:
         """How many weights are left after `level` rounds, by the counts that `lth.prune` keeps."""
         groups = list(self._sizes.values())
         if self.base.scope == "global":
             groups = [(sum(n for n, s in groups if s == rate), rate) for rate in {s for _, s in groups}]
         return sum(_after(n, rate, level) for n, rate in groups)
 
-    def density(self, level):
+    def density(self, level: int) -> float:
         """Fraction of all weights kept after `level` rounds."""
         return self.weights(level) / self.weights(0)
 
-    def one_shot_rate(self, density):
+    def one_shot_rate(self, density: float) -> float:
         """The p that leaves `density` when p of the hidden weights and p/2 of the output layer go."""
         *hidden, (out, _) = self._sizes.values()
         n = sum(n for n, _ in hidden)
@@ -183,17 +185,18 @@ class Net:
     @functools.cached_property
     def _sizes(self):
         """{layer: (weights, rate per round)}."""
-        model = _without_numbers(self.base.model, data.SETS[self.base.dataset].shape, self.base.options)
+        facts = data.SETS[self.base.dataset]
+        model = _without_numbers(self.base.model, facts.shape, facts.classes, self.base.options)
         each, layers = rates(model, self.base), masks.prunable(model)
         ranked = layers if self.base.layers is None else self.base.layers
         return {name: (layer.weight.numel(), each[name] if name in ranked else 0) for name, layer in layers.items()}
 
 
 @functools.cache
-def _without_numbers(model, shape, options):
+def _without_numbers(model, shape, classes, options):
     """A network on the meta device, of which only sizes are asked."""
     with torch.device("meta"):
-        return models.create(model, in_shape=shape, **dict(options))
+        return models.create(model, in_shape=shape, classes=classes, **dict(options))
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -231,17 +234,17 @@ class Setting:
             raise ValueError(f"Invalid seed {self.seed!r}: give a whole number from 0.")
 
     @property
-    def seeds(self):
+    def seeds(self) -> range:
         return range(self.seed, self.seed + self.trials)
 
-    def net(self, name):
+    def net(self, name: str) -> Net | None:
         """The Net "net" or "net@variant", or None where it is not here."""
         net, _, variant = name.partition("@")
         if net not in self.nets or (variant and variant not in VARIANTS[net]):
             return None
         return _variant(self.nets[net], net, variant) if variant else self.nets[net]
 
-    def share(self, net):
+    def share(self, net: str) -> float:
         """What part of the paper's iterations one training of a network has here."""
         return _share(self.nets[net.partition("@")[0]], net.partition("@")[0])
 
@@ -262,7 +265,7 @@ RECIPE = ("optimizer", "lr", "momentum", "batch_size", "warmup", "test_readings"
 # The networks of the paper --------------------------------------------------------------------------------------------
 
 
-def conv(model, iterations, lr, rate_conv, rounds):
+def conv(model: str, iterations: int, lr: float, rate_conv: float, rounds: int) -> Net:
     """Conv-2, -4 or -6 on CIFAR-10: Adam, batches of 60, layer-wise pruning."""
     recipe = Recipe(lr=lr, iterations=iterations, inputs="standard", test_readings="log")
     every = tuple(range(1, rounds + 1))
@@ -270,7 +273,15 @@ def conv(model, iterations, lr, rate_conv, rounds):
     return Net(base, rounds=rounds, control_rounds=every, probe_rounds=every, sweep_rounds=rounds)
 
 
-def deep(model, layers, batch_size, iterations, milestones, eval_every, rounds):
+def deep(
+    model: str,
+    layers: tuple[str, ...],
+    batch_size: int,
+    iterations: int,
+    milestones: tuple[int, ...],
+    eval_every: int,
+    rounds: int,
+) -> Net:
     """The residual network or VGG-19 on CIFAR-10: SGD at 0.1, all convolutions of `layers` pruned together.
 
     The test set is read after 15 or 12 stretches, of which a third and two thirds of the training are two: what
@@ -285,7 +296,7 @@ def deep(model, layers, batch_size, iterations, milestones, eval_every, rounds):
     return Net(base, rounds=rounds, control_rounds=every, probe_rounds=every, sweep_rounds=rounds)
 
 
-def residual(blocks):
+def residual(blocks: int) -> tuple[str, ...]:
     """The 3x3 convolutions of a residual network with so many blocks in each of three stages."""
     places = itertools.product((1, 2, 3), range(blocks), (1, 2))
     return ("conv1", *(f"layer{stage}.{block}.conv{conv}" for stage, block, conv in places))
@@ -348,7 +359,14 @@ GUESSED_POINTS = ("sigma0.03", "sigma0.3", "hidden75-25", "hidden150-50", "sgd",
 # The scales -----------------------------------------------------------------------------------------------------------
 
 
-def smaller(net, iterations, eval_every, recipe=None, run=None, **changes):
+def smaller(
+    net: str,
+    iterations: int,
+    eval_every: int,
+    recipe: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Net:
     """A network of the paper trained for less, its milestones at the same fractions, with other changes."""
     base = NETS[net].base
     share = iterations / base.recipe.iterations
@@ -414,12 +432,12 @@ SCALES = tuple(SETTINGS)
 # What each figure draws: arm → levels (None: all that the setting has) ------------------------------------------------
 
 
-def arms(nets, *controls):
+def arms(nets: Iterable[str], *controls: str) -> dict[str, None]:
     """Every control of every network, or net@variant, at all levels."""
     return {f"{net}/{control}": None for net in nets for control in controls}
 
 
-def variants(net, *names):
+def variants(net: str, *names: str) -> list[str]:
     return [f"{net}@{name}" for name in names]
 
 
@@ -512,7 +530,7 @@ ITEMS["instability-resnet18"] = {
 }
 
 
-def cells(item, at):
+def cells(item: str, at: Setting) -> list[tuple[str, float, float | None]]:
     """(arm, x, point): the networks of which one trial of an item consists; none where its networks are not here.
 
     x is the density of the paper's network at the point; a stand-in stands in for it after as many rounds.
@@ -525,7 +543,7 @@ def cells(item, at):
     ]
 
 
-def points(arm, at):
+def points(arm: str, at: Setting) -> Sequence[float | None]:
     """Where an arm has networks: levels, or fractions p for one-shot pruning."""
     name, control = arm.split("/")
     if "hidden" in name and at.nets["lenet"].base.model != "lenet_300_100":
@@ -549,7 +567,7 @@ def _density(arm, at, point):
     return net.density(point)
 
 
-def trial(arm, at, seed, point):
+def trial(arm: str, at: Setting, seed: int, point: float | None) -> list[Run] | list[Instability]:
     """The Runs of one arm and trial at one of its `points`."""
     name, control = arm.split("/")
     net = at.net(name)
@@ -570,7 +588,7 @@ def _trial(net, share, control, seed, point):
     return getattr(net, control.replace("-", "_"))(seed, point)
 
 
-def override(at, **given):
+def override(at: Setting, **given: Any) -> Setting:
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
 
     All but `trials` and `seed` are LeNet's: with any of them the other networks are left out.

@@ -36,10 +36,12 @@ these and is here; the module ends with
 import copy
 import importlib
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 from lottery import data, models
 from lottery.experiments import PAPERS
-from lottery.experiments.runs import chosen, preset
+from lottery.experiments.runs import Measurement, Run, chosen, preset
 
 COUNTS = {"trials": 1_000, "rounds": 1_000, "draws": 1_000}  # more would take hours to list, before any training
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
@@ -72,18 +74,18 @@ class Paper:
         self._found = {}
 
     @property
-    def items(self):
+    def items(self) -> tuple[str, ...]:
         return tuple(self.module.ITEMS)
 
     @property
-    def main(self):
+    def main(self) -> tuple[str, ...]:
         return getattr(self.module, "MAIN", self.items)
 
-    def setting(self, scale):
+    def setting(self, scale: str) -> Any:
         """The preset of a scale. Raises ValueError for an unknown one."""
         return preset(scale, self.settings)
 
-    def override(self, at, **parameters):
+    def override(self, at: Any, **parameters: Any) -> Any:
         """A Setting with other parameters. Raises ValueError for a number or name that no experiment can have."""
         for name, known in (("model", models.MODELS), ("dataset", data.SETS)):
             if (value := parameters.get(name)) is not None and value not in list(known):
@@ -93,7 +95,7 @@ class Paper:
                 raise ValueError(f"Invalid {name} {value}: give {COUNTS[name]:,} at most.")
         return self.module.override(at, **parameters)
 
-    def runs(self, items, at):
+    def runs(self, items: str | Iterable[str] | None, at: Any) -> list[Run | Measurement]:
         """All Runs, or Measurements, of some items (None: all) at a Setting or scale: net by net, trial by trial."""
         at, found = self.setting(at) if isinstance(at, str) else at, {}
         for item in chosen(items, self.items, self.name):
@@ -108,7 +110,7 @@ class Paper:
                 found |= dict.fromkeys(r for arm, seed, p in tried for r in self.trial(arm, at, seed, p))
         return list(found)
 
-    def net(self, arm):
+    def net(self, arm: str) -> str:
         """The part of an arm of which all trials come before those of the next."""
         return arm.split("/")[0]
 
@@ -121,7 +123,7 @@ class Paper:
         """The density of what the paper prints as `x` %; inside, nothing else is used."""
         return round((100 - x if self.prints == "sparsity" else x) / 100, 6)
 
-    def arm(self, name, x, seed, scale):
+    def arm(self, name: str, x: float | None, seed: int, scale: str) -> list[Run | Measurement] | None:
         """The Runs of an arm for one trial, at its cell nearest to what the paper prints as `x` %.
 
         None: the arm is no experiment here, or has no cell near enough.
@@ -137,8 +139,8 @@ class Paper:
         near, point = min((abs(d / at - 1), i, point) for i, (d, point) in enumerate(cells.items()))[::2]
         return self.trial(name, self.setting(scale), seed, point) if near < NEAR else None
 
-    def measured(self, item, name, x, seed, scale):
-        """The Measurement of an arm for one trial at what the paper prints as `x` %, as `item` measures it, or None."""
+    def measured(self, item: str, name: str, x: float | None, seed: int, scale: str) -> list[Measurement] | None:
+        """The Measurements of an arm for a trial at what the paper prints as `x` %, as `item` measures it, or None."""
         return self.module.measured(item, name, x, seed, scale) if item in self.measured_items else None
 
     def _points(self, scale):

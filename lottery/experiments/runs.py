@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import typing
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -158,49 +160,49 @@ class Run:
             raise ValueError(f"Invalid chunks {given['chunks']}: {each}.")
 
     @property
-    def score_options(self):
+    def score_options(self) -> dict[str, bool | int | float]:
         """All options of the criterion, with their values."""
         return {**CRITERIA[self.criterion], **dict(self.score)}
 
     @property
-    def draws(self):
+    def draws(self) -> int:
         """Class-balanced parts of the batch that is scored."""
         options = self.score_options
         return max(1, options["chunks"] // (2 if options["class_sorted"] else 1))
 
     @property
-    def goes_on(self):
+    def goes_on(self) -> bool:
         """Whether it takes over what its parent's method has learned: the next round of one search."""
         return self.init == "continue" and self.method != NOTHING and type(self.method) is type(self.parent.method)
 
     @property
-    def like(self):
+    def like(self) -> tuple[str, str]:
         """What its seconds per unit of `work` are shared with."""
         return self.model, self.dataset
 
     @property
-    def work(self):
+    def work(self) -> int:
         return self.recipe.iterations
 
     @property
-    def level(self):
+    def level(self) -> int:
         """Rounds of pruning before this training."""
         return self.parent.level + 1 if self.parent else 0
 
     @property
-    def root(self):
+    def root(self) -> "Run":
         """The dense training at the start of the chain."""
         return self.parent.root if self.parent else self
 
     @functools.cached_property
-    def key(self):
+    def key(self) -> str:
         """Hash of canonical JSON of the schema, the fields that differ from their defaults, and the parent's key.
 
         Leaving defaults out lets a field be added without renaming every run.
         """
         return hashed(_fields(self, all=False), self.parent and self.parent.key)
 
-    def spec(self):
+    def spec(self) -> dict[str, Any]:
         """Every field as JSON types; the parent by its key."""
         return {**_fields(self, all=True), "parent": self.parent and self.parent.key}
 
@@ -229,25 +231,25 @@ class Measurement:
     work = 1
 
     @property
-    def like(self):
+    def like(self) -> tuple[str, str, str]:
         return "measured", self.model, self.dataset
 
     @functools.cached_property
-    def key(self):
+    def key(self) -> str:
         """As a Run's, of the class and the fields that differ from their defaults."""
         return self.key_of(self.spec())
 
     @classmethod
-    def key_of(cls, spec):
+    def key_of(cls, spec: dict[str, Any]) -> str:
         """The key of what a `spec` says."""
         return hashed(cls.__name__, _changed(spec, cls))
 
-    def spec(self):
+    def spec(self) -> dict[str, Any]:
         """Every field as JSON types."""
         return {"measurement": type(self).__name__, **_fields(self, all=True)}
 
 
-def key_of(spec):
+def key_of(spec: dict[str, Any]) -> str | None:
     """The key of what a `spec` says, of fields that came after it with their defaults.
 
     None where the method's or the measurement's class is not known here.
@@ -263,7 +265,7 @@ def key_of(spec):
         return None
 
 
-def rates(model, r):
+def rates(model: nn.Module, r: Run) -> dict[str, float]:
     """`{layer: rate}` of a layer-wise run: Linear, Conv, and the last layer by its own."""
     layers = masks.prunable(model)
     conv = r.rate if r.rate_conv is None else r.rate_conv
@@ -273,14 +275,14 @@ def rates(model, r):
     return each
 
 
-def preset(scale, settings):
+def preset(scale: str, settings: Mapping[str, Any]) -> Any:
     """A paper's setting at a scale. Raises ValueError for an unknown one."""
     if scale not in list(settings):  # whatever was given, hashable or not
         raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(settings)}.")
     return settings[scale]
 
 
-def fractions(densities):
+def fractions(densities: list[float] | tuple[float, ...]) -> tuple[float, ...]:
     """Fractions of weights to keep, as a tuple. Raises ValueError for what is no list of such."""
     listed = isinstance(densities, list | tuple) and len(densities) > 0
     if not listed or not all(isinstance(d, float) and 0 < d < 1 for d in densities):
@@ -288,7 +290,7 @@ def fractions(densities):
     return tuple(densities)
 
 
-def chosen(items, known, paper):
+def chosen(items: str | Iterable[str] | None, known: Collection[str], paper: str) -> list[str]:
     """A list of items: one by its name, some, or all for None. Raises ValueError for one that the paper has not.
 
     What several names begin with stands for all of them: "fig5" for "fig5-conv2", "fig5-conv4", …
@@ -347,7 +349,7 @@ def _class(base, name):
     raise LookupError(name)
 
 
-def hashed(*parts):
+def hashed(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([SCHEMA, *parts], sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from lottery.experiments.runs import Run
 from lottery.soft_threshold import STR, decay_path
 from lottery.training import Recipe
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 GUESSED = (
     "last or best epoch",
     "RigL's and SET's settings, which are those of RigL's paper",
@@ -36,7 +40,9 @@ PULL = str_exact.pull()  # Σ lr / (1 − momentum) of the paper's training
 DENSE = 2.0**-15  # λ of everything but STR
 
 
-def recipe(epochs, images, batch_size=256, lr=0.256, warmup=5, **changes):
+def recipe(
+    epochs: int, images: int, batch_size: int = 256, lr: float = 0.256, warmup: int = 5, **changes: Any
+) -> Recipe:
     """The authors' schedule: warm-up in steps of an epoch, then a cosine; read after every epoch."""
     per_epoch = -(-images // batch_size)
     given = {"precision": "float32", "augment": "flip-crop"} | changes
@@ -47,7 +53,7 @@ def recipe(epochs, images, batch_size=256, lr=0.256, warmup=5, **changes):
     )  # fmt: skip
 
 
-def weight_decay(published, recipe):
+def weight_decay(published: float, recipe: Recipe) -> float:
     """The paper's λ for another recipe, so that λ · Σ lr / (1 − momentum) is the same; five digits are kept."""
     return float(f"{published * PULL * (1 - recipe.momentum) / _sum_of_rates(recipe):.5g}")
 
@@ -58,16 +64,16 @@ def _sum_of_rates(recipe):
     return sum(recipe.lr_at(t) for t in range(0, recipe.iterations, recipe.lr_every)) * recipe.lr_every
 
 
-def convolutional(model, dataset, recipe, **options):
+def convolutional(model: str, dataset: str, recipe: Recipe, **options: Any) -> Run:
     """The dense Run of the first trial."""
     recipe = dataclasses.replace(recipe, weight_decay=weight_decay(DENSE, recipe))
     return Run(model=model, dataset=dataset, recipe=recipe, valid=0, options=tuple(sorted(options.items())))
 
 
-def recurrent(dataset, epochs, per_epoch, hidden, drops=(2 / 3,)):
+def recurrent(dataset: str, epochs: int, per_epoch: int, hidden: int) -> Run:
     """FastGRNN at full rank: lr 0.01, a tenth of it for the last third, batches of 100, as FastGRNN is trained."""
     n = epochs * per_epoch
-    given = {"milestones": tuple(round(share * n) for share in drops), "eval_every": max(per_epoch, n // 30)}
+    given = {"milestones": (round(2 / 3 * n),), "eval_every": max(per_epoch, n // 30)}
     recipe = Recipe(optimizer="sgd", lr=0.01, momentum=0.9, batch_size=100, iterations=n, inputs="standard", **given)
     return Run(model="fastgrnn", dataset=dataset, recipe=recipe, valid=0, options=(("hidden", hidden),))
 
@@ -99,7 +105,7 @@ class Setting:
             raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
 
     @property
-    def seeds(self):
+    def seeds(self) -> range:
         return range(self.seed, self.seed + self.trials)
 
 
@@ -200,7 +206,7 @@ PRINTS = "sparsity"
 EXACT = str_exact.EXACT
 
 
-def cells(item, at):
+def cells(item: str, at: Setting) -> list[tuple[str, float, str]]:
     """(arm, density, level): the networks of which one trial of an item consists. The density is the paper's."""
     return [
         (f"{net}/{control}", 1.0 if level == "dense" else round(1 - float(level) / 100, 6), level)
@@ -220,12 +226,12 @@ def _levels(net, levels, at):
 
 
 @functools.cache
-def published(net):
+def published(net: str) -> dict[str, tuple[float, float]]:
     """{level: (λ, s_init)} of the paper's networks that STR trained."""
     return {x: (v, -10.0) for x, v in RANKS[net].items()} if net in RANKS else str_exact.settings(net)
 
 
-def trial(arm, at, seed, point):
+def trial(arm: str, at: Setting, seed: int, point: str) -> list[Run]:
     """The Runs of one arm and trial, a list of one (none where a variant is tried once, at the first seed)."""
     net, control = arm.split("/")
     net, _, variant = net.partition("@")
@@ -273,13 +279,13 @@ def _learnt(net, run, level, at, granularity=None, variant=""):
     return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes), method=STR(**given))
 
 
-def rank_decay(published, net, recipe):
+def rank_decay(published: float, net: str, recipe: Recipe) -> float:
     """As `weight_decay`, beside the paper's training of a FastGRNN."""
     theirs, ours = map(_sum_of_rates, (RECURRENT[net].recipe, recipe))
     return float(f"{published * theirs / ours:.5g}")
 
 
-def override(at, **given):
+def override(at: Setting, **given: Any) -> Setting:
     """A Setting with a notebook's parameters in place of its own; those that are None change nothing.
 
     trials, seed, model, dataset, train_fraction, iterations, batch_size, lr; weight_decay (not scaled), s_init, g,
@@ -317,14 +323,14 @@ def _changed(net, run, base, changes):
 
 
 @functools.cache
-def macs_of(model, dataset, options=()):
+def macs_of(model: str, dataset: str, options: tuple[tuple[str, object], ...] = ()) -> dict[str, int]:
     """`{layer: MACs}` of a run's network for one image."""
     facts = data.SETS[dataset]
     net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
     return macs.count(net, facts.shape)
 
 
-def macs_left(row):
+def macs_left(row: "dict | pd.Series") -> tuple[float, int]:
     """(MACs for one image that are left, all of them)."""
     options = json.loads(row["spec"])["options"]
     full = macs_of(row["model"], row["dataset"], tuple(map(tuple, options)))
@@ -332,18 +338,18 @@ def macs_left(row):
     return sum(full[name] * k / n for name, (k, n) in kept.items()), sum(full.values())
 
 
-def numbers(row):
+def numbers(row: "dict | pd.Series") -> dict[str, np.ndarray]:
     """`{name: float64 [readings]}` of what STR kept at each reading: densities, s and thresholds."""
     return {name: np.array(values) for name, values in json.loads(row["numbers"]).items()}
 
 
-def thresholds(row):
+def thresholds(row: "dict | pd.Series") -> dict[str, np.ndarray]:
     """`{layer: float64 [readings]}`."""
     found = numbers(row)
     return {name.partition("/")[2]: v for name, v in found.items() if name.startswith("threshold/")}
 
 
-def onset_beside_law(row):
+def onset_beside_law(row: dict) -> float:
     """Epochs by which the first layer passes s = −10 later than decay alone would take it there."""
     spec = json.loads(row["spec"])
     trained = Recipe(**{**spec["recipe"], "milestones": tuple(spec["recipe"]["milestones"])})

@@ -19,13 +19,21 @@ import re
 import statistics
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lottery import files
 from lottery.experiments.leases import Leases
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    import torch
+
+    from lottery.experiments.runs import Measurement, Run
 
 SHARD = 300  # runs in one shard
 MASK_LIMIT = 500_000  # masks of larger networks are not stored with the run
@@ -36,7 +44,7 @@ READING = {"step": "int64", "val_loss": "double", "val_acc": "double", "test_acc
 
 
 @functools.cache
-def schema():
+def schema() -> "pa.Schema":
     """The columns of a run, as a pyarrow schema."""
     import pyarrow as pa
 
@@ -58,7 +66,7 @@ def schema():
     return pa.schema(list(columns.items()))
 
 
-def root(start=None):
+def root(start: Path | str | None = None) -> Path:
     """`results` of the clone around the working directory. Raises FileNotFoundError outside of a clone."""
     here = Path(start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
@@ -81,7 +89,7 @@ class Store:
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
 
-    def keys(self):
+    def keys(self) -> KeysView[str]:
         """The keys that are stored, none of them checked; files that were read before are not read again."""
         for folder in (f for base in (self.dir, *self.also) for f in (base, base / ".spool")):
             changed = folder.stat().st_mtime_ns if folder.is_dir() else None
@@ -99,7 +107,7 @@ class Store:
                             self._places.setdefault(key, []).append((path, i))
         return self._places.keys()
 
-    def columns(self, *names):
+    def columns(self, *names: str) -> dict[str, tuple[Any, ...]]:
         """`{key: values}` of a few columns of all that is stored. Unchecked: for counts and paces, not for results."""
         self.keys()
         found = {}
@@ -109,7 +117,7 @@ class Store:
                 found.setdefault(key, tuple(values))
         return found
 
-    def paces(self):
+    def paces(self) -> dict[tuple[str, ...], float]:
         """`{like: seconds per unit of work}`, the median over the runs of each kind: a busy machine says little.
 
         A measurement has no iterations.
@@ -121,7 +129,7 @@ class Store:
                 found.setdefault(kind, []).append(wall_s / (n or 1))
         return {kind: statistics.median(paces) for kind, paces in found.items()}
 
-    def row(self, key):
+    def row(self, key: str) -> dict[str, Any] | None:
         """The sound row of a key, or None. It is read and checked when it is first asked for."""
         if key in self._rows or key not in self.keys():
             return self._rows.get(key)
@@ -134,11 +142,11 @@ class Store:
                 self._rows[row["key"]], self._from[row["key"]] = row, path
         return self._rows.get(key)
 
-    def rows(self):
+    def rows(self) -> dict[str, dict[str, Any]]:
         """`{key: row}` of all sound runs."""
         return {key: row for key in list(self.keys()) if (row := self.row(key))}
 
-    def get(self, run):
+    def get(self, run: "Run | Measurement") -> dict[str, Any] | None:
         """The row of a run, or None. One that says it is another run's is damaged: it is named and passed over."""
         while (row := self.row(run.key)) and self._compared.get(run.key) is not row:
             if said := unlike(json.loads(row["spec"]), run.spec()):
@@ -148,7 +156,7 @@ class Store:
                 self._compared[run.key] = row
         return row
 
-    def put(self, row):
+    def put(self, row: dict[str, Any]) -> bool:
         """Keep a finished run, atomically; False when it is stored already and this copy is discarded.
 
         Raises `files.CannotWrite`.
@@ -171,19 +179,19 @@ class Store:
             self._folders.clear()
             return files.publish(temporary, path, replace=False)
 
-    def check(self):
+    def check(self) -> None:
         """Make the folder. Raises `files.CannotWrite` where a result could not be kept: before it is trained."""
         with files.temporary(self.leases / "probe") as probe:
             probe.write_bytes(bytes(2**16))
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Remove what killed processes left: their leases, half-written files, checkpoints of runs that are stored."""
         Leases(self.leases).sweep()
         for folder in (self.dir, *(self.dir / name for name in PARTS)):
             files.sweep(folder)
         files.sweep(self.dir / ".checkpoints", "*.safetensors", lambda path: path.stem in self.keys())
 
-    def find(self, key):
+    def find(self, key: str) -> Iterator[dict[str, Any]]:
         """The sound rows of a key, looked for in the files: `row` without reading what else lies in the spool.
 
         The spool is asked first, from which a merge takes rows away.
@@ -194,7 +202,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 yield from read(path, {key})
 
-    def artifact(self, key):
+    def artifact(self, key: str) -> Path:
         """Where the final weights of a run lie, or would lie."""
         for folder in (self.dir, *self.also):
             path = folder / ".artifacts" / f"{key}.safetensors"
@@ -203,11 +211,11 @@ class Store:
         return self.dir / ".artifacts" / f"{key}.safetensors"
 
     @property
-    def leases(self):
+    def leases(self) -> Path:
         """The folder of what is being trained, see `leases`."""
         return self.dir / ".leases"
 
-    def note_failure(self, key, error):
+    def note_failure(self, key: str, error: BaseException | None) -> None:
         """Note why a run ended without a result, or with None that it has one now; nothing where the disk is full."""
         path = self.dir / ".failures" / f"{key}.json"
         with contextlib.suppress(OSError):
@@ -217,7 +225,7 @@ class Store:
             said = f"{type(error).__name__}: {error}".strip().splitlines()[0][:500]
             files.write(path, json.dumps({"reason": said, "when": now()}).encode())
 
-    def failures(self):
+    def failures(self) -> dict[str, dict[str, str]]:
         """`{key: {"reason", "when"}}` of the runs that ended without a result and have none since."""
         found = {}
         for path in sorted((self.dir / ".failures").glob("*.json")):
@@ -226,17 +234,17 @@ class Store:
                 found[path.stem] = {"reason": str(said["reason"]), "when": str(said["when"])}
         return {key: said for key, said in found.items() if key not in self.keys()}
 
-    def checkpoint(self, key):
+    def checkpoint(self, key: str) -> Path:
         """Where a training is kept while it is under way."""
         return self.dir / ".checkpoints" / f"{key}.safetensors"
 
-    def save_artifact(self, key, tensors):
+    def save_artifact(self, key: str, tensors: "dict[str, torch.Tensor]") -> str:
         """Keep `{name: tensor}` under a run's key; returns the file's sha256."""
         from lottery import tensorfile
 
         return tensorfile.write(self.dir / ".artifacts" / f"{key}.safetensors", tensors, {"run": key})
 
-    def load_artifact(self, key):
+    def load_artifact(self, key: str) -> "tuple[dict[str, torch.Tensor], str]":
         """What `save_artifact` kept, and the file's sha256.
 
         Raises DamagedWeights for those that are damaged, another run's or gone; the file is set aside, and the next
@@ -255,7 +263,7 @@ class Store:
             raise DamagedWeights(f"No weights {path}: run again, and they are trained again.") from None
         raise DamagedWeights(f"Damaged weights {path}: set aside; run again, and they are trained again.")
 
-    def merge(self, source=None):
+    def merge(self, source: Path | str | None = None) -> int:
         """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.
 
         A shard is complete before the spool files that it replaces are removed, so a kill loses nothing. Where a run is
@@ -302,7 +310,7 @@ class Store:
                 files.publish(temporary, path)
 
 
-def load(runs=None, store=None):
+def load(runs: "Iterable[Run | Measurement] | None" = None, store: Store | None = None) -> "pd.DataFrame":
     """The stored ones of `runs` (None: everything stored), one row a run, in order, as a pandas.DataFrame.
 
     Columns: `schema()`, and `stale` (trained by an older algorithm version). Accuracies are fractions, losses
@@ -344,12 +352,12 @@ class Rows(Mapping):
         return len(self.store.keys())
 
 
-def stale(row):
+def stale(row: Mapping[str, Any]) -> bool:
     """True for a run trained by an older algorithm version."""
     return not json.loads(row["certificate"])["versions"].items() <= versions().items()
 
 
-def versions():
+def versions() -> dict[str, int]:
     """The algorithms' versions; a certificate has those that its run used."""
     from lottery import baselines, cs, dynamic, grasp, lth, soft_threshold, stochastic, training
 
@@ -357,7 +365,7 @@ def versions():
     return {module.__name__.split(".")[-1]: module.VERSION for module in modules}
 
 
-def unlike(stored, wanted):
+def unlike(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     """The first field in which a stored spec is not another one, in words, or ""; fields that came later do not count.
 
     Without what tells two classes apart, {"is": …}, it is the base class.
@@ -372,7 +380,7 @@ def unlike(stored, wanted):
     return ""
 
 
-def read(path, keys=None):
+def read(path: Path, keys: Container[str] | None = None) -> list[dict[str, Any]]:
     """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr."""
     if keys is None:
         return _sound(_table(path), path)
@@ -516,12 +524,12 @@ def _key_of(row):
     return key_of(json.loads(row["spec"]))
 
 
-def unpack(packed, n):
+def unpack(packed: bytes, n: int) -> np.ndarray:
     """Packed bits → bool [n]."""
     return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=n).astype(bool)
 
 
-def pack_masks(masks):
+def pack_masks(masks: "dict[str, torch.Tensor]") -> bytes | None:
     """All mask bits in module order, packed and deflated; None above MASK_LIMIT weights."""
     if not masks or sum(m.numel() for m in masks.values()) > MASK_LIMIT:
         return None
@@ -529,7 +537,7 @@ def pack_masks(masks):
     return zlib.compress(np.packbits(bits).tobytes(), 9)
 
 
-def unpack_masks(packed, shapes):
+def unpack_masks(packed: bytes, shapes: Mapping[str, Sequence[int]]) -> "dict[str, torch.Tensor]":
     """The inverse of `pack_masks`, for `{layer: shape}` in module order: `{layer: BoolTensor}`."""
     import torch
 
@@ -563,6 +571,6 @@ def _signed(table):
     return pa.Table.from_pylist([{**row, "payload_sha": _digest(row)}], schema=schema())
 
 
-def now():
+def now() -> str:
     """UTC, to the second, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -11,6 +11,7 @@ dropout) and "gs" (one threshold for all layers); of MobileNetV1 "89.01" and "gm
 
 import functools
 import math
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Layer(NamedTuple):
 
 
 @functools.cache
-def layers(net):
+def layers(net: str) -> dict[str, Layer]:
     """`{layer: Layer}` of resnet50 or mobilenetv1 at 224x224, counted on shapes alone."""
     with torch.device("meta"):
         model = models.MODELS[net]()
@@ -44,7 +45,7 @@ def layers(net):
 
 
 @functools.cache
-def budgets(net):
+def budgets(net: str) -> dict[str, dict[str, float]]:
     """`{budget: {layer: fraction kept}}` as published, and "dense"."""
     table = scorecard.read("str", "_budgets")
     table = table[table["model"] == net]
@@ -54,7 +55,7 @@ def budgets(net):
     return found
 
 
-def left(net, budget):
+def left(net: str, budget: str) -> dict[str, Layer]:
     """`{layer: Layer}` of what a budget leaves. Raises ValueError for one that is not published."""
     if budget not in (known := budgets(net)):
         raise ValueError(f"Unknown budget {budget!r} of {net}: choose one of {', '.join(known)}.")
@@ -62,28 +63,28 @@ def left(net, budget):
     return {name: Layer(kept[name] * w, kept[name] * n) for name, (w, n) in layers(net).items()}
 
 
-def macs_left(net, budget):
+def macs_left(net: str, budget: str) -> float:
     """Millions of MACs for one image."""
     return sum(layer.macs for layer in left(net, budget).values()) / 1e6
 
 
-def weights_left(net, budget):
+def weights_left(net: str, budget: str) -> float:
     """Millions of weights."""
     return sum(layer.weights for layer in left(net, budget).values()) / 1e6
 
 
-def sparsity(net, budget, backbone=False):
+def sparsity(net: str, budget: str, backbone: bool = False) -> float:
     """% of the weights removed: of all layers, or with `backbone` of all but the classifier."""
     here, all_ = (list(some.values())[: -1 if backbone else None] for some in (left(net, budget), layers(net)))
     return 100 * (1 - sum(layer.weights for layer in here) / sum(layer.weights for layer in all_))
 
 
-def backbone_sparsity(net, budget):
+def backbone_sparsity(net: str, budget: str) -> float:
     """`sparsity` of all layers but the classifier."""
     return sparsity(net, budget, backbone=True)
 
 
-def parameters(net, budget="dense"):
+def parameters(net: str, budget: str = "dense") -> float:
     """Millions of parameters, those of batch norm with them."""
     with torch.device("meta"):
         total = sum(p.numel() for p in models.MODELS[net]().parameters()) / 1e6
@@ -98,7 +99,7 @@ COLUMNS = {
 }
 
 
-def column(item, quantity):
+def column(item: str, quantity: str) -> list[tuple[str, float, float, bool]]:
     """[(budget, printed, ours, agrees)]: what an item prints of STR's ResNet-50s, beside what their budgets give.
 
     They agree when ours rounds to the printed digit for some budget that rounds to the published one, which is known to
@@ -120,7 +121,7 @@ def column(item, quantity):
 # When pruning starts --------------------------------------------------------------------------------------------------
 
 
-def recipe(weight_decay, epochs=100):
+def recipe(weight_decay: float, epochs: int = 100) -> Recipe:
     """The paper's ImageNet schedule with an epoch as one step, as far as decay is concerned: λ · 5,005 for λ."""
     return Recipe(
         optimizer="sgd", lr=0.256, momentum=0.875, batch_size=256, iterations=epochs, eval_every=1, warmup=5,
@@ -128,14 +129,14 @@ def recipe(weight_decay, epochs=100):
     )  # fmt: skip
 
 
-def pull():
+def pull() -> float:
     """Σ lr / (1 − momentum) over the paper's 500,500 iterations: times λ it is by how much decay shrinks log |s|."""
     r = recipe(0.0)
     return STEPS * sum(r.lr_at(t) for t in range(r.iterations)) / (1 - r.momentum)
 
 
 @functools.cache
-def settings(net):
+def settings(net: str) -> dict[str, tuple[float, float]]:
     """`{sparsity in %, as printed: (λ, s_init)}` of the paper's networks, by Tables 10 and 11."""
     table = scorecard.read("str")
     found = {}
@@ -146,13 +147,13 @@ def settings(net):
     return {budget: tuple(pair) for budget, pair in found.items()}
 
 
-def path(net, budget):
+def path(net: str, budget: str) -> np.ndarray:
     """s after 0 … 100 epochs by decay alone, float64 [101], for the λ and s_init of a published network."""
     weight_decay, s_init = settings(net)[budget]
     return decay_path(s_init, recipe(weight_decay))
 
 
-def crossing(s, level=ONSET):
+def crossing(s: Sequence[float] | np.ndarray, level: float = ONSET) -> float:
     """Epochs after which s first reaches a level, between two ends of epochs by interpolation in log |s|; else NaN."""
     (above,) = np.nonzero(np.asarray(s) >= level)
     if not len(above) or not above[0]:
@@ -162,12 +163,12 @@ def crossing(s, level=ONSET):
     return float(i - 1 + (a - math.log(-level)) / (a - b))
 
 
-def onset(net, budget):
+def onset(net: str, budget: str) -> float:
     """Epochs until pruning starts, s = −10, by decay alone."""
     return crossing(path(net, budget))
 
 
-def in_order(net):
+def in_order(net: str) -> tuple[int, int]:
     """(pairs that are in the order that the decay law says, all such pairs) of the published networks of a net.
 
     A pair has one λ or one s_init in common: the network that starts pruning earlier should end sparser.
@@ -180,7 +181,7 @@ def in_order(net):
     return sum(right), len(right)
 
 
-def figure1():
+def figure1() -> np.ndarray:
     """s of layer 10 after each epoch as Figure 1 draws its α: logit α, float64 [100], −inf where α is 0."""
     table = scorecard.read("str")
     alpha = table[(table["item"] == "Figure 1") & (table["panel"] == "alpha")].sort_values("x")["value"].to_numpy()

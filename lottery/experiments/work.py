@@ -11,8 +11,9 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +21,20 @@ import torch
 from lottery import baselines, data, grasp, lth, models, tickets, training
 from lottery import masks as M
 from lottery.batches import take
-from lottery.experiments.runs import Measurement, rates
+from lottery.experiments.runs import Measurement, Run, rates
 from lottery.experiments.store import Store, now, pack_masks, versions
 from lottery.methods import NOTHING, Method
 
 
-def execute(runs, results_dir, also=(), keep_weights=(), device="cpu", threads=1, compiled=False):
+def execute(
+    runs: Sequence[Run | Measurement],
+    results_dir: Path | str,
+    also: Iterable[Path | str] = (),
+    keep_weights: Sequence[bool] = (),
+    device: str = "cpu",
+    threads: int = 1,
+    compiled: bool = False,
+) -> float:
     """Train some runs, side by side when there are several, or take a measurement; keep them in the store.
 
     Returns the wall time in seconds. `keep_weights` says for each whether its final weights are kept; none are by
@@ -88,7 +97,7 @@ class _Beside:
 _beside = _Beside()
 
 
-def check_data(r, fingerprint, store):
+def check_data(r: Run | Measurement, fingerprint: str, store: Store) -> None:
     """Raise ValueError where what a run needs, or itself when only its weights are trained again, had other data."""
     for one in (r.parent, *getattr(r, "trained", ()), r):
         row = one and next(store.find(one.key), None)
@@ -99,7 +108,9 @@ def check_data(r, fingerprint, store):
             )
 
 
-def fit_alike(model, images, recipe, seed, **how):
+def fit_alike(
+    model: torch.nn.Module, images: data.Data, recipe: training.Recipe, seed: int, **how: Any
+) -> training.History:
     """`training.fit`; dropout draws from torch's own generator, so that is given the seed for as long."""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -108,7 +119,7 @@ def fit_alike(model, images, recipe, seed, **how):
 
 
 @contextlib.contextmanager
-def settings_for(threads):
+def settings_for(threads: int) -> Iterator[None]:
     """So many threads, and denormal numbers flushed to 0; the caller's settings afterwards.
 
     Adam's moments of weights on rarely lit pixels decay into denormal numbers, on which some CPUs are slow.
@@ -123,7 +134,7 @@ def settings_for(threads):
         torch.set_flush_denormal(flushes)
 
 
-def spending(r, images, store):
+def spending(r: Run, images: data.Data, store: Store) -> Run:
     """The run with the densities of its `budget` filled in, as one without a parent; every layer keeps a weight."""
     if not r.budget:
         return r
@@ -143,7 +154,7 @@ def spending(r, images, store):
     return dataclasses.replace(r, parent=None, budget="")
 
 
-def start(r):
+def start(r: Run) -> int:
     return r.rewind_to if r.init == "rewind" and r.rewind_schedule == "continue" else 0
 
 
@@ -159,7 +170,9 @@ def _measure(r, store, started, device, threads):
     return certificate["wall_s"]
 
 
-def certify(algorithms, started, wall_s, device, threads):
+def certify(
+    algorithms: Container[str], started: str, wall_s: float, device: torch.device | str, threads: int
+) -> dict[str, Any]:
     """How a result came about; `algorithms`: the modules whose VERSION it depends on."""
     return {
         "versions": {name: v for name, v in versions().items() if name in algorithms},
@@ -184,7 +197,7 @@ class Net(NamedTuple):
     hashes: dict[str, str | None]
 
 
-def initialise(r, images, store, device="cpu"):
+def initialise(r: Run, images: data.Data, store: Store, device: torch.device | str = "cpu") -> Net:
     """The `Net` of a run: m ⊙ θ, or the parent's network where its method goes on."""
     create, fresh = functools.partial(_create, r, images), int(r.key[15:], 16) % 2**31
     source, m, memory, parent_sha = _source(r, create, store)
@@ -260,7 +273,7 @@ def _restore(model, theta):
 APART = ("mask", "learned", "optimizer")  # what an artifact holds beside `masks.state`, by prefix
 
 
-def artifact_of(r, net):
+def artifact_of(r: Run, net: Net) -> dict[str, torch.Tensor]:
     """All that a child may need: θ, the masks that are on the model or else those it has learned, the momentum."""
     masks = M.read(net.model)
     learned = {} if masks else r.method.masks(net.model)
@@ -283,7 +296,14 @@ def _moves(r, images, model, store):
     return json.dumps(tickets.moves(M.state(_create(r, images, r.seed)), theta_J, M.read(model)))
 
 
-def pruned(r, model, within, images, generator, device="cpu"):
+def pruned(
+    r: Run,
+    model: torch.nn.Module,
+    within: dict[str, torch.Tensor],
+    images: data.Data,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
     """The masks of a run from those before, `within`, whose layers alone are ranked; `generator` is the criterion's."""
     if r.density is None:
         each = dict.fromkeys(within, r.rate) if r.scope == "global" else rates(model, r)
@@ -296,7 +316,13 @@ def pruned(r, model, within, images, generator, device="cpu"):
     return M.top_k({name: ranked[name] for name in within}, density, within=within)
 
 
-def scores(r, model, images, generator, device="cpu"):
+def scores(
+    r: Run,
+    model: torch.nn.Module,
+    images: data.Data,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
     """`{layer: tensor}` on the CPU by the run's criterion. SNIP scores the copy and the batch that GraSP scores."""
     if r.criterion == "magnitude":
         return baselines.magnitude_scores(model)
@@ -313,7 +339,9 @@ def scores(r, model, images, generator, device="cpu"):
     return {name: v.cpu() for name, v in ranked.items()}
 
 
-def row_of(r, images, model, history, certificate):
+def row_of(
+    r: Run, images: data.Data, model: torch.nn.Module, history: training.History, certificate: dict[str, Any]
+) -> dict[str, Any]:
     """The row of the store of a finished training: every column of `store.schema`."""
     m = r.method.masks(model)
     row = {
@@ -364,7 +392,7 @@ def _nulls(values):
     return [None if np.isnan(v) else v for v in values]
 
 
-def algorithms_of(r):
+def algorithms_of(r: Run) -> tuple[str, ...]:
     """The modules with a VERSION that a result depends on."""
     ranked = {"snip": ("grasp", "baselines"), "grasp": ("grasp",)}.get(r.criterion, ("baselines",))
     ranked = ranked if r.density else ("lth",)
@@ -373,7 +401,7 @@ def algorithms_of(r):
 
 
 @functools.lru_cache(maxsize=2)
-def images_of(name, valid, balanced, split_seed):
+def images_of(name: str, valid: int | None, balanced: bool, split_seed: int) -> data.Data:
     """The data set of a Run; the last ones stay loaded."""
     return data.load(name, valid=valid, balanced=balanced, split_seed=split_seed)
 
@@ -383,7 +411,7 @@ def _part(tensors, prefix):
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def device_name(device):
+def device_name(device: torch.device | str) -> str:
     """What a row says a run was trained on: the GPU's name, or the CPU's kind and vector instructions."""
     if str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
@@ -391,7 +419,7 @@ def device_name(device):
 
 
 @functools.cache
-def processor():
+def processor() -> str | None:
     """Maker, family, model and stepping of the processor as Linux tells them, "GenuineIntel 6 143 8"; None elsewhere.
 
     Two with the same vector instructions need not agree in the last bit of a product.
@@ -405,7 +433,7 @@ def processor():
 
 
 @functools.cache
-def code():
+def code() -> dict[str, str | None]:
     """Commit and hash of the package's source: information only, neither makes a run stale."""
     folder = Path(__file__).parents[1]
     source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
