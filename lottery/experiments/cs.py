@@ -256,7 +256,8 @@ SETTINGS = {  # highest scale first
     "laptop": Setting(
         {"resnet20": STAND_IN, "conv6": STAND_IN},
         trials=10,
-        own={"search": 5, "low-s0": 5, "grid": 5, "pruning": 5, "chance": 5, "switches": 3, "studies": 3, "supermasks": 3},
+        own=dict.fromkeys(("search", "low-s0", "grid", "pruning", "chance"), 5)
+        | dict.fromkeys(("switches", "studies", "supermasks"), 3),
         s0s=(0.02, 0.05),
         low=((-0.1, 1), (-0.1, 2)),
         # Five rounds, as in the paper, end at 14.3 to 14.8 %: three were added once that was known, to pass 12.3 %.
@@ -562,9 +563,8 @@ class _Paper(Paper):
 
         x: of a family the density in %, and all networks are returned that may be needed there; of tickets and searches
         the round; of masks on frozen weights s0. "net/cs" is all tickets of the search from every s0, at scale "laptop"
-        from the one that claims rest on; "@s-0.1/cs" those from a lower one; "@code/cs" and "@described/cs" those of the
-        comparison of the restart rules;
-        "net/searched" are the searched networks themselves, after every round.
+        from the one that claims rest on; "@s-0.1/cs" those from a lower one; "@code/cs" and "@described/cs" those of
+        the comparison of the restart rules; "net/searched" are the searched networks themselves, after every round.
         """
         at, (net, variant, control) = self.setting(scale), _parts(name)
         if net not in at.nets or (variant and control in FAMILIES and net != "resnet20"):
