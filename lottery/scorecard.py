@@ -651,7 +651,7 @@ def correct(row: dict, at: str) -> np.ndarray:
     return 100.0 * np.unpackbits(np.frombuffer(row[f"{at}_correct"], dtype=np.uint8), count=row["n_test"])
 
 
-def contrast(arms: Sequence[list[dict]], read: Callable[[dict], float]) -> float:
+def contrast(arms: Sequence[list[dict]], read: Callable[[dict], float | np.ndarray]) -> float | np.ndarray:
     """A − B of one trial, (A − B) − (C − D), or A alone; repeats are averaged first, as much as each has a `share`."""
     a, *b = (
         np.average([read(row) for row in arm], axis=0, weights=[row.get("share", 1) for row in arm]) for arm in arms
