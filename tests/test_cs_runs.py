@@ -156,6 +156,9 @@ def test_arms_are_runs_that_the_scale_declares(scale):
         ("resnet20/imp", 5.0, "laptop"),  # beyond the last level
         ("vgg16/cs", 1.7, "laptop"),
         ("vgg16@code/cs", 1.7, "paper"),
+        ("resnet20@s-0.7/cs", 12.3, "laptop"),
+        ("resnet20@s-0.1/searched", 12.3, "laptop"),
+        ("resnet20@code/imp", 12.3, "laptop"),
         ("resnet50/cs", 10.0, "paper"),
         ("resnet20/obd", 10.0, "paper"),
     ],
@@ -173,6 +176,17 @@ def test_imp_is_asked_for_the_levels_beside_a_density():
     tickets = cs.arm("resnet20/cs", 12.3, 0, "laptop")
     assert [(r.level, r.method.s0) for r in tickets] == [(1, 0.0), (3, 0.0), (5, 0.0), (8, 0.0)]
     assert len(cs.arm("resnet20/cs", 12.3, 0, "paper")) == 7 * 5
+
+
+def test_tickets_from_a_lower_s0_are_from_it_in_every_round():
+    tickets = cs.arm("resnet20@s-0.1/cs", 12.3, 3, "laptop")
+    assert [(r.level, r.method.s0, r.root.method.s0, r.seed) for r in tickets] == [
+        (1, -0.1, -0.1, 3),
+        (2, -0.1, -0.1, 3),
+    ]
+    assert {r.key for r in tickets} < {r.key for r in cs.runs("low-s0", "laptop")}
+    assert len(cs.runs("low-s0", "laptop")) == 5 * 3
+    assert len(cs.runs("low-s0", cs.override(LAPTOP, s0=0.1))) == 5  # dense networks: there is but one s0
 
 
 @pytest.mark.parametrize("s0", [-0.1, 0.0, 0.1])

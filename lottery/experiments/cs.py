@@ -412,10 +412,10 @@ def _known(scale):
 
 def _tickets(at, variant, scale):
     """[(variant, round)] of the family "cs"."""
-    if low := [(variant, r) for s0, r in at.low if variant == f"s{s0:g}"]:
-        return low
-    if variant:
+    if variant in RULES:
         return [(variant if r > 1 else "", r) for r in at.restart_tickets]
+    if variant:
+        return [(variant, r) for s0, r in at.low if variant == f"s{s0:g}"]
     others = [f"s{s0:g}" for s0 in at.s0s] if scale == "paper" else []
     return [(v, r) for v in ("", *others) for r in at.tickets]
 
@@ -574,11 +574,11 @@ class _Paper(Paper):
             point = x if control in ("supermask", "frozen-cs") else int(x or 0)
             return trial(name, at, seed, point) if known else None
         if control == "cs":
-            return [at.ticket(net, seed, r, v) for v, r in _tickets(at, variant, scale)]
-        if control == "searched":
-            rounds = max(at.restart_tickets) if variant in RULES else at.rounds
+            return [at.ticket(net, seed, r, v) for v, r in _tickets(at, variant, scale)] or None
+        if control == "searched" and variant in ("", *RULES):
+            rounds = max(at.restart_tickets) if variant else at.rounds
             return [at.search(net, seed, r, variant if r > 1 else "") for r in range(1, rounds + 1)]
-        if control not in FAMILIES:
+        if control not in FAMILIES or variant:
             return None
         own = f"{net}@s{{:g}}/pruned" if control == "pruned" else f"{net}/{control}"
         points = [(own.format(p), 1 if control == "pruned" else p) for p in _points(control, at, x)]
