@@ -281,10 +281,9 @@ def _outcome(outcome, reason, accuracy=None, loss=None):
 
 
 def _value(row, name, like=None):
-    """What is compared of a column, NaN as None; of a beginning's losses those that it has."""
+    """What is compared of a column, as text, in which NaN is like itself; of a beginning's losses those that it has."""
     if name != "train_loss" or row[name] is None:
-        plain = lambda v: None if isinstance(v, float) and np.isnan(v) else v  # noqa: E731
-        return [plain(v) for v in row[name]] if isinstance(row[name], list) else plain(row[name])
+        return repr(row[name])
     steps = json.loads((like or row)[name])
     return {t: loss for t, loss in json.loads(row[name]).items() if t in steps}
 
