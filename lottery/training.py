@@ -336,14 +336,15 @@ def evaluate(
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; all modes are left as they were.
 
     smoothing: label smoothing of that loss.
-    batch_size: default 2,500; on a CPU 250, for fully connected networks 1,000: activations should fit in the cache.
+    batch_size: default 2,500; on a CPU 250, of 32x32 pixels and more 60, for fully connected networks 1,000:
+    activations should fit in the cache (Conv-2: 0.52 ms an image in batches of 60, 0.70 in 250).
     """
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     with modes_kept(model):
         model.eval()
         plain = not torch.is_autocast_enabled(like.device.type)
         forward = (plain and perceptron.forward(model)) or model
-        in_cache = 250 if forward is model else 1000
+        in_cache = 1000 if forward is not model else 250 if math.prod(split.x.shape[2:]) < 32 * 32 else 60
         batch_size = batch_size or (in_cache if like.device.type == "cpu" else 2500)
         [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size, smoothing)
     return loss, correct
