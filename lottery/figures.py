@@ -75,7 +75,6 @@ METHODS = _Looks(
         "supermask": _look("supermask", "#E69F00", "h", ":"),
     }
 )
-ARMS = PRUNED = METHODS  # by their older names
 OTHERS = [  # of any other arm
     *(("#009E73", "^", "-."), ("#56B4E9", "v", ":"), ("#E69F00", "X", "--")),
     *(("#CC79A7", "D", "-."), ("black", "P", ":")),
@@ -368,7 +367,7 @@ def printed(
 def by_sparsity(ax: "Axes", table: "pd.DataFrame") -> None:
     """Mean against % of the weights removed, bars from minimum to maximum, the dense network as a grey line.
 
-    table: columns arm ("net/control" of PRUNED), point (sparsity in %), mean, min, max.
+    table: columns arm ("net/control", a control of METHODS), point (sparsity in %), mean, min, max.
     """
     for arm, part in table.groupby("arm", sort=False):
         label, colour, marker, line = METHODS[arm.split("/")[1]]

@@ -572,7 +572,7 @@ def test_a_figure_draws_the_summary(tmp_path):
     fig, [ax, other] = figures.panels(2)
     table = figures.by_density(ax, small_frame(), "test_acc")
     pd.testing.assert_frame_equal(table, figures.summary(small_frame(), "test_acc"))
-    [line] = [c for c in ax.containers if c.get_label() == figures.ARMS["reinit"][0]]
+    [line] = [c for c in ax.containers if c.get_label() == figures.METHODS["reinit"][0]]
     assert line.lines[0].get_xydata().tolist() == [[50, pytest.approx(86)]]
     assert ax.get_xscale() == "log"
     assert ax.get_xlim()[0] > ax.get_xlim()[1], "dense is on the left"
