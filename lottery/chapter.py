@@ -319,8 +319,8 @@ def _minus(text):
 
 OURS = (
     "*Ours* is the mean over trials with its 95 % interval, first minus second of what is compared, or the factor (×) "
-    "between them: of a claim about several densities at the one that speaks most against it, of “up to” at the level "
-    "that the other trials choose."
+    "between them: of a claim about several densities at the one with the largest p-value, whose difference need "
+    "not be the smallest, of “up to” at the level that the other trials choose."
 )
 
 

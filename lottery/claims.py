@@ -172,7 +172,7 @@ def in_all_cells(kind: str, cells: ArrayLike, margin: float, named: int | None =
 
 
 def worst(kind: str, cells: ArrayLike, margin: float) -> int:
-    """Index of the cell that speaks most against the claim: of the largest p-value, of equals with the worst mean."""
+    """Index of the cell with the largest p-value, of equals with the worst mean; its mean need not be the smallest."""
     means = np.mean(cells, axis=1)
     bad = -means if kind in ("direction", "at least matches") else np.abs(means)
     return max(range(len(cells)), key=lambda i: (_p(kind, cells[i], margin), bad[i]))

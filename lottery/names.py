@@ -13,7 +13,7 @@ PAPERS = {  # in the order of the book
 }
 ARMS = {
     "dense": "dense network",
-    "imp": "winning ticket",
+    "imp": "ticket",
     "reinit": "same mask, fresh weights",
     "random": "random mask",
     "oneshot": "ticket pruned in one shot",
@@ -21,7 +21,7 @@ ARMS = {
     "continued": "ticket found by training on",
     "dm-reinit": "same mask, survivors' values shuffled",
     "prune-at-init": "smallest initial weights removed",
-    "lt": "winning ticket",
+    "lt": "ticket",
     "lt-rewind": "ticket, rewound",
     "rewind": "ticket, rewound",
     "grasp": "GraSP",

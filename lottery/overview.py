@@ -49,7 +49,7 @@ def forest(card: dict) -> str:
     rows = [row for row in in_order(card["rows"]) if row["claim"] and row["primary"] and kind(row) != "none"]
     out = [
         '<table class="forest"><caption>Primary claims: ours with its 95 % interval over trials, in units of the '
-        "paper's effect, for a claim in several cells of the cell that speaks most against it. Shaded: where it counts "
+        "paper's effect, for a claim in several cells of the one with the largest p-value. Shaded: where it counts "
         "as reproduced. Filled: the paper's own setting; hollow: shorter or smaller.</caption>",
         '<thead><tr><th scope="col">claim</th><th scope="col" class="axis">'
         f'<svg viewBox="0 0 {(HIGH - LOW) * SCALE:.0f} 16" role="img" aria-label="axis from no effect to the paper\'s '
@@ -280,6 +280,7 @@ def _line(row):
     more += [f"Cells: {row['coverage']}."] * bool(row["coverage"]) + [f"On {row['device']}."] * bool(row["device"])
     k = kind(row)
     ours = scorecard.measured(row, row["ours"], row["interval"]).partition(" [")[0]
+    at = f" at {row['cell']}" * bool(row["cell"])
     small = "".join(f" <small>{escape(n)}</small>" for n in notes)
     basis = escape(basis[0]) + "".join(f" <small>{escape(b)}</small>" for b in basis[1:])
     return (
@@ -288,7 +289,7 @@ def _line(row):
         f"<details><summary>rule and command</summary><p>{escape(' '.join(more))}</p>"
         f"<p><code>{escape(row['command'] or '')}</code></p></details></th>"
         f'<td data-label="paper">{number(row["paper_value"])}</td>'
-        f'<td data-label="ours">{ours} <small>{interval(row["interval"])}</small></td>'
+        f'<td data-label="ours">{ours} <small>{interval(row["interval"])}{at}</small></td>'
         f'<td data-label="verdict"><span class="verdict {k}">{SIGNS[k]} {word(row)}</span>{small}</td>'
         f'<td data-label="evidence">{basis}</td></tr>'
     )

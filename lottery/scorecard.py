@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FIELDS = (
     *("paper", "item", "panel", "claim", "primary", "item_source", "title", "evidence", "net", "data"),
     *("steps_fraction", "trials", "trials_paper", "coverage", "device", "quantity", "paper_value", "value_source"),
-    *("ours", "interval", "interval_images", "p", "all_trials", "rule", "verdict", "was", "stale", "command"),
+    *("ours", "interval", "cell", "interval_images", "p", "all_trials", "rule", "verdict", "was", "stale", "command"),
 )
 EVIDENCE = ("exact", "full", "reduced", "stand-in", "none")
 PASSED = ("reproduced", "supports")
@@ -274,6 +274,11 @@ def measured(row: dict, ours: float | None, bounds: Sequence[float] | None) -> s
     return " ".join(filter(None, [number(ours), unit, interval(bounds)]))
 
 
+def ours(row: dict) -> str:
+    """What came out of a claim, for reading; of one in several cells, in the one that decides, which is named."""
+    return measured(row, row["ours"], row["interval"]) + f" at {row['cell']}" * bool(row["cell"])
+
+
 def table(rows: list[dict]) -> "pd.DataFrame":
     """Rows as a table for reading: a DataFrame of strings."""
     import pandas as pd
@@ -283,7 +288,7 @@ def table(rows: list[dict]) -> "pd.DataFrame":
             "claim": "★ " * row["primary"] + row["title"],
             "item": row["item"],
             "paper": number(row["paper_value"]),
-            "ours": measured(row, row["ours"], row["interval"]),
+            "ours": ours(row),
             "verdict": said(row),
             "evidence": row["evidence"],
         }
@@ -533,7 +538,7 @@ class _At:
 
     def _untested(self, x, cell):
         """Why one cell, [trial][arm], is not tested, or ""."""
-        densities = " and ".join(f"{at:g} %" for at in dict.fromkeys(x) if at is not None)
+        densities = _densities(x)
         if out := sum(not all(arms) for arms in cell):
             return f"{densities} is out of reach in {out} of {len(cell)} trials"
         if self._own and (
@@ -578,12 +583,20 @@ class _At:
         return {
             "ours": ours[0],
             "interval": ours[1:],
+            "cell": self._cell(kind, d, rows, tested, margin),
             "interval_images": images(kind, d, tested, claim["reading"], margin) if seen and tested else None,
             "p": plain.p,
             "all_trials": self.all_trials(margin),
             "rule": _rule(claim) + (f"; {diverged} diverged runs at chance" if diverged else ""),
             "verdict": str(verdict),
         }
+
+    def _cell(self, kind, d, rows, tested, margin):
+        """The densities of the cell that a claim in several cells is decided in, or None."""
+        if not kind.startswith(C.ALL) or not tested or len(self.cells) < 2:
+            return None
+        decides = tested[C.worst(kind.removeprefix(C.ALL), d, margin)]
+        return _densities(next(x for x, cell in zip(self.cells, rows, strict=True) if cell is decides))
 
     def _either(self, plain, other, evidence, dataset):
         """The verdict of a claim that two readings of an unknown setting decide in opposite ways, or None."""
@@ -723,6 +736,10 @@ def _cells(claim):
     """`51.3|21.1;7.0` → [(51.3, 21.1), (7.0, 7.0)]: A at one density against B at another, or both at the same."""
     pairs = [cell.split("|") for cell in (claim["x"] or "").split(";")]
     return [(float(p[0]), float(p[-1])) if p[0] else (None, None) for p in pairs]
+
+
+def _densities(x):
+    return " and ".join(f"{at:g} %" for at in dict.fromkeys(x) if at is not None)
 
 
 def _changed(claim, started):

@@ -114,6 +114,7 @@ def paragraph(rows: list[dict], failures: str = "all") -> str:
     for k, full, shorter in (
         ("bad", "**Not reproduced:**", "**Contradicted**"),
         ("good", "Reproduced:", "Supported"),
+        ("far", "Reproduced in the cells that were tested:", "Supported in the cells that were tested,"),
         ("part", "Partly:", "Mixed"),
         ("setting", "**Depends on the setting:**", "**Depends on the setting**"),
         (
@@ -142,7 +143,9 @@ def paragraph(rows: list[dict], failures: str = "all") -> str:
 
 
 def _group(row):
-    """Its `kind`, an open verdict by what keeps it open; only a negative one is open for an unknown setting."""
+    """Its `kind`; "far" if some cells pass and the others were not tested; an open verdict by what keeps it open."""
+    if kind(row) == "part" and re.fullmatch(r"\d+ of \d+ pass, \d+ not tested", scorecard.note(row).partition(";")[0]):
+        return "far"
     if kind(row) != "open":
         return kind(row)
     if word(row) == "depends on the setting":
@@ -229,7 +232,7 @@ def _plain(title):
 def summary(row: dict) -> dict[str, str]:
     """A tested claim as the row of a chapter's table, in Markdown."""
     said = f"{SIGNS[kind(row)]} {scorecard.said(row)}"
-    ours = scorecard.measured(row, row["ours"], row["interval"])
+    ours = scorecard.ours(row)
     if every := row["all_trials"]:
         ours += f"; all {every['trials']} trials: {scorecard.measured(row, every['ours'], every['interval'])}"
     return {

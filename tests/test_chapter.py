@@ -694,7 +694,7 @@ def test_a_table_is_markdown_with_its_caption():
 
 def test_names_are_words():
     assert names.arm("resnet32-c10/grasp") == "GraSP"
-    assert names.arm("sgd-0.4/imp") == "winning ticket"
+    assert names.arm("sgd-0.4/imp") == "ticket"
     assert names.net("vgg19-c10") == "VGG-19, CIFAR-10"
     assert names.net("resnet8", "cifar10_16") == "ResNet-8, CIFAR-10 at 16×16 pixels"
     assert names.net("new") == names.arm("new") == "new"
