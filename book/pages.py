@@ -131,7 +131,7 @@ class Page(SphinxPostTransform):
         return f'<a href="{relative_uri(here, there)}#{anchor}">{n} claim{"s" * (n > 1)} about {item}</a>'
 
     def link_terms(self):
-        """Each name of the glossary is a link where the page's text uses it first."""
+        """Each name of the glossary is a link where the page's text uses it first, an abbreviation in capitals."""
         objects = self.env.domaindata["std"]["objects"]
         terms = {term: at for (kind, term), at in objects.items() if kind == "term"}
         if not terms:
@@ -151,7 +151,7 @@ class Page(SphinxPostTransform):
             for match in pattern.finditer(text.astext()):
                 term = lower[match[1].lower()]
                 docname, anchor = terms[term]
-                if anchor in seen:
+                if anchor in seen or (term.isupper() and match[1] != term):  # the test set is no SET
                     continue
                 seen.add(anchor)
                 uri = f"{relative_uri(here, self.app.builder.get_target_uri(docname))}#{anchor}"
