@@ -41,6 +41,8 @@ LATE = 0.9  # of the training: a minimum after it is censored
 MOST_CENSORED = 0.2
 SIZE = ", size differs"
 DEPENDS = "depends on the setting"
+CLOSE = 1.05  # a factor: densities closer than this go by one number
+WIDEST = 4.0  # a factor: densities further apart are not interpolated between
 ENOUGH = 5  # trials, for a negative result
 SOFTER = {"reproduced": "supports", "partly": "mixed", "not reproduced": "contradicts"}
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lottery import claims as C
+from lottery import names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -552,13 +553,11 @@ class _At:
 
     def _dead(self, x, cell):
         """Densities of arms A and B, or C and D, most networks of which are at most the margin better than a guess."""
-        shares = [
-            np.mean([self.read(row) <= 100 * _chance(row) + self.margin(row["dataset"]) for arm in arms for row in arm])
-            for arms in zip(*cell, strict=True)
-        ]
-        densities = ["full density" if at is None else f"{at:g} %" for _, at in _arms(self.claim, x)]
-        pairs = ((shares[:2], densities[:2]), (shares[2:], densities[2:]))
-        return next((dict.fromkeys(at) for share, at in pairs if share and min(share) > 0.5), None)
+        arms, dead = _arms(self.claim, x), self._guessing(x, cell)
+        for pair in (arms[:2], arms[2:]):
+            if pair and all(arm in dead for arm in pair):
+                return dict.fromkeys("full density" if at is None else f"{at:g} %" for _, at in pair)
+        return None
 
     @property
     def _paper(self):
@@ -592,11 +591,43 @@ class _At:
         }
 
     def _cell(self, kind, d, rows, tested, margin):
-        """The densities of the cell that a claim in several cells is decided in, or None."""
-        if not kind.startswith(C.ALL) or not tested or len(self.cells) < 2:
+        """The densities that a claim is read at, of several cells in the one that decides, or None.
+
+        With what was compared there where that is another density, and whose networks mostly guess.
+        """
+        if kind in C.CHOSEN or not tested:
             return None
-        decides = tested[C.worst(kind.removeprefix(C.ALL), d, margin)]
-        return _densities(next(x for x, cell in zip(self.cells, rows, strict=True) if cell is decides))
+        decides = tested[C.worst(kind.removeprefix(C.ALL), d, margin) if kind.startswith(C.ALL) else 0]
+        x = next(x for x, cell in zip(self.cells, rows, strict=True) if cell is decides)
+        arms = [
+            (name, at, some) for (name, at), some in zip(_arms(self.claim, x), zip(*decides, strict=True), strict=True)
+        ]
+        arms = [arm for arm in arms if arm[1] is not None and not arm[0].endswith("/dense")]
+        if not arms:
+            return None
+        if named := self.judge.experiment.place(*arms[0][:2]):
+            return named
+        left = self.judge.experiment.prints == "density"
+        said = f"{_densities(x)} {'left' if left else 'removed'}"
+        found = {}
+        for name, at, some in arms if not _measured(self.claim) else ():
+            found[name, at] = np.mean([_density(runs) for runs in some]), self.judge.experiment.density(at)
+        if any(not 1 / C.CLOSE < here / there < C.CLOSE for here, there in found.values()):
+            each = dict.fromkeys(f"{100 * (here if left else 1 - here):.4g}" for here, _ in found.values())
+            said += f" (here {' and '.join(each)})"
+        guess = dict.fromkeys(names.arm(name) for name, _ in self._guessing(x, decides))
+        return said + (f", where most networks of {' and '.join(guess)} guess" if guess else "")
+
+    def _guessing(self, x, cell):
+        """(arm, density) of those most of whose networks are at most the margin better than a guess."""
+        if self.claim["quantity"] not in ACCURACIES:
+            return []
+        return [
+            arm
+            for arm, runs in zip(_arms(self.claim, x), zip(*cell, strict=True), strict=True)
+            if np.mean([self.read(r) <= 100 * _chance(r) + self.margin(r["dataset"]) for some in runs for r in some])
+            > 0.5
+        ]
 
     def _either(self, plain, other, evidence, dataset):
         """The verdict of a claim that two readings of an unknown setting decide in opposite ways, or None."""
@@ -740,6 +771,12 @@ def _cells(claim):
 
 def _densities(x):
     return " and ".join(f"{at:g} %" for at in dict.fromkeys(x) if at is not None)
+
+
+def _density(runs):
+    """The mean density of an arm's runs in one trial, as accuracies are interpolated: over its logarithm."""
+    found, shares = [row["density"] for row in runs], [row.get("share", 1) for row in runs]
+    return math.exp(np.average(np.log(found), weights=shares)) if all(found) else np.average(found, weights=shares)
 
 
 def _changed(claim, started):

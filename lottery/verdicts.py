@@ -49,7 +49,7 @@ SHORT = {  # a primary claim in a few words, understood in any order; any other 
     "cs-pruning-l0-below-oneshot-resnet20": "stochastic L0 is the worst on ResNet-20",
     "cs-pruning-l0-below-oneshot-vgg16": "stochastic L0 is the worst on VGG-16",
     "str-table1-above-gmp": "STR is more accurate than gradual magnitude pruning at all four densities",
-    "str-table1-gap-grows": "the sparser, the further STR is ahead",
+    "str-table1-gap-grows": "STR is further ahead at 99 % removed than at 90",
     "str-fig5-fewer-macs": "STR's budget takes fewer MACs than the uniform one",
     "str-table4-dnw-budget-94.8": "DNW gains from STR's budget",
     "str-table5-gmp-budget-98.05": "gradual magnitude pruning gains from STR's budget",

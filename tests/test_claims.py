@@ -578,6 +578,7 @@ class Invented:
     nets = ("lenet",)
     draws = 1
     missing = ()
+    prints, place, density = "density", staticmethod(lambda name, x: None), staticmethod(lambda x: x / 100)
 
     def setting(self, scale):
         return SimpleNamespace(trials=5)
@@ -617,6 +618,7 @@ class Invented:
         reading = {"step": step, "val_acc": accuracy / 100, "test_acc": hits / N_TEST, "train_acc": 1.0}
         reading["correct"] = np.packbits(np.arange(N_TEST) < hits).tobytes()
         row = {"key": r.key, "model": r.spec()["model"], "dataset": r.dataset, "status": "finished", "stale": False}
+        row |= {"density": 1.0 if r.at[1] is None else r.at[1] / 100}
         row |= {"fingerprint": scorecard.FINGERPRINTS.get(r.dataset, "digits"), "device": "CPU", "censored": False}
         row |= {"started": "2026-11-21T00:00:01Z", "iterations": r.recipe.iterations, "n_test": N_TEST}
         return row | {f"{at}_{k}": v for at in ("early_stop", "last") for k, v in reading.items()}
@@ -801,6 +803,27 @@ def test_networks_that_only_guess_are_not_alike():
         assert judged(lab, dead, c)["verdict"] == "partly (2 of 3 pass, 1 not tested)"
         dead[f"paper lenet/imp 3.6 {trial} 0"]["early_stop_test_acc"] = 0.105
     assert judged(lab, dead, c)["verdict"] == "reproduced (3 of 3 pass)"  # three of five have learnt something
+
+
+def test_a_row_says_at_which_densities_it_was_read():
+    """With those of the cell that decides, of what was there if that is something else, and who guesses."""
+    lab, xs = Invented(), [51.3, 21.1, 3.6]
+    stored = lab.store("paper", lambda name, x, *at: 10 if (name[-6:], x) == ("random", 3.6) else 90, xs=xs)
+    assert judged(lab, stored, claim(arm_b="lenet/random"))["cell"] == "21.1 % left"
+    row = judged(lab, stored, claim(kind="in all cells: at least matches", arm_b="lenet/random", x="51.3;21.1;3.6"))
+    assert row["cell"] == "51.3 % left"  # zero there and at 21.1, at 3.6 80 points
+    assert scorecard.ours(row) == "0 points [0, 0] at 51.3 % left"
+    row = judged(lab, stored, claim(arm_b="lenet/random", x="3.6"))
+    assert row["cell"] == "3.6 % left, where most networks of random mask guess"
+    assert judged(lab, stored, claim(arm_b="lenet/random", x="51.3|3.6"))["cell"].startswith("51.3 % and 3.6 % left")
+    assert judged(lab, stored, claim(kind="up to", arm_b="lenet/random", x="51.3;21.1"))["cell"] is None
+    for found in stored.values():
+        found["density"] *= 0.9
+    assert judged(lab, stored, claim(arm_b="lenet/random"))["cell"] == "21.1 % left (here 18.99)"
+    lab.prints, lab.density = "sparsity", lambda x: 1 - x / 100
+    assert judged(lab, stored, claim(arm_b="lenet/random"))["cell"] == "21.1 % removed (here 81.01)"
+    lab.place = lambda name, x: f"round {x:g}"
+    assert judged(lab, stored, claim(arm_b="lenet/random"))["cell"] == "round 21.1"
 
 
 def test_a_difference_of_differences_needs_living_networks_in_both():
@@ -1200,7 +1223,7 @@ def test_holm_is_over_the_tested_primary_claims_of_one_paper():
 def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_claims_first():
     def row(title, evidence, verdict, primary=False, **values):
         keys = {"paper": "lth", "p": 0.01, "quantity": "test accuracy at last, points, A − B"}
-        keys |= dict.fromkeys(("ours", "paper_value", "interval", "stale", "was"))
+        keys |= dict.fromkeys(("ours", "paper_value", "interval", "cell", "stale", "was"))
         row = {"claim": title, "title": title, "item": "Figure 4", "rule": "direction; n = 5", "primary": primary}
         return keys | row | {"evidence": evidence, "verdict": verdict} | values
 

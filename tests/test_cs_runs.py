@@ -216,6 +216,20 @@ def test_between_two_networks_the_logarithm_of_the_density_decides():
     assert cs.shares("resnet20/dense", None, found[:1], "test accuracy") == [1]
 
 
+def test_a_network_that_lost_every_weight_has_no_place_among_densities():
+    assert cs.shares("resnet20/cs", 12.3, rows(0.2, 0.123, 0), "test accuracy") == [0, 1, 0]
+    assert cs.shares("resnet20/cs", 12.3, rows(0.2, 0.1, 0), "test accuracy")[2] == 0
+    assert cs.shares("resnet20/cs", 12.3, rows(0.2, 0), "test accuracy") is None
+    assert cs.shares("resnet20/cs", 12.3, rows(0), "test accuracy") is None
+    assert cs.shares("resnet20/cs", 12.3, rows(0.2, 0), "search iterations ratio") is None
+
+
+def test_nothing_is_interpolated_over_more_than_a_factor_of_four():
+    assert cs.shares("resnet20/l0", 6.9, rows(0.16, 0.04), "test accuracy")
+    assert cs.shares("resnet20/l0", 6.9, rows(0.17, 0.04), "test accuracy") is None
+    assert cs.shares("resnet20/l0", 6.9, rows(0.17, 0.08, 0.04), "test accuracy")
+
+
 def test_the_shortest_search_that_reaches_a_density():
     found = rows(1.0, 0.4, 0.1, 0.02)
     assert cs.shares("resnet20/cs", 12.3, found, "search iterations ratio") == [0, 0, 1, 0]
@@ -226,7 +240,11 @@ class Lab:
     """An experiments module in which CS has tickets at 40 and 10 % and IMP at 20 %, accuracies as given."""
 
     scales, exact, reads, networks = ("paper",), cs.EXACT, cs.READS, {}
-    shares = staticmethod(cs.shares)
+    shares, place, prints = staticmethod(cs.shares), staticmethod(cs.place), "density"
+
+    @staticmethod
+    def density(x):
+        return x / 100
 
     def __init__(self, cs_, imp, sparsest=0.1, trials=5):
         self.trials = trials
@@ -274,6 +292,7 @@ def test_a_claim_reads_a_family_at_the_density_that_it_names():
     row = Lab((92, 90), 89).judged()  # 91 at 20 %
     assert (row["evidence"], row["verdict"]) == ("full", "reproduced")
     assert row["ours"] == pytest.approx(2)
+    assert row["cell"] == "20 % left"
     assert row["interval_images"] is not None
 
 

@@ -14,7 +14,7 @@ def row(claim="lth-fig4-a-3.6", verdict="reproduced", **changes):
         "evidence": "full", "net": "lenet_300_100", "data": "mnist", "steps_fraction": 1, "trials": 10,
         "coverage": "1 of 1 cells", "device": "CPU", "quantity": "test accuracy at last, points, A − B",
         "paper_value": 0.5, "ours": 0.4, "interval": [0.2, 0.6], "interval_images": None, "stale": None,
-        "was": None, "all_trials": None,
+        "was": None, "all_trials": None, "cell": None,
         "rule": "direction; Δ = 0.5; m = 0.2; n = 10", "verdict": verdict, "command": "lottery run lth x",
     }  # fmt: skip
     return given | changes
@@ -153,3 +153,13 @@ def test_names_that_come_from_a_file_are_text_on_a_page():
     assert not [tag for tag, _ in seen if tag == "img"]
     assert re.fullmatch(r"[\w-]+", verdicts.anchor(rows[0]))
     assert "<img" not in verdicts.paragraph(rows[:1] + [untested(c, item=bad) for c in "cdefg"])
+
+
+def test_where_no_tested_cell_fails_a_claim_is_not_called_mixed():
+    far = row("a", "mixed (3 of 4 pass, 1 not tested)", evidence="stand-in")
+    some = row("b", "mixed (2 of 4 pass, 1 open, 1 not tested)", evidence="stand-in")
+    said = verdicts.paragraph([far, some])
+    assert "Supported in the cells that were tested, on a smaller network" in said
+    assert said.count("Mixed") == 1
+    full = row("c", "partly (3 of 4 pass, 1 not tested; setting unknown)")
+    assert "Reproduced in the cells that were tested:" in verdicts.paragraph([full])

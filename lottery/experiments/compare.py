@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lottery import baselines, data, models
+from lottery.claims import WIDEST
 from lottery.cs import CS, Ticket
 from lottery.dynamic import DNW, GMP, SET, RigL
 from lottery.experiments import grasp, soft_threshold
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 GUESSED = ()
-WIDEST = 4.0  # a factor: densities further apart are not interpolated between
 BACK = 1 / 32  # of the training: where rewound weights come from
 TUNED_AT, TUNING_SEED = 0.05, 100
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from lottery import data, models
+from lottery.claims import WIDEST
 from lottery.cs import CS, Ticket
 from lottery.dynamic import GMP
 from lottery.experiments.papers import Paper
@@ -440,25 +441,36 @@ def shares(name: str, x: float | None, rows: list[dict], quantity: str) -> list[
     """How much each stored row of a trial counts for an arm at x: it sums to 1; or None where x is out of reach.
 
     Of a family at a density: the network of that density, else the two beside it, linear in the logarithm of the
-    density; for "search iterations ratio" the network of the shortest search that reaches it.
+    density, if they are at most a factor WIDEST apart; for "search iterations ratio" the network of the shortest
+    search that reaches it.
     """
     if _parts(name)[2] not in FAMILIES:
         return [1 / len(rows)] * len(rows)
-    found = {i: 100 * row["density"] / x for i, row in enumerate(rows)}
+    n = range(len(rows))
+    found = {
+        i: 100 * rows[i]["density"] / x for i in n if rows[i]["density"]
+    }  # one that lost every weight has no place
     if quantity == "search iterations ratio":
         if not (reach := [i for i, d in found.items() if d < NEAR]):
             return None
         shortest = min(reach, key=lambda i: rows[i]["level"])
-        return [float(i == shortest) for i in found]
-    nearest = min(found, key=lambda i: abs(math.log(found[i]))) if all(found.values()) else None
+        return [float(i == shortest) for i in n]
+    nearest = min(found, key=lambda i: abs(math.log(found[i])), default=None)
     if nearest is not None and 1 / NEAR < found[nearest] < NEAR:
-        return [float(i == nearest) for i in found]
-    above, below = [i for i, d in found.items() if d > 1], [i for i, d in found.items() if 0 < d < 1]
+        return [float(i == nearest) for i in n]
+    above, below = [i for i, d in found.items() if d > 1], [i for i, d in found.items() if d < 1]
     if not above or not below:
         return None
     i, j = min(above, key=found.get), max(below, key=found.get)
+    if found[i] > WIDEST * found[j]:
+        return None
     share = math.log(found[i]) / math.log(found[i] / found[j])
-    return [1 - share if n == i else share if n == j else 0.0 for n in found]
+    return [1 - share if k == i else share if k == j else 0.0 for k in n]
+
+
+def place(name: str, x: float) -> str | None:
+    """What a claim's x is for an arm: the round, or None where it is a density."""
+    return None if _parts(name)[2] in FAMILIES else f"round {x:g}"
 
 
 def _epochs(name):

@@ -190,16 +190,21 @@ def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
 
 
 def measured(item: str, name: str, x: float | None, seed: int, scale: str) -> list[grasp_init.Pruning] | None:
-    """A list of the Pruning of "net/criterion" for one trial at `x` % removed, as `item` measures it, or None."""
+    """A list of the Pruning of "net/criterion" for one trial at `x` % removed, as `item` measures it, or None.
+
+    "net@own/criterion": scored with the network's own classifier, where the authors' script draws one anew.
+    """
     net, criterion = name.split("/")
-    return _measured(item, scale).get((net, criterion, 0 if criterion == "dense" else x, seed))
+    net, _, variant = net.partition("@")
+    found = _measured(item, scale, "own classifier" if variant == "own" else "driver")
+    return found.get((net, criterion, 0 if criterion == "dense" else x, seed))
 
 
 @functools.cache
-def _measured(item, scale):
+def _measured(item, scale, variant):
     cells = SETTINGS[scale].measured.cells(item)
     keys = ("net", "criterion", "sparsity", "seed")
-    return {tuple(map(labels.get, keys)): [p] for labels, p in cells if labels["variant"] == "driver"}
+    return {tuple(map(labels.get, keys)): [p] for labels, p in cells if labels["variant"] == variant}
 
 
 def _toy(name):

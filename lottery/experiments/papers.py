@@ -20,6 +20,7 @@ and may have
                 a quantity named "… ratio" returns a logarithm; NaN where a network has no such number
     shares(arm, x, rows, quantity) -> [share], or None     how much each stored row of a trial counts for an arm at what
                 the paper prints as x %; None where x is out of reach. Default: all alike
+    place(arm, x) -> words, or None    what x is for an arm whose x is no density, as "round 3"; default: none
     seeds(item, at) -> range    of the trials of an item; default: the Setting's
     NETWORKS    {net: name in `lottery.models`} for claims about the networks themselves
     PLAIN       the network that the chapter's figures show where they name none, and whose name their arms leave out
@@ -68,6 +69,7 @@ class Paper:
         self.reads = getattr(self.module, "READS", {})
         self.networks = getattr(self.module, "NETWORKS", {})
         self.shares = getattr(self.module, "shares", None)
+        self.place = getattr(self.module, "place", lambda name, x: None)
         self.seeds = getattr(self.module, "seeds", lambda item, at: at.seeds)
         self.called = getattr(self.module, "called", lambda changed: {})
         self.prints = getattr(self.module, "PRINTS", "density")

@@ -231,6 +231,11 @@ def published(net: str) -> dict[str, tuple[float, float]]:
     return {x: (v, -10.0) for x, v in RANKS[net].items()} if net in RANKS else str_exact.settings(net)
 
 
+def place(name: str, x: float) -> str | None:
+    """What a claim's x is for an arm: the printed ranks of W and U together, or None where it is a sparsity."""
+    return f"rank {x:g}" if name.split("/")[0] in RANKS else None
+
+
 def trial(arm: str, at: Setting, seed: int, point: str) -> list[Run]:
     """The Runs of one arm and trial, a list of one (none where a variant is tried once, at the first seed)."""
     net, control = arm.split("/")
