@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,8 +147,7 @@ def load(
         raise ValueError(f"Invalid valid {valid!r}: give a number of images, 0 <= valid < {facts.n_train}.")
     if balanced and valid % facts.classes:
         raise ValueError(f"Invalid valid {valid} with balanced=True: give a multiple of the {facts.classes} classes.")
-    if isinstance(split_seed, bool) or not isinstance(split_seed, int) or not 0 <= split_seed < 2**32:
-        raise ValueError(f"Invalid split_seed {split_seed!r}: give a whole number, 0 <= split_seed < 2**32.")
+    split_seed = check_seed(split_seed, "split_seed", numpy=True)
 
     arrays, fingerprint = _arrays(name, root)
     x, y = arrays["train_x"], arrays["train_y"]
@@ -156,6 +156,14 @@ def load(
         name, Split(x[rest], y[rest]), Split(x[first], y[first]), Split(arrays["test_x"], arrays["test_y"]),
         fingerprint, facts.classes, tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()),
     )  # fmt: skip
+
+
+def check_seed(seed: Any, name: str = "seed", numpy: bool = False) -> int:
+    """A seed as Python's own number. Raises ValueError unless it is one for torch's generators, or for numpy's."""
+    low, high, rule = (0, 2**32, f", 0 <= {name} < 2**32") if numpy else (-(2**63), 2**63, " of at most 64 bits")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not low <= seed < high:
+        raise ValueError(f"Invalid {name} {seed!r}: give a whole number{rule}.")
+    return int(seed)
 
 
 def of(data: Any, **options: Any) -> Data:
@@ -169,7 +177,7 @@ def of(data: Any, **options: Any) -> Data:
         if options:
             raise ValueError(f"Data is split already: leave {', '.join(options)} out.")
         return data
-    if isinstance(data, tuple | list) and len(data) == 2:
+    if _is_xy(data):
         return from_tensors(*data, **options)
     if isinstance(data, str | Path):
         if data in SETS:
@@ -187,8 +195,8 @@ def of(data: Any, **options: Any) -> Data:
 def from_tensors(
     x: Any,
     y: Any,
-    valid: float | tuple[Any, Any] = 0.1,
-    test: float | tuple[Any, Any] = 0.2,
+    valid: Any = 0.1,
+    test: Any = 0.2,
     seed: int = 0,
     classes: int | None = None,
     tokens: bool = False,
@@ -200,18 +208,21 @@ def from_tensors(
         x: tensor or array [N, …]. uint8 images [N, C, H, W] or [N, H, W] are kept and divided by 255 when they are fed;
             floats of any range are taken as they are, in float32, and so are other integers and bool.
         y: class numbers 0 … classes − 1, [N], integers of any kind.
-        valid, test: the share of the examples that is split off, or their number, or a pair (x, y) of its own.
+        valid, test: the share of the examples that is split off, or their number, or a pair (x, y) of its own, or a
+            dataset as of `from_dataset`.
         seed: of the permutation that splits. classes: default, the largest label + 1.
         tokens: x are the numbers of tokens, [N, L], for an embedding: left as they are, int64.
 
     Raises ValueError: shapes that do not fit, NaN or infinity, labels that are no class numbers, a split that leaves
     nothing to train on.
     """
-    x, y = _examples(x, tokens), _labels(y)
+    seed, x, y = check_seed(seed, numpy=True), _examples(x, tokens), _labels(y)
+    if not (classes is None or (isinstance(classes, Integral) and classes >= 1)):
+        raise ValueError(f"Invalid classes {classes!r}: give their number, at least 1, or None.")
     if len(x) != len(y):
         raise ValueError(f"Invalid y: {len(y)} labels for {len(x)} examples.")
     apart = {"valid": valid, "test": test}
-    given = {part: value for part, value in apart.items() if isinstance(value, tuple | list)}
+    given = {part: _pairs(value, part) for part, value in apart.items() if not isinstance(value, Real | None)}
     number = {part: _number(value, len(y), part) for part, value in apart.items() if part not in given}
     if sum(number.values()) >= len(y):
         raise ValueError(
@@ -234,14 +245,10 @@ def from_tensors(
 def from_dataset(dataset: Iterable[Any], valid: Any = 0.1, test: Any = 0.2, **options: Any) -> Data:
     """Every example of a `torch.utils.data.Dataset` or DataLoader, or of anything that gives pairs (x, y) in turn.
 
-    x: tensor, array or PIL image, all of one shape; y: a class number. valid, test: as of `from_tensors`, or a dataset
-    of its own. options: as of `from_tensors`. A random transform is applied once, here: let `Recipe(augment=…)` do it.
+    x: tensor, array or PIL image, all of one shape; y: a class number. valid, test, options: as of `from_tensors`. A
+    random transform is applied once, here: let `Recipe(augment=…)` do it.
     """
-    apart = {
-        part: value if isinstance(value, int | float | tuple | list) else _pairs(value)
-        for part, value in (("valid", valid), ("test", test))
-    }
-    return from_tensors(*_pairs(dataset), **apart, **{"name": type(dataset).__name__, **options})
+    return from_tensors(*_pairs(dataset), valid, test, **{"name": type(dataset).__name__, **options})
 
 
 def from_folder(folder: Path | str, size: int | None = None, grey: bool = False, **options: Any) -> Data:
@@ -312,9 +319,18 @@ def _own(name, train, valid, test, classes):
     return Data(name, train, valid, test, fingerprint, classes or found, *moments, scale)
 
 
+def _as_tensor(what, values, rule):
+    """Values of any kind as a tensor; numpy knows tables, and lists of arrays."""
+    try:
+        values = values if isinstance(values, Tensor | np.ndarray) else np.array(values)
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Invalid {what}: give {rule} ({_last_line(error)}).") from None
+
+
 def _examples(x, tokens):
     """One's own x as a tensor that trainings take."""
-    x = torch.as_tensor(x).detach().cpu()
+    x = _as_tensor("x", x, "numbers: a tensor or an array [N, …]")
     if tokens:
         if x.is_floating_point() or x.dim() < 2:
             raise ValueError(f"Invalid x with tokens=True: {x.dtype} {tuple(x.shape)}; give integers [N, L].")
@@ -337,7 +353,7 @@ def _examples(x, tokens):
 
 def _labels(y):
     """One's own y as class numbers."""
-    y = torch.as_tensor(y).detach().cpu()
+    y = _as_tensor("y", y, "class numbers [N]")
     if y.dim() == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.dim() != 1 or y.is_complex() or (y.is_floating_point() and not (y == y.round()).all()):
@@ -349,38 +365,54 @@ def _labels(y):
 
 def _number(value, n, what):
     """A number of examples from a share or a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < n:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < n:
         raise ValueError(f"Invalid {what} {value!r}: give a share below 1, a number below {n}, or a pair (x, y).")
-    return value if isinstance(value, int) else round(value * n) if value < 1 else int(value)
+    return round(value * n) if value < 1 and not isinstance(value, Integral) else int(value)
 
 
-def _pairs(dataset):
+def _is_xy(data):
+    """Whether data are (x, y), and not two examples in a list, each of which ends with its class number."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        return False
+    twos = all(isinstance(one, tuple | list) and len(one) == 2 for one in data)
+    return not (twos and all(isinstance(y, Real) or getattr(y, "ndim", None) == 0 for _, y in data))
+
+
+def _pairs(dataset, what="dataset"):
     """All of a dataset as (x, y); of a DataLoader the batches end to end."""
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and not isinstance(dataset[0], tuple | list):
+    if _is_xy(dataset):
         return dataset
+    if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        raise ValueError(f"Invalid {what} {dataset!r}: give (x, y), or a dataset of such pairs.")
     batched, xs, ys = isinstance(dataset, torch.utils.data.DataLoader), [], []
     finite = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not batched
     for example in (dataset[i] for i in range(len(dataset))) if finite else dataset:
         if not (isinstance(example, tuple | list) and len(example) == 2):
-            raise ValueError("Invalid dataset: give one whose examples are pairs (x, y).")
-        x, y = example
-        xs.append(x if batched else _tensor(x)[None])
-        ys.append(torch.as_tensor(y) if batched else torch.as_tensor(y)[None])
+            raise ValueError(f"Invalid {what}: give one whose examples are pairs (x, y).")
+        x, y = _tensor(example[0]), _as_tensor("y", example[1], "class numbers")
+        whole = batched and y.dim()  # of a loader without batches the examples come one by one
+        xs.append(x if whole else x[None])
+        ys.append(y if whole else y[None])
     if not xs:
-        raise ValueError("Invalid dataset: it has no examples.")
+        raise ValueError(f"Invalid {what}: it has no examples.")
     if len(shapes := {tuple(x.shape[1:]) for x in xs}) > 1:
         raise ValueError(
-            f"Invalid dataset: examples of {len(shapes)} shapes, such as {sorted(shapes)[:2]}; resize them."
+            f"Invalid {what}: examples of {len(shapes)} shapes, such as {sorted(shapes)[:2]}; resize them."
         )
     return torch.cat(xs), torch.cat(ys)
 
 
 def _tensor(x):
-    """An example as a tensor; a PIL image as uint8 [C, H, W]."""
+    """An example as a tensor; a PIL image as of `_pixels`, grey if it has no colours."""
     if hasattr(x, "getbands"):
-        pixels = torch.from_numpy(np.asarray(x).copy())
-        return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-    return torch.as_tensor(x)
+        return _pixels(_eight_bit(x, x.mode in ("1", "L", "LA")))
+    return _as_tensor("x", x, "tensors, arrays or PIL images")
+
+
+def _pixels(image):
+    """A PIL image, grey or RGB, as uint8 [C, H, W]."""
+    pixels = torch.from_numpy(np.asarray(image).copy())
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def class_numbers(folder: Path, train: Path | None = None) -> dict[str, int]:
@@ -419,7 +451,7 @@ def _decoded(files, size, grey):
             image = _eight_bit(Image.open(io.BytesIO(file) if isinstance(file, bytes) else file), grey)
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"Unreadable image: {_last_line(error)}; remove it.") from None
-        return _tensor(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
+        return _pixels(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         images = list(pool.map(decode, files))
@@ -717,7 +749,7 @@ def _eight_bit(image, grey):
     alpha = image.getchannel("A").getextrema() if image.mode in ("LA", "RGBA") else (255, 255)
     if "transparency" in image.info or alpha != (255, 255):
         raise ValueError(f"an image is partly transparent (mode {image.mode}): save it on a background")
-    if image.mode not in (*EIGHT_BIT, "LA", "RGBA") or ";16" in str(image.tile):
+    if image.mode not in (*EIGHT_BIT, "LA", "RGBA") or ";16" in str(getattr(image, "tile", "")):
         raise ValueError(f"an image has more than 8 bits a channel, or other colours (mode {image.mode}): convert it")
     return image.convert("L" if grey else "RGB")
 

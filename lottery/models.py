@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lottery.data import check_seed
+
 Shape = tuple[int, int, int]  # of an image: channels, height, width
 
 
@@ -218,7 +220,7 @@ def create(
     Modules are in the order of the forward pass. The weighted layers of LeNet, Conv and VGG are called conv1, conv2,
     ..., fc1, fc2, fc3 (VGG: fc), those of the ResNets as in torchvision.
 
-    Raises ValueError: an unknown name or init, an in_shape that is too small, a number below 1.
+    Raises ValueError: an unknown name or init, an in_shape that is too small, a number below 1, a seed that is none.
     """
     if name not in list(MODELS):
         raise ValueError(f"Unknown model {name!r}: choose one of {', '.join(MODELS)}.")
@@ -237,6 +239,7 @@ def create(
         raise ValueError(f"Invalid sigma {sigma!r} with init {init!r}: it is the deviation of init 'normal'.")
     if sigma is not None and not (isinstance(sigma, int | float) and sigma > 0):
         raise ValueError(f"Invalid sigma {sigma!r}: give a deviation above 0.")
+    seed = None if seed is None else check_seed(seed)
     draw = INITS[init] if sigma is None else partial(_normal, sigma=sigma)
     with torch.random.fork_rng(devices=[]):  # no random numbers are spent on PyTorch's own initialisation
         model = MODELS[name](**options)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_threshold, stochastic, tickets, training
@@ -80,17 +80,23 @@ def prune(
         train: a training loop of one's own, `train(model, hook)`, which trains the model in place; see `Hook`.
         loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy; beside `train`, what RigL grows by.
         score: `score(model)` → a number, in the place of the accuracy.
-        seed: of the order of examples and of all that a method draws.
+        seed: of the order of examples, of all that a method draws, and of torch's random state for as long, from which
+            dropout draws; afterwards that is as it was.
         options: of the method: see its function in this module, such as `rounds` of `lth`.
 
     Raises ValueError, before any training: an unknown method, option or layer, a density out of range or above that of
-    masks on the model, a model or data that cannot be trained. Raises `Diverged`, a ValueError, after one.
+    masks on the model, a model or data that cannot be trained. After one, `Diverged`, a ValueError, or a ValueError
+    where no value that a search tried has left a weight. Warns (UserWarning) of layers that have lost all weights.
     """
-    options, seed = check_options(method, options), _value("seed", seed, 0)
+    options, seed = check_options(method, options), data.check_seed(seed)
     if method in ("dnw", "cs", "str", "l0") and M.read(model):
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
     examples = data.of(examples)
+    if not len(examples.train):
+        raise ValueError("Invalid data: there is nothing to train on.")
     recipe = recipe or default_recipe(examples)
+    if not train and recipe.batch_size > len(examples.train):
+        raise ValueError(f"Invalid batch_size {recipe.batch_size}: the training set has {len(examples.train)} images.")
     net, layers, left = _checked(model, examples, skip, recipe if train is loss is score is None else None)
     if method in ("gmp", "set", "rigl") and (fixed := [name for name in M.masked(net) if name in left]):
         raise ValueError(
@@ -99,6 +105,8 @@ def prune(
         )
     n = sum(layer.weight.numel() for layer in layers.values())
     k, density = M.kept(n, density), float(density)
+    if k == n and method in ("set", "rigl", "str"):
+        raise ValueError(f"Invalid density {density}: {method} prunes while it trains; give a fraction below 1.")
     job = _Job(net, examples, recipe, density, list(layers), train, loss, score, seed)
     if k > (now := sum(int(mask.sum()) for mask in job.masks_now().values())):
         raise ValueError(
@@ -106,9 +114,12 @@ def prune(
             "call lottery.masks.bake(model) first."
         )
     began = time.perf_counter()
-    with tqdm(desc=method, unit="training", disable=None if progress else True, leave=False) as job.bar:
+    bar = tqdm(desc=method, unit="training", disable=None if progress else True, leave=False)
+    with bar as job.bar, torch.enable_grad(), grasp.same_rng(next(net.parameters())):
+        torch.manual_seed(seed % 2**63)
         given = job.measure(net)
         masks = METHODS[method](job, **options)
+        M.warn_of_collapse(masks)
         net = M.bake(job.net.eval())
         measures = {"as given": given, **job.measures, "pruned": job.measure(net)}
     modes = {name: module.training for name, module in model.named_modules()}
@@ -227,12 +238,19 @@ class _Job:
         start = M.density(self.masks_now())
         return [*(start * (self.density / start) ** (r / rounds) for r in range(1, rounds)), self.density]
 
+    def far(self, density):
+        """How far a density is from the one asked for, as searches have it: on the logarithm, 0 infinitely."""
+        return abs(math.log(density / self.density)) if density else math.inf
+
     def train(self, net, method=NOTHING, recipe=None, start=0):
         """Train a network in place, by the user's loop or by `training.fit`. Raises Diverged."""
         recipe, seed, lr = recipe or self.recipe, self.seed + 1000 * self.trainings, " of your loop"
         if self.own_train:
-            before = method.masks(net)
-            self.own_train(net.train(), Hook(net, method, recipe, seed, self.own_loss, len(self.data.train)))
+            before, hook = method.masks(net), Hook(net, method, recipe, seed, self.own_loss, len(self.data.train))
+            with training.modes_kept(net):
+                if not net.training:  # of one in training mode some modules may be frozen, as `fit` has it
+                    net.train()
+                self.own_train(net, hook)
             if finite := all(p.isfinite().all() for p in net.parameters() if p.requires_grad):
                 method.check(net, before, True)
         else:
@@ -360,7 +378,7 @@ def dnw(job: _Job, budget: str = "uniform") -> Masks:
 
 def set_(job: _Job, **fields: Any) -> Masks:
     """Sparse evolutionary training from random masks at ERK densities, once an epoch; options: of `dynamic.SET`."""
-    epoch = job.recipe.per_epoch(len(job.data.train))
+    epoch = max(1, job.recipe.per_epoch(len(job.data.train)))  # a loop of one's own has batches of another size
     return _moved(_sparse(job), dynamic.SET(**{"every": epoch, **fields}))
 
 
@@ -399,7 +417,7 @@ def l0(job: _Job, lam: float | None = None, **fields: Any) -> Masks:
     open_ = M.density(method.masks(job.net))
     job.notes.append(f"λ = {lam:.4g}, at which {open_:.3g} of the gates ended open")
     masks = M.top_k({name: gate.log_alpha.detach() for name, gate in stochastic.gates(job.net).items()}, job.density)
-    job.train(_settled(job, masks).train())
+    job.train(_settled(job, masks))
     return masks
 
 
@@ -425,7 +443,7 @@ def str_(job: _Job, s_init: float = -100.0, trials: int = 10, tolerance: float =
             return math.nan
         masks = {name: layer.weight.detach() != 0 for name, layer in M.prunable(net).items() if name in job.layers}
         got = M.density(masks)
-        if not found or abs(got - job.density) < abs(found["density"] - job.density):
+        if not found or job.far(got) < job.far(found["density"]):
             found.update(density=got, net=net, masks=masks, values=(weight_decay, s_init))
         return got
 
@@ -433,6 +451,7 @@ def str_(job: _Job, s_init: float = -100.0, trials: int = 10, tolerance: float =
     soft_threshold.reach(job.density, train, first, s_init, tolerance * job.density, trials)
     if not found:
         raise failed[-1]
+    _check_left(found, job, "s_init or a lower learning rate")
     job.net = found["net"]
     job.notes.append("λ = {:.4g}, s_init = {:.4g}".format(*found["values"]))
     return found["masks"]
@@ -521,14 +540,16 @@ def _sparse(job):
 
 def _settled(job, masks):
     """The network with what a method has learned in its plain weights, under the masks."""
-    return M.attach(M.bake(job.net.eval()), masks)
+    with training.modes_kept(job.net):
+        net = M.bake(job.net.eval())
+    return M.attach(net, masks)
 
 
 def _search(job, make, name, x, step, trials, tolerance):
     """Train `make(x)` for values of x, on which density rises, until it is near; the closest is the job's network.
 
     Out in growing steps until two values enclose the density, then halfway between them; where the training diverges,
-    halfway back to the closest. Raises Diverged: all of them did.
+    halfway back to the closest. Raises Diverged: all of them did; ValueError: none left a weight.
     """
     start, found, low, high = job.net, {}, None, None
     for trial in range(1, trials + 1):
@@ -542,7 +563,7 @@ def _search(job, make, name, x, step, trials, tolerance):
             continue
         masks = method.masks(net)
         got = M.density(masks)
-        if not found or abs(got - job.density) < abs(found["density"] - job.density):
+        if not found or job.far(got) < job.far(found["density"]):
             found.update(density=got, net=net, masks=masks, x=x)
         if abs(got - job.density) <= tolerance * job.density:
             break
@@ -551,27 +572,28 @@ def _search(job, make, name, x, step, trials, tolerance):
             x, step = x + (step if high is None else -step), 2 * step
         else:
             x = (low + high) / 2
+    _check_left(found, job, f"a higher {name}")
     job.net = found["net"]
     job.notes.append(f"{name} = {found['x']:.4g}")
     return found["masks"]
 
 
+def _check_left(found, job, instead):
+    if not found["density"]:
+        raise ValueError(
+            f"No weight is left after any of {job.trainings} trainings: allow more `trials`, or give {instead}."
+        )
+
+
 def _checked(model, examples, skip, recipe):
     """A copy of the model, its layers to prune, and what is left alone, `{name: why}`, unless it is refused."""
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(p):
-            raise ValueError(
-                f"Invalid model: {name!r} is lazy, without a shape; run one batch through the model first."
-            )
-        if p.is_meta:
-            raise ValueError(f"Invalid model: {name!r} is on the meta device, without values; materialise it first.")
-    if not len(examples.train):
-        raise ValueError("Invalid data: there is nothing to train on.")
+    training.check_tensors(model)
     M.prunable(model)  # what cannot be pruned is said before it cannot be copied
     try:
         net = copy.deepcopy(model)
     except RuntimeError as error:  # a weight that a hook has computed
         raise ValueError(f"The model cannot be copied ({str(error).splitlines()[0]}).") from error
+    training.own_memory(net)
     found = M.prunable(net)
     patterns = [skip] if isinstance(skip, str) else list(skip)
     for pattern in patterns:
@@ -741,8 +763,17 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     of DataParallel, DistributedDataParallel and compiled models (`module.`, `_orig_mod.`); and of models with masks on.
     What the model has and no state dict holds, non-persistent buffers, may be left out.
 
-    Raises ValueError: a name or shape that does not fit, a file that holds no state dict.
+    Raises ValueError: a name or shape that does not fit, a file that holds no state dict, a model with gates or
+    thresholds on, or with the factor of a CS ticket, which are not all in a state dict.
     """
+    for name, layer in M.prunable(model).items():
+        chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+        if soft := [type(p).__name__ for p in chain if hasattr(p, "prunes") and not isinstance(p, M.Mask)]:
+            raise ValueError(
+                f"Layer {name!r} carries a {soft[0]}, of which a state dict does not hold every number: load into a "
+                "plain model what lottery.masks.bake has made plain before it was saved."
+            )
+    training.own_memory(model)
     own, stored = M.tensors(model), model.state_dict(keep_vars=True)
     names = {id(t): name for name, t in own.items()}
     stored = {name: names[id(t)] for name, t in stored.items() if id(t) in names}  # those that are tied have one name

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from lottery import masks as M
 from lottery import perceptron, tensorfile
 from lottery.batches import Batches, normaliser, take  # noqa: F401 (the last two: where callers look for them)
-from lottery.data import Data, Split
+from lottery.data import Data, Split, check_seed
 from lottery.methods import NOTHING, Method, need, number
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
@@ -218,6 +220,51 @@ def _check_trainable(model):
         raise ValueError("Nothing to train: no parameter of the model requires a gradient.")
 
 
+def _check_outputs(outputs, classes):
+    """On a GPU a label without an output would be an assertion of the device."""
+    if outputs < classes:
+        raise ValueError(f"The model gives {outputs} outputs, labels reach {classes - 1}: it needs {classes}.")
+
+
+def _check_lone(model, recipe, batch, start, stop):
+    """Raise ValueError where a minibatch has one example, as an epoch's last may, and batch norm cannot take it."""
+    n, size, epoch = len(batch.y), recipe.batch_size, batch.per_epoch
+    lone = size == 1 or (recipe.last_batch == "keep" and n % size == 1 and start // epoch < stop // epoch)
+    if not lone or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    x, net = batch.normalise(batch.x[:1]), M.unwrapped(model)
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), autocast(recipe, x), torch.random.fork_rng(devices=devices):
+        try:
+            net(x) if net.training else net.train()(x)
+        except ValueError as error:
+            raise ValueError(
+                f"Invalid batch_size {size}: of {n} examples it leaves one alone, on which batch norm cannot be "
+                f"trained ({error}); give another one, or last_batch='drop'."
+            ) from None
+
+
+def check_tensors(model: torch.nn.Module) -> None:
+    """Raise ValueError for a parameter or buffer that has no shape yet, or no values."""
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(p):
+            raise ValueError(
+                f"Invalid model: {name!r} is lazy, without a shape; run one batch through the model first."
+            )
+        if p.is_meta:
+            raise ValueError(f"Invalid model: {name!r} is on the meta device, without values; materialise it first.")
+
+
+def own_memory(model: torch.nn.Module) -> None:
+    """Give every buffer that is an expanded view, which nothing can be copied into, a memory of its own, in place."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.layout is not torch.strided:
+                continue
+            if any(step == 0 and n > 1 for step, n in zip(buffer.stride(), buffer.shape, strict=True)):
+                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+
+
 class Step:
     """One training iteration of any model. A callable (x, y) → the minibatch's mean loss, before the update.
 
@@ -235,9 +282,11 @@ class Step:
         compiled: bool = False,
         start: int = 0,
         loss: Callable[..., torch.Tensor] | None = None,
+        classes: int = 0,
     ):
         self.model, self.recipe, self.optimizer, self.method = model, recipe, opt, method
         self.batches, self.start, self.t, self.dtype = batches, start, start, next(model.parameters()).dtype
+        self.classes = classes
         self.loss = loss or functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         self.forward = torch.compile(model, dynamic=False) if compiled else model
 
@@ -260,6 +309,8 @@ class Step:
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(self.recipe, x):
             logits = self.forward(x)
+        if logits.dim() > 1:
+            _check_outputs(logits.shape[1], self.classes)
         loss = self.loss(logits.to(self.dtype), y)
         if (penalty := self.method.penalty(self.model)) is not None:
             loss = loss + penalty
@@ -406,18 +457,27 @@ def fit(
     model that comes in that mode the modules that were put into evaluation mode stay in it, such as a frozen batch
     norm; afterwards every module is in the mode it came in.
 
-    Raises ValueError: start and stop out of order, a batch larger than the training set, nothing to train, a parameter
-    in no group or not in `opt`, models that cannot be trained together.
+    Raises ValueError, before the first update: start and stop out of order, a batch larger than the training set,
+    labels beyond the model's outputs, nothing to train, a tensor that is lazy or on the meta device, a parameter in no
+    group or not in `opt`, a seed that is none, models that cannot be trained together.
     """
     stop = recipe.iterations if stop is None else stop
     if not 0 <= start < stop <= recipe.iterations:
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     models = [model] if (alone := isinstance(model, torch.nn.Module)) else list(model)
+    if not models:
+        raise ValueError("Invalid model: the list is empty; give at least one.")
+    seeds = list(seed) if not alone and isinstance(seed, Iterable) else [seed]
+    if len(seeds) != len(models):
+        raise ValueError(f"Invalid seed {seed!r}: give a list of {len(models)} seeds, one for each model.")
+    seeds = [check_seed(each) for each in seeds]
     for each in models:
+        check_tensors(each)
+        own_memory(each)
         _check_trainable(each)
     began, like = time.perf_counter(), next(models[0].parameters())
     by_hand = opt is loss is None and type(method) is Method and populations(models, recipe, data.train.x.shape[1:])
-    if not alone and not (by_hand and len(models) == len(seed)):
+    if not alone and not by_hand:
         raise ValueError(f"These {len(models)} models cannot be trained together: see lottery.training.populations.")
     if by_hand and alone and like.device.type == "cpu" and (inputs := _lit(model, data, recipe)) is not None:
         narrow = perceptron.narrow(model, inputs)
@@ -425,8 +485,11 @@ def fit(
         perceptron.widen(model, narrow, inputs)
         history.wall_s = time.perf_counter() - began
         return history
+    classes = 1 + max((int(part.y.max()) for part in (data.train, data.valid, data.test) if len(part)), default=-1)
     data = _on(like.device, data)
-    batch = Batches(data, recipe, seed, like)
+    batch = Batches(data, recipe, seeds[0] if alone else seeds, like)
+    if by_hand:
+        _check_outputs(perceptron.layers(models[0])[-1].out_features, classes)
     if not alone:
         step = perceptron.Population(models, recipe, _build)
     elif by_hand and like.device.type == "cpu":
@@ -434,9 +497,15 @@ def fit(
     else:
         opt = opt or optimizer(model, recipe, method.param_groups(model, recipe))
         _check_covered(model, opt.param_groups)
-        step = Step(model, recipe, opt, method, batch, compiled, start, loss)
+        _check_lone(model, recipe, batch, start, stop)
+        step = Step(model, recipe, opt, method, batch, compiled, start, loss, classes)
     loop = _Loop(models, data, recipe, method, step, batch, start, stop, graph)
-    loop.run(checkpoint if type(step) is Step else None)
+    try:
+        with torch.enable_grad():
+            loop.run(checkpoint if type(step) is Step else None)
+    finally:  # also of a training that is interrupted
+        for member in loop.members:
+            member.leave()
     histories = loop.histories((time.perf_counter() - began) / len(models))
     return histories[0] if alone else histories
 
@@ -536,7 +605,8 @@ class Checkpoint:
     """Where one training is kept while it is under way, so that it goes on after a kill as if nothing had happened.
 
     about: what the training is; a file of another one is not used. every: seconds between two writes, at readings.
-    In float64 the rest of the training is the same bit for bit.
+    In float64 the rest of the training is the same bit for bit, but for dropout on a GPU: the random state that is kept
+    is the CPU's.
     """
 
     def __init__(self, path: Path | str, about: dict[str, Any], every: float = 60.0):
@@ -665,14 +735,17 @@ class _Member:
             h.last = self.reading(done)
         if not finite or not math.isfinite(h.last.train_loss):  # the last step may have been one too many
             h.status = "diverged"
-        self.modes.close()
-        self._put_back()
+        self.leave()
         if h.status == "finished":  # a weight that is not finite is not zero under any mask
             self.method.check(self.model, self.masks, done == self.recipe.iterations)
 
     @torch.no_grad()
-    def _put_back(self):
-        """What lies behind masks that stay has its value again: weight decay and old momentum move it as well."""
+    def leave(self):
+        """Every module is in the mode it came in, and what lies behind masks that stay has its value again.
+
+        Weight decay and old momentum move that as well.
+        """
+        self.modes.close()
         layers, masks = M.masked(self.model), M.read(self.model)
         for name, (mask, values) in self.behind.items():
             if type(self.method).before_step is Method.before_step and torch.equal(masks[name], mask):

@@ -316,6 +316,8 @@ def test_lenet_of_other_sizes_and_with_one_deviation_for_all_layers():
         ("conv2", {"in_shape": None}, "Invalid in_shape None: give (channels, height, width), all at least 1."),
         ("conv2", {"init": ["normal"]},
          "Invalid init ['normal']: choose one of glorot, normal, kaiming fan_in, kaiming fan_out, pytorch."),
+        ("conv2", {"seed": "a"}, "Invalid seed 'a': give a whole number of at most 64 bits."),
+        ("conv2", {"seed": 1.5}, "Invalid seed 1.5: give a whole number of at most 64 bits."),
         ("conv2", {"classes": 0}, "Invalid classes 0: give a whole number, at least 1."),
         ("vgg16", {"in_shape": (3, 15, 32)}, "Invalid in_shape (3, 15, 32): 4 poolings need at least 16x16 pixels."),
         ("resnet8", {"width": 1.5}, "Invalid width 1.5: give a whole number, at least 1."),

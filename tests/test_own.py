@@ -15,7 +15,18 @@ from small_training import convnet, images, mlp
 from torch import nn
 
 import lottery
-from lottery import baselines, dynamic, export, files, own, tickets, training
+from lottery import (
+    baselines,
+    cs,
+    dynamic,
+    export,
+    files,
+    own,
+    soft_threshold,
+    stochastic,
+    tickets,
+    training,
+)
 from lottery import masks as M
 from lottery.batches import Batches, normaliser
 from lottery.training import Recipe
@@ -194,6 +205,24 @@ def test_a_training_loop_of_ones_own(method):
         assert found.density == ours.density
 
 
+@pytest.mark.parametrize("own_loop", [False, True])
+@pytest.mark.parametrize("method", ["l0", "dnw", "magnitude", "cs"])
+def test_a_frozen_batch_norm_stays_frozen(method, own_loop):
+    """A loop of one's own may end in evaluation mode; the next training begins as the first."""
+    net, seen = convnet().float(), []
+    net[1].eval()
+    net[1].running_mean.fill_(0.3)
+
+    def train(model, hook):
+        seen.append([module.training for module in (model, model[0], model[1], model[8])])
+        loop()(model, hook)
+        model.eval()
+
+    found = pruned(method, net, **({"train": train} if own_loop else {}))
+    assert torch.equal(found.model[1].running_mean, net[1].running_mean)
+    assert seen == [[True, True, False, True]] * (found.trainings if own_loop else 0)
+
+
 def test_growth_follows_the_loss_in_a_loop_of_ones_own():
     def loss(logits, y):
         return F.mse_loss(logits, F.one_hot(y.flip(0), 5).to(logits))
@@ -226,6 +255,49 @@ def test_a_search_goes_on_after_a_training_that_diverged(method, bad, monkeypatc
         with pytest.raises(own.Diverged, match=message("The training diverged: lower the learning rate, 0.05, of th")):
             pruned(method, trials=4, tolerance=0.0)
         assert len(calls) == 4
+
+
+def shrunk(densities):
+    """A loop of one's own that leaves a network of these densities, one after the other, to `str` or to `cs`."""
+    left = iter(densities)
+
+    def train(model, hook):
+        k = round(next(left) * 162)
+        for layer in M.prunable(model).values():
+            on = layer.parametrizations.weight
+            kept = (torch.arange(layer.weight.numel()) < k).view(layer.weight.shape)
+            k = max(0, k - kept.numel())
+            if hasattr(on[0], "beta"):
+                on[0].s.data = torch.where(kept, 1.0, -1.0)
+            elif hasattr(on[0], "s"):
+                on.original.data = torch.where(kept, 2.0, 0.0)
+
+    return train
+
+
+@pytest.mark.parametrize("method", ["cs", "str"])
+def test_a_network_without_weights_is_near_no_density(method):
+    options = {"trials": 3, "tolerance": 0.0, "train": None}
+    found = pruned(method, density=0.1, **options | {"train": shrunk([0.9, 0.0, 0.9, 0.9])})
+    assert found.density == pytest.approx(0.9, abs=0.01)
+    found = pruned(method, density=0.1, **options | {"train": shrunk([0.0, 0.0, 0.9, 0.9])})
+    assert found.density == pytest.approx(0.9, abs=0.01)
+    with pytest.raises(
+        ValueError, match=message("No weight is left after any of 3 trainings: allow more `trials`, or")
+    ):
+        pruned(method, density=0.1, **options | {"train": shrunk([0.0, 0.0, 0.0])})
+
+
+@pytest.mark.parametrize("method", ["magnitude", "lth", "snip", "gmp"])
+def test_a_layer_that_has_lost_all_weights_is_warned_of(method):
+    net = mlp().float()
+    with torch.no_grad():
+        net[3].weight.mul_(1e-6)
+    options = {"budget": "global"} if method == "gmp" else {}
+    options["recipe"] = dataclasses.replace(RECIPE, lr=1e-6)
+    with pytest.warns(UserWarning, match=r"Layer collapse: no weight is kept in .*; raise the density\.") as told:
+        pruned(method, net, 0.02, **options)
+    assert told[-1].filename == __file__  # where `prune` was called
 
 
 @pytest.mark.parametrize("method", ["lth", "cs", "str"])
@@ -289,6 +361,33 @@ def test_same_seed_same_result():
     torch.manual_seed(2)
     assert same(first.model.state_dict(), pruned("set", seed=3).model.state_dict())
     assert not same(first.masks, pruned("set", seed=4).masks)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "grasp"])
+def test_the_seed_decides_where_there_is_dropout(method):
+    net, found = convnet(dropout=0.5).float(), []
+    for state, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(state)
+        found.append(pruned(method, net, seed=seed).model.state_dict())
+        assert torch.initial_seed() == state
+    assert same(found[0], found[1])
+    assert not same(found[1], found[2])
+
+
+def test_pruning_within_no_grad():
+    with torch.no_grad():
+        found = pruned("grasp")
+    assert same(found.model.state_dict(), pruned("grasp").model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "lth", "snip"])
+def test_a_buffer_that_is_an_expanded_view(method):
+    """Nothing can be copied into one, as going back to the early stop does."""
+    net, plain = convnet().float(), convnet().float()
+    net.register_buffer("scale", torch.ones(1, 1).expand(4, 8))
+    assert same(M.state(pruned(method, net).model), {"scale": torch.ones(4, 8)} | M.state(pruned(method, plain).model))
+    assert net.scale.stride() == (0, 0)
+    own.load(net, net.state_dict())
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -498,6 +597,23 @@ def test_checkpoint_of_a_model_with_any_names(prefix, tmp_path):
         own.load(Named(), state | {prefix + "padding_mask": torch.ones(4)})
 
 
+@pytest.mark.parametrize(
+    ("attach", "name"),
+    [
+        (cs.attach, "Gate"),
+        (lambda net: cs.Ticket(0.3).attach(M.attach(net)), "Scale"),
+        (lambda net: soft_threshold.attach(net, -5.0), "SoftThreshold"),
+        (lambda net: stochastic.L0().attach(net), "HardConcrete"),
+        (lambda net: dynamic.DNW(0.5).attach(net), "TopK"),
+    ],
+)
+def test_numbers_that_no_state_dict_holds_are_not_lost_in_silence(attach, name):
+    net = attach(convnet())
+    with pytest.raises(ValueError, match=message(f"Layer '0' carries a {name}, of which a state dict does not hold")):
+        own.load(net, net.state_dict())
+    own.load(convnet(), M.bake(net).state_dict())
+
+
 def test_checkpoint_of_one_layer():
     source = masked(0.5, net=nn.Linear(4, 3))
     net = own.load(nn.Linear(4, 3), source.state_dict())
@@ -537,7 +653,20 @@ def test_bad_checkpoints(tmp_path):
         (lambda: pruned("magic"), "Unknown method 'magic': choose one of magnitude, lth, random, snip, grasp, synflow"),
         (lambda: pruned("snip", rounds=3), "Unknown option 'rounds' of snip: it takes per_class."),
         (lambda: pruned("random", rounds=3), "Unknown option 'rounds' of random: it takes none."),
-        (lambda: pruned(seed=1.5), "Invalid seed 1.5: give a whole number."),
+        (lambda: pruned(seed=1.5), "Invalid seed 1.5: give a whole number of at most 64 bits."),
+        (
+            lambda: pruned("set", density=1.0),
+            "Invalid density 1.0: set prunes while it trains; give a fraction below 1.",
+        ),
+        (lambda: pruned("str", density=1), "Invalid density 1.0: str prunes while it trains; give a fraction below 1."),
+        (
+            lambda: pruned("set", recipe=dataclasses.replace(RECIPE, batch_size=1000)),
+            "Invalid batch_size 1000: the training set has 20 images.",
+        ),
+        (
+            lambda: lottery.prune(convnet(), dataclasses.replace(images(), train=training.Split(*torch.ones(2, 0)))),
+            "Invalid data: there is nothing to train on.",
+        ),
         (lambda: pruned(density="0.3"), "Invalid density '0.3': give a fraction of weights to keep"),
         (lambda: pruned("gmp", density=0), "Invalid density 0: give a fraction of weights to keep"),
         (lambda: pruned(density=1e-6), "Density 1e-06 keeps none of the 162 weights of the model"),

@@ -3,13 +3,14 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lottery import batches, data, grasp, training
 from lottery.batches import Batches
@@ -142,6 +143,55 @@ def test_datasets():
         assert rows(own) == rows(own, "valid") == {tuple(r) for r in images().flatten(1).tolist()}
 
 
+@pytest.mark.parametrize(
+    ("mode", "colour", "channels"),
+    [
+        ("L", 7, [7]),
+        ("1", 1, [255]),
+        ("P", (1, 2, 3), [1, 2, 3]),
+        ("RGB", (1, 2, 3), [1, 2, 3]),
+        ("RGBA", (1, 2, 3, 255), [1, 2, 3]),
+        ("I;16", 60_000, "an image has more than 8 bits a channel"),
+        ("RGBA", (1, 2, 3, 0), "an image is partly transparent (mode RGBA)"),
+    ],
+)
+def test_images_of_a_dataset_are_decoded_as_those_of_a_folder(mode, colour, channels):
+    image = Image.new("RGB" if mode == "P" else mode, (5, 5), colour)
+    image = image.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else image
+    pairs = [(image, 0), (image, 1), (image, 0)]
+    if isinstance(channels, str):
+        with pytest.raises(ValueError, match=message(channels)):
+            data.of(pairs, valid=0, test=1)
+    else:
+        own = data.of(pairs, valid=0, test=1)
+        assert own.train.x.dtype == torch.uint8
+        assert own.train.x[0, :, 0, 0].tolist() == channels
+
+
+def test_two_pairs_are_a_dataset():
+    pairs = [(torch.zeros(3), 0), (torch.ones(3), 1)]
+    own = data.of(pairs, valid=pairs, test=0)
+    assert rows(own) == rows(own, "valid") == {(0, 0, 0), (1, 1, 1)}
+    for x in ([torch.zeros(3), torch.ones(3)], [[0.0] * 3, [1.0] * 3]):
+        assert rows(data.of((x, [0, 1]), valid=0, test=0)) == rows(own)
+
+
+def test_kinds_of_splits_and_loaders():
+    pairs = TensorDataset(images(), labels())
+    for given in (np.int64(5), np.float32(0.25), list(pairs)[:5], (images(5), labels(5)), Subset(pairs, range(5))):
+        for own in (data.of(pairs, valid=given, test=0), data.from_tensors(images(), labels(), valid=given, test=0)):
+            assert len(own.valid) == 5
+    one_by_one = data.of(DataLoader(pairs, batch_size=None), valid=0, test=0)
+    assert rows(one_by_one) == {tuple(r) for r in images().flatten(1).tolist()}
+
+
+def test_tables_of_pandas():
+    table = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.5, 2.5]}, index=[7, 8, 9])
+    own = data.of((table, pd.Series([0, 1, 0], index=[7, 8, 9])), valid=0, test=0)
+    assert rows(own) == {(1, 0.5), (2, 1.5), (3, 2.5)}
+    assert own.train.x.dtype == torch.float32
+
+
 def write(folder, names=("cat", "dog"), n=3, side=6):
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
@@ -225,6 +275,18 @@ def test_names_and_data_pass():
             "Invalid test: torch.float32 examples of shape (3, 4, 4), those of training are torch.uint8 (3, 4, 4).",
         ),
         (lambda: data.from_dataset([(1, 2, 3)]), "Invalid dataset: give one whose examples are pairs (x, y)."),
+        (lambda: data.from_tensors(images(), labels(), valid=None), "Invalid valid None: give a share below 1"),
+        (lambda: data.of(list(zip(images(), labels(), strict=True)), test=None), "Invalid test None: give a share"),
+        (lambda: data.from_tensors(images(), labels(), valid=[1, 2, 3]), "Invalid valid: give one whose examples are"),
+        (lambda: data.from_tensors(images(), labels(), classes=0), "Invalid classes 0: give their number, at least 1"),
+        (
+            lambda: data.from_tensors(images(), labels(), seed=0.5),
+            "Invalid seed 0.5: give a whole number, 0 <= seed < ",
+        ),
+        (lambda: data.from_tensors(images(), ["cat", "dog"] * 10), "Invalid y: give class numbers [N] (can't convert"),
+        (lambda: data.from_tensors([[1], [1, 2]], [0, 1]), "Invalid x: give numbers: a tensor or an array [N, …] ("),
+        (lambda: data.from_dataset([(torch.zeros(2), "cat")] * 3), "Invalid y: give class numbers (can't convert"),
+        (lambda: data.from_dataset(7), "Invalid dataset 7: give (x, y), or a dataset of such pairs."),
         (lambda: data.from_dataset([]), "Invalid dataset: it has no examples."),
         (
             lambda: data.from_dataset([(torch.zeros(2), 0), (torch.zeros(3), 1)]),

@@ -906,3 +906,106 @@ def test_a_seed_may_be_numpys(digits):
         return Batches(digits, SHORT, seed, torch.zeros(1))(20)[1]
 
     assert torch.equal(order(np.int64(2**40)), order(2**40))
+
+
+# What is refused before the first update ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "seed", "text"),
+    [
+        ([], [], "Invalid model: the list is empty; give at least one."),
+        ([0, 1], 0, "Invalid seed 0: give a list of 2 seeds, one for each model."),
+        ([0, 1], [0], "Invalid seed [0]: give a list of 2 seeds, one for each model."),
+        ([0, 1], 0.5, "Invalid seed 0.5: give a list of 2 seeds, one for each model."),
+        ([0, 1], [0, "a"], "Invalid seed 'a': give a whole number of at most 64 bits."),
+        (0, 0.5, "Invalid seed 0.5: give a whole number of at most 64 bits."),
+        (0, [0], "Invalid seed [0]: give a whole number of at most 64 bits."),
+        (0, True, "Invalid seed True: give a whole number of at most 64 bits."),
+        (0, 2**63, f"Invalid seed {2**63}: give a whole number of at most 64 bits."),
+    ],
+)
+def test_bad_seeds(digits, model, seed, text):
+    model = [lenet(s) for s in model] if isinstance(model, list) else lenet()
+    with pytest.raises(ValueError, match=message(text)):
+        fit(model, digits, SHORT, seed=seed)
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_labels_beyond_the_outputs(digits, general):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh() if general else nn.ReLU(), nn.Linear(8, 9))
+    before = M.state(model)
+    with pytest.raises(ValueError, match=message("The model gives 9 outputs, labels reach 9: it needs 10.")):
+        fit(model, digits, SHORT)
+    assert same(before, M.state(model))
+
+
+def test_tensors_without_shape_or_values(digits):
+    with pytest.raises(ValueError, match=message("Invalid model: 'fc1.weight' is on the meta device, without values;")):
+        fit(models.create("lenet_300_100", in_shape=(1, 8, 8)).to("meta"), digits, SHORT)
+    with pytest.raises(ValueError, match=message("Invalid model: '1.weight' is lazy, without a shape; run one batch")):
+        fit(nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), digits, SHORT)
+
+
+def test_training_within_no_grad(digits):
+    a, b = small(), small()
+    fit(a, digits, SHORT)
+    with torch.no_grad():
+        fit(b, digits, SHORT)
+        assert not torch.is_grad_enabled()
+    assert same(M.state(a), M.state(b))
+
+
+def test_a_minibatch_of_one_example_and_batch_norm(digits):
+    """Batch norm over pixels can be trained on one image, so can one that is frozen; what never comes is no matter."""
+    one = dataclasses.replace(digits, train=data.Split(digits.train.x[:31], digits.train.y[:31]))
+    keep = Recipe(batch_size=10, iterations=4, eval_every=4, last_batch="keep")
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    before, rng = M.state(flat), torch.get_rng_state()
+    text = (
+        "Invalid batch_size 10: of 31 examples it leaves one alone, on which batch norm cannot be trained (Expected mo"
+    )
+    with pytest.raises(ValueError, match=message(text)):
+        fit(flat, one, keep)
+    with pytest.raises(
+        ValueError, match=message("Invalid batch_size 1: of 31 examples it leaves one alone, on which ")
+    ):
+        fit(flat, one, dataclasses.replace(keep, batch_size=1))
+    assert same(before, M.state(flat))
+    assert torch.equal(rng, torch.get_rng_state())
+    fit(flat, one, keep, stop=3)
+    fit(flat, one, dataclasses.replace(keep, last_batch="drop"))
+    fit(with_norm(), one, keep)
+    flat[2].eval()
+    fit(flat, one, keep)
+
+
+# What is left, whatever ends a training -------------------------------------------------------------------------------
+
+
+def test_an_interrupted_training_leaves_modes_and_what_lies_behind_masks(digits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    M.attach(model, lth.prune(model, 0.5)).eval()
+    before, steps = {name: M.original(layer).detach().clone() for name, layer in M.prunable(model).items()}, []
+
+    def loss(logits, y):
+        steps.append(y)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(logits, y)
+
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it the frames of `fit`
+        fit(model, digits, dataclasses.replace(SHORT, weight_decay=0.1), loss=loss)
+    assert kept.value.__traceback__
+    assert not any(module.training for module in model.modules())
+    for name, mask in M.read(model).items():
+        assert torch.equal(M.original(M.prunable(model)[name]).detach()[~mask], before[name][~mask])
+        assert not torch.equal(M.original(M.prunable(model)[name]).detach(), before[name])
+
+
+def test_a_buffer_that_is_an_expanded_view_can_be_put_back(digits):
+    a, b = small(), small()
+    a.register_buffer("scale", torch.ones(1, 1).expand(4, 8))
+    history, plain = fit(a, digits, SHORT), fit(b, digits, SHORT)
+    assert history.early_stop.val_loss == plain.early_stop.val_loss
+    assert same(M.state(a), {**M.state(b), "scale": torch.ones(4, 8)})
