@@ -46,7 +46,8 @@ def snip_scores(model: nn.Module, batches: grasp.Batches) -> dict[str, torch.Ten
     """SNIP's connection sensitivity |w ⊙ g| / Σ|w ⊙ g|: higher = keep, the sum over all layers is 1.
 
     Args:
-        model: scored as it is, no weight drawn anew; left as it was (mode, buffers, gradients, random state).
+        model: scored in training mode as `grasp.scores` does, no weight drawn anew; left as it was (mode, buffers,
+            gradients, random state).
         batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]; g is summed over chunks.
 
     Returns `{layer: tensor}` of the weights' shapes, dtype and device.

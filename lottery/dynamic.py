@@ -317,8 +317,8 @@ def dense_gradient(
 ) -> dict[str, torch.Tensor]:
     """∂L/∂w of the network as it is masked, to all its weights, the masked ones too: `{layer: tensor}`.
 
-    Of a copy in training mode, in float32 where the model is in half precision: the model's modes, buffers and
-    gradients and the random state stay as they are.
+    Of a copy in training mode (`grasp.scored_copy`), in float32 where the model is in half precision: the model's
+    modes, buffers and gradients and the random state stay as they are.
     """
     net, theta = grasp.scored_copy(model)
     w = list(theta.values())

@@ -44,8 +44,9 @@ def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> di
     """GraSP scores θ ⊙ Hg, the negative of the authors' S: higher = keep.
 
     Two passes over the chunks, with memory for one chunk's double backward whatever their number. What is scored
-    is a copy in training mode: the model's mode, buffers, gradients and torch's random state stay as they are. Of a
-    model in half precision the copy is in float32, since T = 200 brings scores to 1e-9, which float16 has not.
+    is a copy in training mode, of which a model in that mode keeps what it has frozen (`scored_copy`): the model's
+    mode, buffers, gradients and torch's random state stay as they are. Of a model in half precision the copy is in
+    float32, since T = 200 brings scores to 1e-9, which float16 has not.
 
     Args:
         model: maps x to logits [B, classes]. With masks on, the effective weights are scored as the authors' code
@@ -226,10 +227,13 @@ def summed_gradient(
 def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients.
 
-    What is in half precision is in float32 there.
+    Of a model that comes in training mode the modules that were put into evaluation mode stay in it, such as a frozen
+    batch norm: what is scored is what `training.fit` trains. What is in half precision is in float32 there.
     """
     M.check_values(M.chosen(model))
-    net = M.bake(M.unwrapped(model)).train().requires_grad_(False)._apply(_wide)
+    net = M.bake(M.unwrapped(model)).requires_grad_(False)._apply(_wide)
+    if not model.training:
+        net.train()
     layers = M.prunable(net)
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
 

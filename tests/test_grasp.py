@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lottery import baselines, data, grasp, models
+from lottery import baselines, data, dynamic, grasp, models
 from lottery import masks as M
 
 
@@ -447,6 +447,29 @@ def test_tangent_kernel(masked):
     assert (eigenvalues.diff() <= 0).all()
     flow = grasp.gradient_norm(model, [(x, y)]) ** 2
     assert float((eigenvalues * energy).sum()) == pytest.approx(flow, rel=1e-9)
+
+
+def with_frozen_norm():
+    """A network in training mode whose batch norm has been put into evaluation mode, as `fit` would train it."""
+    model = convnet(dropout=0.5).train()
+    for module in (model[1], model[6]):
+        module.eval()
+    model[1].running_mean.fill_(0.3)
+    model[1].running_var.fill_(2.0)
+    return model
+
+
+def test_what_is_frozen_is_scored_frozen():
+    model, (x, y) = with_frozen_norm(), batch(shape=IMAGE)
+    w, ours = grasp.summed_gradient(model, [(x, y)])
+    by_hand = copy.deepcopy(model)
+    F.cross_entropy(by_hand(x), y).backward()
+    for name, layer in M.prunable(by_hand).items():
+        torch.testing.assert_close(ours[name], layer.weight.grad)
+    M.attach(model, {name: torch.ones_like(v, dtype=torch.bool) for name, v in w.items()})
+    for name, g in dynamic.dense_gradient(model, x, y).items():
+        torch.testing.assert_close(g, ours[name])
+    assert [module.training for module in grasp.scored_copy(model.eval())[0].modules()] == [True] * 10
 
 
 # named errors ---------------------------------------------------------------------------------------------------------
