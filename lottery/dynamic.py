@@ -136,10 +136,11 @@ class GMP(Method):
         return densities(self.masks(model))
 
     def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
-        """At the end exactly as many weights as asked for are left, and what is masked is 0."""
+        """At the end exactly as many weights as asked for are left, and what is masked is 0; warns of collapse."""
         super().check(model, self.masks(model), finished)
         if finished:
             _check_counts(self.masks(model), self.kept(model, 1.0))
+            M.warn_of_collapse(self.masks(model))
 
 
 class TopK(nn.Module):
@@ -217,7 +218,7 @@ class SET(Method):
 
     fraction: ζ, the share of a layer's weights that is replaced; 0.3 in the paper.
     decay: of ζ over the iterations t up to the end T, "constant" (the paper) | "cosine", ζ/2 (1 + cos(πt / T)).
-    every: iterations between two updates; an epoch in the paper.
+    every: iterations between two updates; an epoch in the paper. If `end` comes before the first, no mask moves.
     end: the share of the training after which the masks stay.
 
     Start it from masks on the model, such as random ones at ERK densities: every layer keeps its number of weights.
