@@ -529,11 +529,30 @@ def test_layer_collapse_is_reported_by_name():
         (iter([batch()]), "Invalid batches: a generator can be read only once; give a list of chunks (x, y)."),
         (batch(), "Invalid batches: chunk 1 is no pair; give a list of chunks [(x, y), ...]."),
         ([], "Invalid batches: there is no chunk; give a list of chunks [(x, y), ...]."),
+        ([[t.numpy() for t in batch()]], "Invalid batches: chunk 1 is no pair of tensors of the same length, from 1."),
+        ([(batch()[0], None)], "Invalid batches: chunk 1 is no pair of tensors of the same length, from 1."),
+        ([(batch()[0], batch(11)[1])], "Invalid batches: chunk 1 is no pair of tensors of the same length, from 1."),
+        ([batch(), batch(0)], "Invalid batches: chunk 2 is no pair of tensors of the same length, from 1."),
+        (
+            [(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 7]))],
+            "Invalid batches: labels are torch.int64 from 0 to 7, the model's classes 3; give int64 labels from 0, and "
+            "a model of logits [B, classes].",
+        ),
+        (
+            [(batch()[0], batch()[1].int())],
+            "Invalid batches: labels are torch.int32 from 0 to 2, the model's classes 3;",
+        ),
+        (
+            [(batch()[0], batch()[1] - 1)],
+            "Invalid batches: labels are torch.int64 from -1 to 1, the model's classes 3;",
+        ),
+        ([batch(shape=(4,))], "The model does not take inputs of shape (12, 4), torch.float64: "),
     ],
 )
-def test_batches_that_are_no_list_of_chunks(batches, text):
-    with pytest.raises(ValueError, match=message(text)):
-        grasp.scores(mlp(), batches)
+def test_batches_that_do_not_fit(batches, text):
+    for score in (grasp.scores, baselines.snip_scores, grasp.gradient_norm):
+        with pytest.raises(ValueError, match=message(text)):
+            score(mlp(), batches)
 
 
 @pytest.mark.parametrize("T", [0.0, -1.0, float("nan")])
