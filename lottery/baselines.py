@@ -181,4 +181,4 @@ def _check_linear(net, R, affine):
 def _weights(model, layers=None):
     found = M.chosen(model, layers)
     M.check_values(found)
-    return {name: layer.weight.detach() for name, layer in found.items()}
+    return {name: M.effective(layer) for name, layer in found.items()}

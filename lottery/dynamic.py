@@ -101,7 +101,7 @@ class GMP(Method):
 
     def kept(self, model: nn.Module, u: float) -> dict[str, int] | int:
         """Numbers of weights to keep at u, `{layer: k}`, or one number for all layers together."""
-        n = {name: layer.weight.numel() for name, layer in M.masked(model).items()}
+        n = {name: M.original(layer).numel() for name, layer in M.masked(model).items()}
         if self.budget == "global" and not isinstance(self.density, tuple):
             return M.kept(sum(n.values()), self._at(self.density, u))
         final = budgets(model, self.density, self.budget, n)
@@ -191,7 +191,7 @@ class DNW(Method):
 
     def kept(self, model: nn.Module) -> dict[str, int]:
         """Numbers of weights that the forward pass uses, `{layer: k}`."""
-        n = {name: layer.weight.numel() for name, layer in M.prunable(model).items()}
+        n = {name: M.original(layer).numel() for name, layer in M.prunable(model).items()}
         return {
             name: M.kept(n[name], d, f"layer {name!r}") for name, d in budgets(model, self.density, self.budget).items()
         }

@@ -65,7 +65,7 @@ def _ranked(model, rate, masks=None):
     """The weights that are ranked, `{layer: tensor}`, and their masks now."""
     layers = M.chosen(model)
     M.check_values(layers)
-    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    weights = {name: M.effective(layer) for name, layer in layers.items()}
     if masks is not None:
         M.check_masks(masks, weights, "masks", "model", complete=False)
     if isinstance(rate, dict):

@@ -293,7 +293,7 @@ def _left(name, module):
     masks = [p.mask != 0 for p in chain if isinstance(p, Mask)]
     if masks and not any(getattr(p, "prunes", True) for p in chain if not isinstance(p, Mask)):
         return torch.stack(masks).all(0)
-    weight = module.weight.detach()
+    weight = effective(module)
     if not weight.isfinite().all():
         raise ValueError(f"NaN or infinity in the weights of layer {name!r}: the training diverged.")
     return torch.stack([weight != 0, *masks]).all(0)
@@ -395,6 +395,18 @@ def original(module: nn.Module) -> torch.Tensor | None:
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
     return module._parameters.get("weight", module._buffers.get("weight"))
+
+
+def effective(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer computes with in evaluation, detached. (Read in training mode a spectral norm moves.)"""
+    chain = list(layer.parametrizations.weight) if parametrize.is_parametrized(layer, "weight") else []
+    modes = [p.training for p in chain]
+    for p in chain:
+        p.training = False
+    weight = layer.weight.detach()
+    for p, mode in zip(chain, modes, strict=True):
+        p.training = mode
+    return weight
 
 
 def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:

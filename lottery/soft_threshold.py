@@ -187,7 +187,7 @@ class STR(Method):
     def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Of the layers that carry a threshold."""
         layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
-        return {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+        return {name: M.effective(layer) != 0 for name, layer in layers.items()}
 
     def reading(self, model: nn.Module) -> dict[str, float]:
         """The densities, and of each layer the mean s and the mean threshold (figures 1 to 3)."""
@@ -220,11 +220,11 @@ def freeze(model: nn.Module, density: float | None = None, optimizer: torch.opti
     optimizer: its momentum of pruned weights and of s becomes 0.
     """
     layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
-    now = M.density({name: layer.weight.detach() != 0 for name, layer in layers.items()})
+    now = M.density({name: M.effective(layer) != 0 for name, layer in layers.items()})
     share = min(1.0, density / now) if density is not None and now else 1.0
     memory = {} if optimizer is None else optimizer.state
     for layer in layers.values():
-        w, s = layer.weight.detach().clone(), _threshold(layer).s
+        w, s = M.effective(layer), _threshold(layer).s
         k = round(share * int(w.count_nonzero()))
         keep = torch.zeros_like(w, dtype=torch.bool).flatten()
         keep[w.abs().flatten().topk(k).indices] = True
@@ -453,7 +453,7 @@ def reach(
 
 def _density(trained):
     if isinstance(trained, nn.Module):
-        weights = [module.weight.detach() for module in M.prunable(trained).values()]
+        weights = [M.effective(layer) for layer in M.prunable(trained).values()]
         if not all(w.isfinite().all() for w in weights):
             return math.nan
         return sum(w.count_nonzero().item() for w in weights) / sum(w.numel() for w in weights)

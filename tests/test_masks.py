@@ -729,6 +729,21 @@ def test_weights_that_are_made_of_other_tensors_are_not_prunable(hooked, use):
     assert model(torch.ones(1, 8)).shape == before.shape
 
 
+def test_reading_moves_no_spectral_norm():
+    model = three(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6))).train()
+    before = copy.deepcopy(model.state_dict())
+    lth.prune(model, 0.2)
+    baselines.magnitude_scores(model)
+    assert M.density(model) == 1
+    assert same(model.state_dict(), before)
+    assert model[0].parametrizations.weight[0].training
+    M.attach(model)
+    before = copy.deepcopy(model.state_dict())
+    dynamic.GMP(0.5).kept(model, 1.0)
+    dynamic.DNW(0.5).kept(model)
+    assert same(model.state_dict(), before)
+
+
 @pytest.mark.parametrize(
     "by_torch",
     [
