@@ -426,10 +426,11 @@ def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
 
 
 class _Inside(nn.Module):
-    """What a wrapper wraps, under the wrapper's name for it."""
+    """What a wrapper wraps, under the wrapper's name for it and in its mode."""
 
     def __init__(self, name, module):
         super().__init__()
+        self.training = module.training
         self.add_module(name, module)
 
     def forward(self, *args, **kwargs):

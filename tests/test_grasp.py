@@ -469,7 +469,10 @@ def test_what_is_frozen_is_scored_frozen():
     M.attach(model, {name: torch.ones_like(v, dtype=torch.bool) for name, v in w.items()})
     for name, g in dynamic.dense_gradient(model, x, y).items():
         torch.testing.assert_close(g, ours[name])
-    assert [module.training for module in grasp.scored_copy(model.eval())[0].modules()] == [True] * 10
+    model.eval()
+    wrapped = nn.DataParallel(model).eval()
+    for net in (model, wrapped, grasp.with_xavier_linear(wrapped)):
+        assert all(module.training for module in grasp.scored_copy(net)[0].modules())
 
 
 # named errors ---------------------------------------------------------------------------------------------------------
