@@ -46,12 +46,14 @@ def snip_scores(model: nn.Module, batches: grasp.Batches) -> dict[str, torch.Ten
     """SNIP's connection sensitivity |w ⊙ g| / Σ|w ⊙ g|: higher = keep, the sum over all layers is 1.
 
     Args:
-        model: scored as it is, no weight drawn anew; left as it was (mode, buffers, gradients, random state).
+        model: scored in training mode as `grasp.scores` does, no weight drawn anew; left as it was (mode, buffers,
+            gradients, random state).
         batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]; g is summed over chunks.
 
     Returns `{layer: tensor}` of the weights' shapes, dtype and device.
 
-    Raises ValueError: nothing prunable, NaN in the batch, all-zero or non-finite gradients.
+    Raises ValueError: nothing prunable, NaN in the batch or one that does not fit the model, all-zero or non-finite
+    gradients.
     """
     w, g = grasp.summed_gradient(model, batches)
     s = {name: (w[name] * g[name]).abs() for name in w}
@@ -113,9 +115,11 @@ def synflow(
 
     Returns `{layer: BoolTensor}`, exactly k kept over all layers. Warns of layer collapse, naming the layers.
 
-    Raises ValueError: nothing prunable, a bad density, rounds or biases, no flow from input to output, a network that
-    is not linear for positive inputs (ReLU6 and Hardtanh count as the ReLU that they clip).
+    Raises ValueError: nothing prunable, a bad density, rounds, biases or input_shape, no flow from input to output, a
+    network that is not linear for positive inputs (ReLU6 and Hardtanh count as the ReLU that they clip).
     """
+    if not (isinstance(input_shape, tuple | list) and all(type(n) is int and n > 0 for n in input_shape)):
+        raise ValueError(f"Invalid input_shape {input_shape!r}: give that of one input, such as (1, 28, 28).")
     if type(rounds) is not int or rounds < 1:
         raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
     if biases not in ("none", "absolute"):
@@ -157,7 +161,7 @@ def _flow(model, input_shape, biases):
 
     @torch.enable_grad()
     def R(scale=1):
-        return net(scale * ones).sum()
+        return grasp.outputs(net, scale * ones).sum()
 
     _check_linear(net, R, affine=biases == "absolute")
     return R, w
@@ -177,4 +181,4 @@ def _check_linear(net, R, affine):
 def _weights(model, layers=None):
     found = M.chosen(model, layers)
     M.check_values(found)
-    return {name: layer.weight.detach() for name, layer in found.items()}
+    return {name: M.effective(layer) for name, layer in found.items()}

@@ -50,7 +50,8 @@ class Gate(nn.Module):
     """The parametrization w ↦ c·σ(βs) ⊙ w with c = 1/σ(s0), or c = 1 with `scale=False`.
 
     Parameter `s`: shape, dtype and device of `weight`, starts at s0. Buffer `beta`: scalar, the inverse temperature,
-    starts at 1; written in place, so that a compiled model sees it change.
+    starts at 1; written in place, so that a compiled model sees it change. s0 and c are in no state, which
+    therefore goes back on gates of the same s0 and scale only.
     """
 
     prunes = True
@@ -134,13 +135,18 @@ def attach(model: nn.Module, s0: float = 0.0, layers: Iterable[str] | None = Non
 
 def penalty(model: nn.Module) -> torch.Tensor:
     """‖mask‖₁ = Σ c·σ(βs) over all gates, a scalar with gradient to s: the penalty without λ (the code's 1e-8)."""
-    return sum(gate.mask().sum() for gate in _gates(model))
+    return total(gate.mask() for gate in _gates(model))
+
+
+def total(masks: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of all entries, not in half precision: 65,504 is the largest float16, and bfloat16 has 8 bits."""
+    return sum(mask.sum(dtype=torch.promote_types(mask.dtype, torch.float32)) for mask in masks)
 
 
 def set_beta(model: nn.Module, beta: float) -> None:
     """Write the inverse temperature 0 < β < ∞ into every gate, in place."""
-    if not 0 < beta < math.inf:
-        raise ValueError(f"Invalid beta {beta}: give a finite inverse temperature above 0.")
+    if not (M.is_number(beta) and 0 < beta < math.inf):
+        raise ValueError(f"Invalid beta {beta!r}: give a finite inverse temperature above 0.")
     for gate in _gates(model):
         gate.beta.fill_(beta)
 
@@ -238,13 +244,27 @@ class Ticket(Method):
         _check_s0(self.s0)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """c on every layer that carries a mask; masks first."""
+        """c on every layer that carries a mask, in the place of another; masks first."""
         if not (layers := M.masked(model)):
             raise ValueError("No mask on the model: a ticket is a mask, call lottery.masks.attach(model, masks) first.")
-        for layer in layers.values() if self.scale else ():
-            if not M.on(layer, Scale):
-                M.put(model, layer, Scale(_factor(self.s0)))
+        for layer in layers.values():
+            if scale := M.on(layer, Scale):
+                scale.c = self.c
+            elif self.scale:
+                M.put(model, layer, Scale(self.c))
         return model
+
+    @property
+    def c(self) -> float:
+        """1/σ(s0), or 1 with `scale=False`."""
+        return _factor(self.s0) if self.scale else 1.0
+
+    def param_groups(self, model: nn.Module, recipe: training.Recipe) -> list[dict[str, Any]]:
+        """One group; raises ValueError where c is not on the masked layers, before it is trained without."""
+        on = [M.on(layer, Scale) for layer in M.masked(model).values()]
+        if not on or any((scale.c if scale else 1.0) != self.c for scale in on):
+            raise ValueError(f"The model is no ticket of s0 = {self.s0}: call this method's attach(model) first.")
+        return super().param_groups(model, recipe)
 
 
 def param_groups(model: nn.Module, recipe: training.Recipe) -> list[dict[str, Any]]:
@@ -286,10 +306,14 @@ def read(model: nn.Module) -> dict[str, torch.Tensor]:
 def harden(model: nn.Module) -> dict[str, torch.Tensor]:
     """Replace the gates by their hard masks H(s), in place, and return these: `lottery.masks` masks from now on.
 
-    The effective weight becomes c·H(s) ⊙ w; the parameters w are the same objects with the same values.
+    The effective weight becomes c·H(s) ⊙ w; the parameters w are the same objects with the same values. c is in no
+    state: call `lottery.masks.bake` before you save the network, or put it back with `Ticket(s0).attach(model)`.
+
+    Warns of layer collapse, naming the layers.
     """
     masks = read(model)
     _replace(model, masks)
+    M.warn_of_collapse(masks)
     return masks
 
 
@@ -313,8 +337,8 @@ def search(
             optimiser.
         s0, layers, scale: as in `attach`.
         rule: as in `restart`.
-        rewind_to: k, in iterations of the first round: tickets start from w_k. None: pruning, they start from the
-            trained w.
+        rewind_to: k, less than the iterations of the first round: tickets start from w_k. None: pruning, they start
+            from the trained w.
 
     Yields a `Level` after each round, while the soft network is on the model.
     """
@@ -323,6 +347,8 @@ def search(
     if rewind_to is not None and (type(rewind_to) is not int or rewind_to < 0):
         raise ValueError(f"Invalid rewind_to {rewind_to}: give an iteration from 0, or None to keep the trained w.")
     _check_rule(rule)
+    if isinstance(train, Rounds):
+        train.check(rounds, rewind_to)
     attach(model, s0, layers, scale)
     if rewind_to:
         train(model, 0, rewind_to)
@@ -345,10 +371,18 @@ class Rounds:
         self.data, self.recipe, self.method, self.seeds = data, recipe, method, list(seeds)
         self.optimizer, self.round, self.histories = None, -1, []
 
+    def check(self, rounds: int, rewind_to: int | None) -> None:
+        """Raise ValueError for what would end a `search` after trainings."""
+        if rounds > len(self.seeds):
+            raise ValueError(f"Invalid seeds: give one for each round, {len(self.seeds)} are too few.")
+        if rewind_to and rewind_to >= self.recipe.iterations:
+            raise ValueError(
+                f"Invalid rewind_to {rewind_to}: give less than the {self.recipe.iterations} iterations of a round."
+            )
+
     def __call__(self, model: nn.Module, start: int, stop: int | None) -> None:
         self.round += start == 0
-        if self.round >= len(self.seeds):
-            raise ValueError(f"Invalid seeds: give one for each round, {len(self.seeds)} are too few.")
+        self.check(self.round + 1, None)
         if self.optimizer is None or (not self.method.carry and start == 0):
             self.optimizer = training.optimizer(model, self.recipe, param_groups(model, self.recipe))
         where = {"seed": self.seeds[self.round], "start": start, "stop": stop}
@@ -366,6 +400,7 @@ def sweep(
 ) -> Iterator[Level]:
     """One `search` from the same initial model for each s0, on copies; yields the levels in the order of `s0s`.
 
+    train: as of `search`; every search has a copy, so that an optimiser that it keeps is its own.
     executor: any `concurrent.futures.Executor`; the searches run in parallel on it (with processes, `train` and the
     model must pickle, so attach nothing before). Default: one after the other, lazily. options: of `search`.
     """
@@ -389,7 +424,7 @@ def ticket(model: nn.Module, level: Level) -> nn.Module:
 
 
 def _levels(model, train, options, s0):
-    return list(search(copy.deepcopy(model), train, s0, **options))
+    return list(search(copy.deepcopy(model), copy.copy(train), s0, **options))
 
 
 def _replace(model, masks):

@@ -101,7 +101,7 @@ class GMP(Method):
 
     def kept(self, model: nn.Module, u: float) -> dict[str, int] | int:
         """Numbers of weights to keep at u, `{layer: k}`, or one number for all layers together."""
-        n = {name: layer.weight.numel() for name, layer in M.masked(model).items()}
+        n = {name: M.original(layer).numel() for name, layer in M.masked(model).items()}
         if self.budget == "global" and not isinstance(self.density, tuple):
             return M.kept(sum(n.values()), self._at(self.density, u))
         final = budgets(model, self.density, self.budget, n)
@@ -136,10 +136,11 @@ class GMP(Method):
         return densities(self.masks(model))
 
     def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
-        """At the end exactly as many weights as asked for are left, and what is masked is 0."""
+        """At the end exactly as many weights as asked for are left, and what is masked is 0; warns of collapse."""
         super().check(model, self.masks(model), finished)
         if finished:
             _check_counts(self.masks(model), self.kept(model, 1.0))
+            M.warn_of_collapse(self.masks(model))
 
 
 class TopK(nn.Module):
@@ -190,7 +191,7 @@ class DNW(Method):
 
     def kept(self, model: nn.Module) -> dict[str, int]:
         """Numbers of weights that the forward pass uses, `{layer: k}`."""
-        n = {name: layer.weight.numel() for name, layer in M.prunable(model).items()}
+        n = {name: M.original(layer).numel() for name, layer in M.prunable(model).items()}
         return {
             name: M.kept(n[name], d, f"layer {name!r}") for name, d in budgets(model, self.density, self.budget).items()
         }
@@ -217,7 +218,7 @@ class SET(Method):
 
     fraction: ζ, the share of a layer's weights that is replaced; 0.3 in the paper.
     decay: of ζ over the iterations t up to the end T, "constant" (the paper) | "cosine", ζ/2 (1 + cos(πt / T)).
-    every: iterations between two updates; an epoch in the paper.
+    every: iterations between two updates; an epoch in the paper. If `end` comes before the first, no mask moves.
     end: the share of the training after which the masks stay.
 
     Start it from masks on the model, such as random ones at ERK densities: every layer keeps its number of weights.
@@ -317,8 +318,8 @@ def dense_gradient(
 ) -> dict[str, torch.Tensor]:
     """∂L/∂w of the network as it is masked, to all its weights, the masked ones too: `{layer: tensor}`.
 
-    Of a copy in training mode, in float32 where the model is in half precision: the model's modes, buffers and
-    gradients and the random state stay as they are.
+    Of a copy in training mode (`grasp.scored_copy`), in float32 where the model is in half precision: the model's
+    modes, buffers and gradients and the random state stay as they are.
     """
     net, theta = grasp.scored_copy(model)
     w = list(theta.values())

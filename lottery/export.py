@@ -65,29 +65,47 @@ def onnx(model: nn.Module, x: torch.Tensor, path: Path | str) -> Path:
 
 
 class SparseLinear(nn.Module):
-    """A Linear layer that multiplies its non-zero weights alone, in PyTorch's compressed sparse rows (CSR)."""
+    """A Linear layer that multiplies its non-zero weights alone, in PyTorch's compressed sparse rows (CSR).
+
+    Its buffers are the three dense tensors of that format, which can be copied. Who reads `weight`, as PyTorch's
+    transformers do, gets it dense.
+    """
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
+        self.shape, self.bias = layer.weight.shape, layer.bias
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            self.register_buffer("weight", layer.weight.detach().to_sparse_csr())
-        self.bias = layer.bias
+            csr = layer.weight.detach().to_sparse_csr()
+        self.register_buffer("rows", csr.crow_indices())
+        self.register_buffer("columns", csr.col_indices())
+        self.register_buffer("values", csr.values())
+
+    @property
+    def csr(self) -> torch.Tensor:
+        """The weight as a sparse tensor of the buffers."""
+        return torch.sparse_csr_tensor(self.rows, self.columns, self.values, self.shape, check_invariants=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a dense tensor."""
+        return self.csr.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = (self.weight @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
+        y = (self.csr @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 def sparse(model: nn.Module, below: float = 0.5) -> nn.Module:
     """A copy for inference whose Linear layers of a density up to `below` are `SparseLinear`; what prunes is baked in.
 
-    Convolutions stay: PyTorch has no sparse ones on the CPU. Its 2:4 sparsity, on some GPUs, asks for two zeros in each
-    four weights of a row, which none of the book's methods makes.
+    Half precision stays, and so do convolutions: PyTorch has no sparse products of these on the CPU. Its 2:4 sparsity,
+    on some GPUs, asks for two zeros in each four weights of a row, which none of the book's methods makes.
     """
     net = M.bake(copy.deepcopy(model).eval())
     for name, layer in list(net.named_modules()):
-        if name and type(layer) is nn.Linear and M.density({name: layer.weight.detach() != 0}) <= below:
+        wide = type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.float64)
+        if name and wide and M.density({name: layer.weight.detach() != 0}) <= below:
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, SparseLinear(layer))
     return net

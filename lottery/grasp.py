@@ -44,8 +44,9 @@ def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> di
     """GraSP scores θ ⊙ Hg, the negative of the authors' S: higher = keep.
 
     Two passes over the chunks, with memory for one chunk's double backward whatever their number. What is scored
-    is a copy in training mode: the model's mode, buffers, gradients and torch's random state stay as they are. Of a
-    model in half precision the copy is in float32, since T = 200 brings scores to 1e-9, which float16 has not.
+    is a copy in training mode, of which a model in that mode keeps what it has frozen (`scored_copy`): the model's
+    mode, buffers, gradients and torch's random state stay as they are. Of a model in half precision the copy is in
+    float32, since T = 200 brings scores to 1e-9, which float16 has not.
 
     Args:
         model: maps x to logits [B, classes]. With masks on, the effective weights are scored as the authors' code
@@ -56,8 +57,8 @@ def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> di
 
     Returns `{layer: tensor}` of the weights' shapes and device and the copy's dtype, summed over chunks (not averaged).
 
-    Raises ValueError: nothing prunable, NaN in the batch, all-zero or non-finite gradients or scores, a bad
-    temperature, an operation without a second derivative.
+    Raises ValueError: nothing prunable, NaN in the batch or one that does not fit the model, all-zero or non-finite
+    gradients or scores, a bad temperature, an operation without a second derivative.
     """
     net, theta = scored_copy(model)
     w, batches, T = list(theta.values()), _drawn(batches), temperature
@@ -186,7 +187,7 @@ def ntk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     net, theta = scored_copy(model)
     w, on = list(theta.values()), M.read(model)
     with same_rng(w[0]), _twice_differentiable(), torch.enable_grad():
-        Z = net(fed(x, w[0])).flatten()
+        Z = outputs(net, fed(x, w[0])).flatten()
         u = torch.zeros_like(Z, requires_grad=True)
         Ju = torch.autograd.grad(Z, w, u, create_graph=True, materialize_grads=True)  # Jᵀu is linear in u, hence:
         rows = []
@@ -226,10 +227,13 @@ def summed_gradient(
 def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """(net, θ): a plain copy in training mode with masks baked in, and `{layer: weight}`, all that has gradients.
 
-    What is in half precision is in float32 there.
+    Of a model that comes in training mode the modules that were put into evaluation mode stay in it, such as a frozen
+    batch norm: what is scored is what `training.fit` trains. What is in half precision is in float32 there.
     """
     M.check_values(M.chosen(model))
-    net = M.bake(M.unwrapped(model)).train().requires_grad_(False)._apply(_wide)
+    net = M.bake(M.unwrapped(model)).requires_grad_(False)._apply(_wide)
+    if not model.training:
+        net.train()
     layers = M.prunable(net)
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
 
@@ -238,8 +242,24 @@ def _gradient(net, w, x, y, T, create_graph=False):
     if not (M.is_number(T) and T > 0):
         raise ValueError(f"Invalid temperature {T!r}: give a number above 0.")
     with torch.enable_grad():
-        loss = F.cross_entropy(net(x) / T, y)
+        z = outputs(net, x)
+        classes = z.shape[1] if isinstance(z, torch.Tensor) and z.dim() > 1 else 0
+        if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
+            raise ValueError(
+                f"Invalid batches: labels are {y.dtype} from {y.min()} to {y.max()}, the model's classes {classes}; "
+                "give int64 labels from 0, and a model of logits [B, classes]."
+            )
+        loss = F.cross_entropy(z / T, y)
         return torch.autograd.grad(loss, w, create_graph=create_graph, materialize_grads=True)
+
+
+def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """net(x). Raises ValueError where the model does not take x."""
+    try:
+        return net(x)
+    except Exception as error:  # whatever a model raises
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"The model does not take inputs of shape {tuple(x.shape)}, {x.dtype}: {why}") from error
 
 
 def _times_hessian(g, net, w, x, y, T):
@@ -266,6 +286,8 @@ def _chunks(batches, like):
         if not (isinstance(chunk, tuple | list) and len(chunk) == 2):
             raise ValueError(f"Invalid batches: chunk {count} is no pair; give a list of chunks [(x, y), ...].")
         x, y = chunk
+        if not all(isinstance(t, torch.Tensor) and t.dim() for t in chunk) or not len(x) == len(y) > 0:
+            raise ValueError(f"Invalid batches: chunk {count} is no pair of tensors of the same length, from 1.")
         if not x.isfinite().all():
             raise ValueError(f"NaN or infinity in the batch: chunk {count} of the inputs; check the data.")
         yield fed(x, like), y.to(like.device)

@@ -50,8 +50,8 @@ def prune(
     Returns `{layer: BoolTensor}`: of n survivors exactly round_half_even(rate · n) are gone, none has come back. Warns
     of layer collapse, naming the layers.
 
-    Raises ValueError: a rate out of range or so high that nothing is kept, NaN weights, masks of unknown layers or
-    other shapes.
+    Raises ValueError: nothing prunable, a rate out of range or so high that nothing is kept, NaN weights, masks of
+    unknown layers or other shapes.
     """
     weights, m = _ranked(model, rate, masks)
     survivors = {name: int(m[name].sum()) for name in m}
@@ -63,12 +63,13 @@ def prune(
 
 def _ranked(model, rate, masks=None):
     """The weights that are ranked, `{layer: tensor}`, and their masks now."""
-    layers = M.prunable(model)
+    layers = M.chosen(model)
     M.check_values(layers)
-    weights = {name: layer.weight.detach() for name, layer in layers.items()}
+    weights = {name: M.effective(layer) for name, layer in layers.items()}
     if masks is not None:
         M.check_masks(masks, weights, "masks", "model", complete=False)
     if isinstance(rate, dict):
+        M.check_names(rate, weights, "rate", "model", complete=False)
         weights = {name: w for name, w in weights.items() if name in rate} or weights
     on = M.read(model) if masks is None else masks
     return weights, {name: on.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
@@ -132,7 +133,8 @@ def imp(
         rate, scope: as in `prune`.
         strategy: "reset" (Strategy 1) or "continue" (Strategy 2: every level is trained twice, once from θ₀ to be
             looked at and once from the weights before, to be pruned).
-        rewind_to: k; survivors return to θ_k and train J − k iterations from schedule position k.
+        rewind_to: k < J; survivors return to θ_k and train J − k iterations from schedule position k. J is `train`'s
+            own: k = J is found out after the first J iterations.
 
     Yields a `Level` after each level's training, while the trained ticket is on the model.
 
@@ -207,7 +209,11 @@ def random_masks(masks: dict[str, torch.Tensor], generator: torch.Generator | No
 
 
 def between(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """(1 − α)·one + α·other of two states of `masks.state`, entry by entry; what holds no floats is one's."""
+    """(1 − α)·one + α·other of two states of `masks.state`, entry by entry; what holds no floats is one's.
+
+    Raises ValueError: states of different names.
+    """
+    M.check_names(other, one, "other", "state")
     return {name: torch.lerp(t, other[name], alpha) if t.is_floating_point() else t for name, t in one.items()}
 
 
@@ -215,5 +221,9 @@ def instability(errors: Sequence[float]) -> float:
     """The highest error on the line between two trained networks minus the mean of its two ends, the first and last.
 
     Two copies that differ in the order of the data alone are *stable* below 2 points (1912.05671, section 2).
+
+    Raises ValueError: no errors.
     """
+    if not len(errors):
+        raise ValueError("Invalid errors: give those along the line, its two ends among them.")
     return max(errors) - (errors[0] + errors[-1]) / 2

@@ -46,7 +46,8 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     A module or weight tensor that several names share is listed once, under its first name. A weight that is made of
     other tensors before each forward pass is not listed (`weight_norm`; `spectral_norm`, as a hook).
 
-    Raises ValueError: a layer that is pruned by `torch.nn.utils.prune`, or a lazy one that has no weight yet.
+    Raises ValueError: a layer that is pruned by `torch.nn.utils.prune`, a lazy one that has no weight yet, or one whose
+    weight is another parameter as well, which a mask would not reach.
     """
     for name, module in model.named_modules():
         hooks = module._forward_pre_hooks.values()
@@ -57,7 +58,16 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
             )
         if isinstance(module, PRUNABLE) and is_lazy(original(module)):
             raise ValueError(f"Layer {name!r} is lazy and has no weight yet: run the model on a batch first.")
-    return _layers(model)
+    found = _layers(model)
+    weights = {id(original(layer)): name for name, layer in found.items()}
+    for where, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if id(p) in weights and name != "weight" and not isinstance(module, parametrize.ParametrizationList):
+                raise ValueError(
+                    f"Layer {weights[id(p)]!r} shares its weight with the parameter {f'{where}.{name}'.lstrip('.')!r}, "
+                    "which a mask would not reach: use the layer's own `weight` in its place."
+                )
+    return found
 
 
 def chosen(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -66,7 +76,13 @@ def chosen(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, n
     Raises ValueError: there is none, an unknown name.
     """
     if not (found := prunable(model)):
-        raise ValueError("Nothing prunable: the model has no Linear or Conv layer.")
+        made = [name for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
+        why = (
+            f"the weight of {', '.join(made)} is made of other tensors"
+            if made
+            else "the model has no Linear or Conv layer"
+        )
+        raise ValueError(f"Nothing prunable: {why}.")
     if layers is None:
         return found
     if isinstance(layers, str) or not isinstance(layers, Iterable):
@@ -277,7 +293,7 @@ def _left(name, module):
     masks = [p.mask != 0 for p in chain if isinstance(p, Mask)]
     if masks and not any(getattr(p, "prunes", True) for p in chain if not isinstance(p, Mask)):
         return torch.stack(masks).all(0)
-    weight = module.weight.detach()
+    weight = effective(module)
     if not weight.isfinite().all():
         raise ValueError(f"NaN or infinity in the weights of layer {name!r}: the training diverged.")
     return torch.stack([weight != 0, *masks]).all(0)
@@ -317,8 +333,8 @@ def density(masks_or_model: dict[str, torch.Tensor] | nn.Module) -> float:
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers under canonical names: `fc1.weight`, with or without masks on.
 
-    The weight is the tensor behind the mask, so that θ₀ read once serves every mask. Masks are not part of it:
-    see `read`.
+    The weight is the tensor behind the mask, so that θ₀ read once serves every mask. Masks are not part of it: see
+    `read`. Nor are a parametrization's numbers that are no tensors, such as Continuous Sparsification's factor c.
     """
     return {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
 
@@ -381,6 +397,18 @@ def original(module: nn.Module) -> torch.Tensor | None:
     return module._parameters.get("weight", module._buffers.get("weight"))
 
 
+def effective(layer: nn.Module) -> torch.Tensor:
+    """The weight that a layer computes with in evaluation, detached. (Read in training mode a spectral norm moves.)"""
+    chain = list(layer.parametrizations.weight) if parametrize.is_parametrized(layer, "weight") else []
+    modes = [p.training for p in chain]
+    for p in chain:
+        p.training = False
+    weight = layer.weight.detach()
+    for p, mode in zip(chain, modes, strict=True):
+        p.training = mode
+    return weight
+
+
 def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
     """A deep copy under the same names in which nothing is compiled or distributed: those cannot go backward twice.
 
@@ -398,10 +426,11 @@ def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
 
 
 class _Inside(nn.Module):
-    """What a wrapper wraps, under the wrapper's name for it."""
+    """What a wrapper wraps, under the wrapper's name for it and in its mode."""
 
     def __init__(self, name, module):
         super().__init__()
+        self.training = module.training
         self.add_module(name, module)
 
     def forward(self, *args, **kwargs):
@@ -420,7 +449,8 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str, whole: st
     With `complete` also when it leaves something out.
     """
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"Unknown names in {what}: {', '.join(unknown)}; the {whole} has {', '.join(known)}.")
+        names = ", ".join(map(str, unknown))
+        raise ValueError(f"Unknown names in {what}: {names}; the {whole} has {', '.join(known)}.")
     if complete and (missing := [name for name in known if name not in given]):
         raise ValueError(f"Names missing in {what}: {', '.join(missing)}, which the {whole} has.")
 
@@ -429,6 +459,8 @@ def check_masks(
     masks: Mapping[str, Any], like: dict[str, torch.Tensor], what: str, whole: str, complete: bool = True
 ) -> None:
     """`check_names`, and a ValueError for a mask that is not boolean or not of the shape of the tensor `like[name]`."""
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"Invalid {what}, a {type(masks).__name__}: give {{layer name: mask}}.")
     check_names(masks, like, what, whole, complete)
     for name, mask in masks.items():
         dtype, shape, needed = getattr(mask, "dtype", type(mask)), tuple(getattr(mask, "shape", ())), like[name].shape

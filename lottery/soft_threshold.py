@@ -180,13 +180,14 @@ class STR(Method):
         return param_groups(model, recipe, self.decay)
 
     def before_step(self, t: int, step: "Step") -> None:
-        if self.freeze is not None and t == round(self.freeze * step.recipe.iterations):
+        n = step.recipe.iterations
+        if self.freeze is not None and t == min(round(self.freeze * n), n - 1):
             freeze(step.model, self.density, step.optimizer)
 
     def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Of the layers that carry a threshold."""
         layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
-        return {name: layer.weight.detach() != 0 for name, layer in layers.items()}
+        return {name: M.effective(layer) != 0 for name, layer in layers.items()}
 
     def reading(self, model: nn.Module) -> dict[str, float]:
         """The densities, and of each layer the mean s and the mean threshold (figures 1 to 3)."""
@@ -195,7 +196,12 @@ class STR(Method):
         return densities(self.masks(model)) | s | {f"threshold/{n}": p.threshold().mean().item() for n, p in on.items()}
 
     def check(self, model: nn.Module, before: dict[str, torch.Tensor], finished: bool) -> None:
-        """Masks are there to move."""
+        """Masks are there to move, but for a frozen budget: no more is left in the end, but for a weight a layer."""
+        masks = self.masks(model).values()
+        if finished and self.density is not None:
+            left, n = sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
+            if left > self.density * n + len(masks):
+                raise AssertionError(f"The training ended with {left} of {n} weights, not with {self.density} of them.")
 
 
 def thresholds(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -214,11 +220,11 @@ def freeze(model: nn.Module, density: float | None = None, optimizer: torch.opti
     optimizer: its momentum of pruned weights and of s becomes 0.
     """
     layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
-    now = M.density({name: layer.weight.detach() != 0 for name, layer in layers.items()})
+    now = M.density({name: M.effective(layer) != 0 for name, layer in layers.items()})
     share = min(1.0, density / now) if density is not None and now else 1.0
     memory = {} if optimizer is None else optimizer.state
     for layer in layers.values():
-        w, s = layer.weight.detach().clone(), _threshold(layer).s
+        w, s = M.effective(layer), _threshold(layer).s
         k = round(share * int(w.count_nonzero()))
         keep = torch.zeros_like(w, dtype=torch.bool).flatten()
         keep[w.abs().flatten().topk(k).indices] = True
@@ -339,14 +345,20 @@ class Reach:
 
     @property
     def best(self) -> Trial | None:
-        """The trial nearest to the target, or None."""
-        usable = [trial for trial in self.trials if not math.isnan(trial.density)]
-        return min(usable, key=lambda trial: abs(trial.density - self.density), default=None)
+        """The trial nearest to the target, by the ratio of densities as they are searched, or None.
+
+        One within the tolerance comes first; one that left no weight is no trial to go on from.
+        """
+        usable = [trial for trial in self.trials if trial.density > 0]  # NaN is not
+        return min(usable, key=lambda t: (not self._near(t), abs(math.log(t.density / self.density))), default=None)
 
     @property
     def found(self) -> bool:
         """Whether the best trial is within the tolerance."""
-        return self.best is not None and abs(self.best.density - self.density) <= self.tolerance
+        return self.best is not None and self._near(self.best)
+
+    def _near(self, trial):
+        return abs(trial.density - self.density) <= self.tolerance
 
     def __str__(self):
         what = f"density {self.density:g} ± {self.tolerance:g} in {len(self.trials)} trials"
@@ -355,7 +367,8 @@ class Reach:
         elif self.best:
             head = f"Not reached: {what}; nearest {self.best.density:.4g}. Allow more trials, or go on there."
         else:
-            head = f"Not reached: {what}; every training diverged. Lower weight_decay or the learning rate."
+            why = "every training diverged or left no weight"
+            head = f"Not reached: {what}; {why}. Lower weight_decay or the learning rate."
         rows = [f"{t.weight_decay:>14.6g} {t.s_init:>12.6g} {t.density:>10.5f}" for t in self.trials]
         return "\n".join([head, f"{'weight_decay':>14} {'s_init':>12} {'density':>10}", *rows])
 
@@ -386,8 +399,8 @@ def reach(
         trials: largest number of trainings.
         report: called with every `Trial` as it ends, e.g. `print`.
 
-    Returns a `Reach`, also when the target was not reached; `print` shows it. An exception of `train` passes through,
-    with what had been tried as a note.
+    Returns a `Reach`, also when the target was not reached; `print` shows it. An exception or interruption of `train`
+    passes through, with what had been tried as a note.
 
     Raises ValueError: an argument out of its range, before any training; `train` returns something else.
     """
@@ -425,7 +438,7 @@ def reach(
             break
         try:
             trained = train(*point)
-        except Exception as error:
+        except BaseException as error:  # an interruption as well
             error.add_note(str(result))
             raise
         trial = Trial(*point, _density(trained))
@@ -440,7 +453,7 @@ def reach(
 
 def _density(trained):
     if isinstance(trained, nn.Module):
-        weights = [module.weight.detach() for module in M.prunable(trained).values()]
+        weights = [M.effective(layer) for layer in M.prunable(trained).values()]
         if not all(w.isfinite().all() for w in weights):
             return math.nan
         return sum(w.count_nonzero().item() for w in weights) / sum(w.numel() for w in weights)

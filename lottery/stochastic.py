@@ -228,7 +228,7 @@ class L0(_Drawn):
 
     def penalty(self, model: nn.Module) -> torch.Tensor:
         """λ Σ P(z ≠ 0), a scalar with gradient."""
-        return self.lam * sum(gate.active().sum() for gate in gates(model).values())
+        return self.lam * cs.total(gate.active() for gate in gates(model).values())
 
     def before_step(self, t: int, step: "Step") -> None:
         """Clip log α to [log 0.01, log 100], as the authors' code does after every step, and draw."""

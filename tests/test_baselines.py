@@ -303,6 +303,11 @@ def test_synflow_named_errors():
         baselines.synflow(mlp(), (5,), 0.5, biases="zero")
     with pytest.raises(ValueError, match=message("Invalid density 0: give a fraction of weights to keep")):
         baselines.synflow(mlp(), (5,), 0)
+    for shape in (5, (5.0,), (0,)):
+        with pytest.raises(ValueError, match=message(f"Invalid input_shape {shape}: give that of one input, such as ")):
+            baselines.synflow(mlp(), shape, 0.5)
+    with pytest.raises(ValueError, match=message("The model does not take inputs of shape (1, 4), torch.float64: ")):
+        baselines.synflow(mlp(), (4,), 0.5)
     with pytest.raises(ValueError, match=message("Nothing prunable: the model has no Linear or Conv layer.")):
         baselines.synflow(nn.BatchNorm1d(5), (5,), 0.5)
     dead = mlp()

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing import get_context
 
@@ -408,6 +409,37 @@ def test_harden_without_scaling_is_an_ordinary_mask():
     close(model[0].weight, masks["0"] * w)
 
 
+def test_hardening_warns_of_layers_that_are_gone():
+    model = gated(0.1, 5.0)
+    with torch.no_grad():
+        gates(model)["4"].s.fill_(-1.0)
+    with pytest.warns(UserWarning, match=r"^Layer collapse: no weight is kept in 4; "):
+        cs.harden(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_penalty_is_not_summed_in_half_precision(dtype):
+    model = cs.attach(nn.Linear(784, 300).to(dtype))
+    loss = cs.penalty(model)
+    assert loss.item() == 784 * 300
+    loss.backward()
+    assert model.parametrizations.weight[0].s.grad[0, 0] == 0.5  # c/4 at s = 0
+
+
+def test_a_ticket_that_was_not_attached_is_not_trained():
+    ticket, text = (
+        cs.Ticket(0.1),
+        message("The model is no ticket of s0 = 0.1: call this method's attach(model) first."),
+    )
+    for model in (small(), M.attach(small()), cs.Ticket(0.2).attach(M.attach(small()))):
+        with pytest.raises(ValueError, match=text):
+            training.fit(model, data.load("digits"), SGD, method=ticket)
+        assert ticket.attach(M.attach(model))[4].parametrizations.weight[1].c == 1 + math.exp(-0.1)
+        assert ticket.param_groups(model, SGD) == NOTHING.param_groups(model, SGD)
+    unscaled = cs.Ticket(0.1, scale=False).attach(model)
+    close(unscaled[4].weight, unscaled[4].parametrizations.weight.original)
+
+
 def test_s_equal_to_zero_is_removed():
     model, _ = one(0.0, 1e-30, -1e-30)
     assert cs.read(model)[""].tolist() == [[False, True, False]]
@@ -721,6 +753,33 @@ def test_a_sweep_in_threads_is_the_sweep_in_order():
     same_levels(levels, list(cs.sweep(small(), train_afresh, [-0.1, 0.1], rounds=2)))
 
 
+def test_rounds_are_anew_in_every_search_of_a_sweep():
+    """Two equal s0 give the same levels, with the carried momentum and the seeds of each search its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    recipe = replace(SEARCH, iterations=6, milestones=(4,), eval_every=6)
+    for carry in (True, False):
+        rounds = cs.Rounds(data.load("digits", valid=100), recipe, cs.CS(schedule="iteration", carry=carry), [0, 1])
+        levels = list(cs.sweep(net, rounds, [0.0, 0.0], rounds=2))
+        same_levels(levels[:2], levels[2:])
+        assert len(rounds.histories) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rounds": 2}, "Invalid seeds: give one for each round, 1 are too few."),
+        ({"rewind_to": 12}, "Invalid rewind_to 12: give less than the 12 iterations of a round."),
+    ],
+)
+def test_what_would_end_a_search_after_trainings_is_refused_before(options, text):
+    model, rounds = small(), cs.Rounds(None, SEARCH, cs.CS(), [0])
+    with pytest.raises(ValueError, match=message(text)):
+        next(cs.search(model, rounds, **options))
+    with pytest.raises(ValueError, match=r"^No gates"):
+        cs.read(model)
+
+
 @pytest.mark.slow
 def test_a_sweep_in_processes_is_the_sweep_in_order():
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -767,6 +826,7 @@ def no_train(model, start, stop):
             "No gates on the model: call lottery.cs.attach(model, s0) first.",
         ),
         (lambda: cs.set_beta(gated(), 0), "Invalid beta 0: give a finite inverse temperature above 0."),
+        (lambda: cs.set_beta(gated(), "2"), "Invalid beta '2': give a finite inverse temperature above 0."),
         (lambda: cs.set_beta(gated(), math.inf), "Invalid beta inf: give a finite inverse temperature above 0."),
         (lambda: cs.restart(gated(), "paper"), "Invalid rule 'paper': give 'as-described' or 'code'."),
         (

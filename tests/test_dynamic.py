@@ -1,5 +1,6 @@
 """lottery.dynamic: GMP, DNW, SET, RigL."""
 
+import dataclasses
 import math
 import re
 from types import SimpleNamespace
@@ -393,6 +394,15 @@ def test_golden_trajectory(name):
     assert [int(m.sum()) for m in method.masks(net).values()] == kept
     assert [history.val_loss[0], history.val_loss[-1], history.last.train_loss] == pytest.approx(losses, rel=1e-9)
     assert sum(t.abs().sum().item() for t in M.state(net).values()) == pytest.approx(total, rel=1e-9)
+
+
+def test_a_layer_that_gmp_empties_is_named():
+    net = mlp()
+    with torch.no_grad():
+        net[3].weight.mul_(1e-6)
+    method = GMP(0.1, budget="global", every=2)
+    with pytest.warns(UserWarning, match=r"^Layer collapse: no weight is kept in 3; "):
+        trained(method.attach(net), dataclasses.replace(SGD, lr=1e-9), method)
 
 
 def test_broken_promises():

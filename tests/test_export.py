@@ -1,10 +1,12 @@
 """lottery.export: what skips zeros; ONNX is tested with `lottery.prune`, in test_own.py."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lottery import cs, export
+from lottery import baselines, cs, export, models
 from lottery import masks as M
 
 
@@ -27,3 +29,33 @@ def test_a_sparse_copy_of_a_model_with_masks(gates):
     assert [type(module).__name__ for module in fast] == ["SparseLinear", "ReLU", "SparseLinear"]
     torch.testing.assert_close(fast(x), model(x))
     assert list(M.read(model)) == ["0", "2"]  # the model itself stays as it was
+
+
+def test_a_sparse_copy_runs_where_the_weight_is_read():
+    """PyTorch's transformer, on its fast path, and FastGRNN use a layer's weight without calling the layer."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    for model, x in (
+        (nn.TransformerEncoder(layer, 2), torch.randn(2, 5, 16)),
+        (models.create("fastgrnn", seed=0, in_shape=(1, 8, 8)), torch.randn(2, 1, 8, 8)),
+    ):
+        M.attach(model.eval(), M.top_k(baselines.magnitude_scores(model), 0.2))
+        fast = export.sparse(model)
+        assert any(isinstance(module, export.SparseLinear) for module in fast.modules())
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_sparse_copy_is_copied_and_kept_like_any_model():
+    model = M.attach(net(), {"0": torch.rand(30, 20) < 0.1, "2": torch.rand(4, 30) < 0.3})
+    fast, x = export.sparse(model), torch.randn(5, 20)
+    again = export.sparse(copy.deepcopy(fast))
+    again.load_state_dict(fast.state_dict())
+    assert torch.equal(again(x), fast(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_dense(dtype):
+    model = M.attach(net().to(dtype), {"0": torch.rand(30, 20) < 0.1, "2": torch.rand(4, 30) < 0.3})
+    fast, x = export.sparse(model), torch.randn(5, 20, dtype=dtype)
+    assert torch.equal(fast(x), model(x))

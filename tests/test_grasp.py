@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lottery import baselines, data, grasp, models
+from lottery import baselines, data, dynamic, grasp, models
 from lottery import masks as M
 
 
@@ -449,6 +449,32 @@ def test_tangent_kernel(masked):
     assert float((eigenvalues * energy).sum()) == pytest.approx(flow, rel=1e-9)
 
 
+def with_frozen_norm():
+    """A network in training mode whose batch norm has been put into evaluation mode, as `fit` would train it."""
+    model = convnet(dropout=0.5).train()
+    for module in (model[1], model[6]):
+        module.eval()
+    model[1].running_mean.fill_(0.3)
+    model[1].running_var.fill_(2.0)
+    return model
+
+
+def test_what_is_frozen_is_scored_frozen():
+    model, (x, y) = with_frozen_norm(), batch(shape=IMAGE)
+    w, ours = grasp.summed_gradient(model, [(x, y)])
+    by_hand = copy.deepcopy(model)
+    F.cross_entropy(by_hand(x), y).backward()
+    for name, layer in M.prunable(by_hand).items():
+        torch.testing.assert_close(ours[name], layer.weight.grad)
+    M.attach(model, {name: torch.ones_like(v, dtype=torch.bool) for name, v in w.items()})
+    for name, g in dynamic.dense_gradient(model, x, y).items():
+        torch.testing.assert_close(g, ours[name])
+    model.eval()
+    wrapped = nn.DataParallel(model).eval()
+    for net in (model, wrapped, grasp.with_xavier_linear(wrapped)):
+        assert all(module.training for module in grasp.scored_copy(net)[0].modules())
+
+
 # named errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -506,11 +532,30 @@ def test_layer_collapse_is_reported_by_name():
         (iter([batch()]), "Invalid batches: a generator can be read only once; give a list of chunks (x, y)."),
         (batch(), "Invalid batches: chunk 1 is no pair; give a list of chunks [(x, y), ...]."),
         ([], "Invalid batches: there is no chunk; give a list of chunks [(x, y), ...]."),
+        ([[t.numpy() for t in batch()]], "Invalid batches: chunk 1 is no pair of tensors of the same length, from 1."),
+        ([(batch()[0], None)], "Invalid batches: chunk 1 is no pair of tensors of the same length, from 1."),
+        ([(batch()[0], batch(11)[1])], "Invalid batches: chunk 1 is no pair of tensors of the same length, from 1."),
+        ([batch(), batch(0)], "Invalid batches: chunk 2 is no pair of tensors of the same length, from 1."),
+        (
+            [(torch.zeros(2, 5, dtype=torch.float64), torch.tensor([0, 7]))],
+            "Invalid batches: labels are torch.int64 from 0 to 7, the model's classes 3; give int64 labels from 0, and "
+            "a model of logits [B, classes].",
+        ),
+        (
+            [(batch()[0], batch()[1].int())],
+            "Invalid batches: labels are torch.int32 from 0 to 2, the model's classes 3;",
+        ),
+        (
+            [(batch()[0], batch()[1] - 1)],
+            "Invalid batches: labels are torch.int64 from -1 to 1, the model's classes 3;",
+        ),
+        ([batch(shape=(4,))], "The model does not take inputs of shape (12, 4), torch.float64: "),
     ],
 )
-def test_batches_that_are_no_list_of_chunks(batches, text):
-    with pytest.raises(ValueError, match=message(text)):
-        grasp.scores(mlp(), batches)
+def test_batches_that_do_not_fit(batches, text):
+    for score in (grasp.scores, baselines.snip_scores, grasp.gradient_norm):
+        with pytest.raises(ValueError, match=message(text)):
+            score(mlp(), batches)
 
 
 @pytest.mark.parametrize("T", [0.0, -1.0, float("nan")])

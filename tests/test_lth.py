@@ -171,6 +171,10 @@ def test_other_bad_arguments():
         lth.prune(two_layers(), 0.5, "global", masks=nothing)
     with pytest.raises(ValueError, match=r"^Invalid scope 'all'"):
         lth.prune(two_layers(), 0.5, "all")
+    with pytest.raises(ValueError, match=r"^Nothing prunable: the model has no Linear or Conv layer\.$"):
+        lth.prune(nn.ReLU(), 0.2)
+    with pytest.raises(ValueError, match=r"^Unknown names in rate: typo; the model has 0, 1\.$"):
+        lth.prune(two_layers(), {"0": 0.2, "typo": 0.2})
     with pytest.raises(ValueError, match=r"^Unknown names in rate: fc9;"):
         lth.prune(two_layers(), {"0": 0.5, "fc9": 0.5})
     with pytest.raises(ValueError, match=r"^NaN scores in layer '1'"):
@@ -581,3 +585,10 @@ def test_a_single_weight_has_no_deviation():
     assert (noisy["b.weight"] != theta["b.weight"]).all()
     with pytest.raises(ValueError, match=r"^Unknown names in layers: c; the state has a, b\.$"):
         lth.add_noise(theta, ["c"], 1.0)
+
+
+def test_what_has_no_line_between_it():
+    with pytest.raises(ValueError, match=r"^Invalid errors: give those along the line"):
+        lth.instability([])
+    with pytest.raises(ValueError, match=r"^Names missing in other: a, which the state has\.$"):
+        lth.between({"a": torch.ones(2)}, {}, 0.5)

@@ -418,8 +418,15 @@ def test_bad_masks_are_refused_before_anything_changes():
         with pytest.raises(ValueError, match="^" + re.escape(text)):
             M.attach(model, bad)
         assert M.read(model) == {}
+    with pytest.raises(ValueError, match=r"^Invalid masks, a list: give {layer name: mask}\.$"):
+        M.attach(model, [good["4"]])
+    with pytest.raises(ValueError, match=r"^Unknown names in layers: 1; the model has 0, 4, 6\.$"):
+        cs.attach(model, layers=[1])
     with pytest.raises(ValueError, match=r"^Nothing prunable"):
         M.attach(nn.ReLU())
+    made = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"^Nothing prunable: the weight of 0 is made of other tensors\.$"):
+        M.attach(made)
 
 
 def test_density_counts_masks_or_weights():
@@ -722,6 +729,21 @@ def test_weights_that_are_made_of_other_tensors_are_not_prunable(hooked, use):
     assert model(torch.ones(1, 8)).shape == before.shape
 
 
+def test_reading_moves_no_spectral_norm():
+    model = three(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6))).train()
+    before = copy.deepcopy(model.state_dict())
+    lth.prune(model, 0.2)
+    baselines.magnitude_scores(model)
+    assert M.density(model) == 1
+    assert same(model.state_dict(), before)
+    assert model[0].parametrizations.weight[0].training
+    M.attach(model)
+    before = copy.deepcopy(model.state_dict())
+    dynamic.GMP(0.5).kept(model, 1.0)
+    dynamic.DNW(0.5).kept(model)
+    assert same(model.state_dict(), before)
+
+
 @pytest.mark.parametrize(
     "by_torch",
     [
@@ -748,6 +770,34 @@ def test_a_layer_that_torch_has_pruned_is_refused_before_anything_changes(by_tor
     left = int(model[2].weight.count_nonzero())
     prune.remove(model[2], "weight")
     assert M.density(model) == pytest.approx((48 + left) / 66)
+
+
+class Tied(nn.Module):
+    """An autoencoder whose second half has the first one's weight, under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(6, 6)
+        self.dec_w = self.enc.weight
+
+    def forward(self, x):
+        return nn.functional.linear(torch.relu(self.enc(x)), self.dec_w)
+
+
+def test_a_weight_that_is_another_parameter_as_well_is_refused_before_anything_changes():
+    model = nn.Sequential(Tied(), nn.Linear(6, 3))
+    text = message(
+        "Layer '0.enc' shares its weight with the parameter '0.dec_w', which a mask would not reach: use the layer's "
+        "own `weight` in its place."
+    )
+    for f in (M.attach, cs.attach, soft_threshold.STR().attach, dynamic.DNW(0.5).attach, lambda m: lth.prune(m, 0.2)):
+        with pytest.raises(ValueError, match=text):
+            f(model)
+    assert not parametrize.is_parametrized(model[1])
+    model[1].weight = model[0].enc.weight  # tied under the name of a layer's weight is reached
+    del model[0].dec_w
+    assert list(M.prunable(M.attach(model))) == ["0.enc"]
+    assert parametrize.is_parametrized(model[1])
 
 
 def test_pruning_a_bias_with_torch_is_no_matter():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_training import SGD, mlp, trained
 from torch import nn
 from torch.func import functional_call
 
@@ -707,9 +708,31 @@ def test_what_was_not_reached_is_reported_and_no_error():
     assert [t.density for t in result.trials].count(0.2) >= 1
     assert len(result.trials) == 5
     lines = str(result).splitlines()
-    assert lines[0] == ("Not reached: density 0.5 ± 0.005 in 5 trials; nearest 0.2. Allow more trials, or go on there.")
+    assert lines[0] == ("Not reached: density 0.5 ± 0.005 in 5 trials; nearest 0.9. Allow more trials, or go on there.")
     assert len(lines) == 7
     assert lines[2].split() == ["0.001", "-3200", "0.20000"]
+
+
+def test_nothing_left_is_not_near_to_a_small_density():
+    densities = iter([0.9, 0.5, 0.03, 0.0, 0.0, 0.0])
+    result = S.reach(0.01, lambda *_: next(densities), 1e-3, trials=6)
+    assert result.best.density == result.model == 0.03
+    for target in (0.003, 0.5):  # the first one within the tolerance of 0
+        result = S.reach(target, lambda *_: 0.0, 1e-3, trials=2)
+        assert not result.found
+        assert result.model is None
+        assert "every training diverged or left no weight" in str(result)
+
+
+def test_an_interrupted_search_has_its_trials_as_a_note():
+    def train(decay, s):
+        if decay > 1e-3:
+            raise KeyboardInterrupt
+        return 0.9
+
+    with pytest.raises(KeyboardInterrupt) as error:
+        S.reach(0.1, train, 1e-3)
+    assert "0.001        -3200    0.90000" in error.value.__notes__[0]
 
 
 def test_a_search_whose_brackets_close_stops_early():
@@ -734,8 +757,8 @@ def test_a_diverged_training_counts_as_too_much_decay():
 
     result = S.reach(0.25, lambda *_: math.nan, 4e-3, trials=3)
     assert str(result).startswith(
-        "Not reached: density 0.25 ± 0.005 in 3 trials; every training diverged. Lower weight_decay or the "
-        "learning rate."
+        "Not reached: density 0.25 ± 0.005 in 3 trials; every training diverged or left no weight. "
+        "Lower weight_decay or the learning rate."
     )
 
 
@@ -897,3 +920,13 @@ def test_fields_of_another_type_are_refused(fields):
     [*_, (name, value)] = fields.items()
     with pytest.raises(ValueError, match=rf"^Invalid {name} {re.escape(repr(value))}: give .*\.$"):
         S.STR(**fields)
+
+
+def test_a_budget_is_frozen_before_the_last_step_at_the_latest():
+    method = S.STR(s_init=-100.0, freeze=0.97, density=0.1)
+    model = method.attach(mlp())
+    history = trained(model, SGD, method)  # 14 iterations: 0.97 of them are 14
+    assert history.status == "finished"
+    assert history.numbers["density"][-1] == pytest.approx(0.1, abs=0.01)
+    with pytest.raises(AssertionError, match=r"^The training ended with 328 of 328 weights, not with 0\.1 of them\.$"):
+        method.check(method.attach(mlp()), {}, True)

@@ -73,6 +73,11 @@ def test_expected_number_by_hand():
     assert L0().reading(net) == pytest.approx({"density": 1, "density/0": 1, "expected": sum(p) / 4})
 
 
+def test_the_expected_number_is_not_summed_in_half_precision():
+    net = L0(lam=1.0).attach(nn.Linear(784, 300).half())
+    assert L0(lam=1.0).penalty(net).item() == pytest.approx(235_200 * 0.83182, rel=1e-3)
+
+
 def test_expected_number_is_that_of_the_draws():
     n = 40_000
     for log_alpha in (-2.0, 0.0, 1.5):
