@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
 import torch
@@ -398,9 +399,11 @@ def processes(n: int) -> "ProcessPoolExecutor":
     """Worker processes; loky's do not import the caller's __main__, so an unguarded script or stdin works too."""
     from joblib.externals.loky import ProcessPoolExecutor
 
+    resource_tracker.ensure_running()  # lets signals through when it starts, else in `submit` with the first worker
+
     class Pool(ProcessPoolExecutor):
         def submit(self, *args, **kwargs):
-            with _uninterrupted():  # a worker that still starts would die of an interrupt, and its run with it
+            with _uninterrupted():  # a worker that still starts would die of a signal, and its run with it
                 return super().submit(*args, **kwargs)
 
     return Pool(n, initializer=_worker, initargs=(os.getpid(),))
@@ -408,7 +411,7 @@ def processes(n: int) -> "ProcessPoolExecutor":
 
 @contextlib.contextmanager
 def _uninterrupted():
-    """An interrupt waits until the end; processes that are started meanwhile never see one."""
+    """A signal to stop waits until the end; processes that are started meanwhile never see one."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
