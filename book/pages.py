@@ -14,6 +14,7 @@ Done here for every chapter, so that none does it by itself:
 shows what the cell named `name` (its metadata's `lottery.name`) left in a notebook on another page.
 """
 
+import contextlib
 import csv
 import html
 import json
@@ -28,6 +29,8 @@ from docutils.statemachine import StringList
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.osutil import relative_uri
+
+from lottery import __version__
 
 HIDDEN = {"hide-input", "hide-cell"}
 CLAIM = re.compile(r"\]\((?:[\w./]*/)?scorecard\.ipynb#([\w-]+)\)")
@@ -282,10 +285,10 @@ def settle(app, config):
             "colab_url": "https://colab.research.google.com",
         }
     root = Path(app.srcdir)
-    version = re.search(r'^version = "(.*)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
-    git = ("git", "-C", str(root), "log", "-1", "--format=%cs")
-    date = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    options["extra_footer"] = f"<p>Version {version}" + (f", {date}" if date else "") + "</p>"
+    git, date = ("git", "-C", str(root), "log", "-1", "--format=%cs"), ""
+    with contextlib.suppress(OSError):  # no git here: a zip in a container
+        date = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    options["extra_footer"] = f"<p>Version {__version__}" + (f", {date}" if date else "") + "</p>"
     config.lottery_base = (os.environ.get("BOOK_ADDRESS") or config.html_baseurl).rstrip("/")
 
 

@@ -116,11 +116,14 @@ def execute(path: Path) -> tuple[Path, str]:
 def executed(*names: str) -> Iterator[tuple[Path, Path]]:
     """Pairs (committed notebook, its executed copy) of all or some, large ones first; two at a time, of one thread.
 
-    Raises SystemExit when one fails.
+    Raises SystemExit when one fails, or is unknown.
     """
+    known = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"Unknown notebook {unknown[0]!r}: choose from {', '.join(known)}.")
     shutil.rmtree(BUILD / "notebooks", ignore_errors=True)
     (BUILD / "notebooks").mkdir(parents=True)
-    paths = [path for path in NOTEBOOKS.glob("*.ipynb") if not names or path.stem in names]
+    paths = [known[name] for name in set(names) or known]
     paths.sort(key=lambda path: (-path.stat().st_size, path.name))
     with ProcessPoolExecutor(2) as pool:
         for path, (copy, failure) in zip(paths, pool.map(execute, paths), strict=True):
@@ -180,6 +183,8 @@ def main(mode: str = "book", *names: str) -> None:
     modes = {"book": book, "notebooks": refresh, "nbval": nbval}
     if mode not in modes:
         sys.exit(f"Unknown mode {mode!r}: choose one of {', '.join(modes)}.")
+    if names and mode != "notebooks":
+        sys.exit(f"Unknown {names[0]!r}: only `notebooks` is followed by names.")
     os.environ |= (environment := private_environment())
     for key in os.environ.keys() - environment:
         del os.environ[key]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lottery import claims, experiments, names, scorecard, verdicts
-from lottery.experiments import check, engine, papers
+from lottery.experiments import check, engine, pace, papers
 from lottery.experiments.store import Store, load, now, root
 
 if TYPE_CHECKING:
@@ -295,12 +295,11 @@ class Chapter:
 
     def _minutes(self, runs):
         """Estimated time of the runs that are missing, from the pace of those like them."""
-        pace = self.store.paces()
-        left = [r for r in runs if not self.store.get(r)]
-        if any(r.like not in pace for r in left):
+        paces = pace.paces(self.store)
+        left = [pace.expected(paces, r.kind, r.work) for r in runs if not self.store.get(r)]
+        if None in left:
             return "time unknown: none like them was timed"
-        seconds = sum(pace[r.like] * r.work for r in left)
-        return f"about {max(1, round(seconds / 60))} core minutes"
+        return f"about {max(1, round(sum(left) / 60))} core minutes"
 
 
 def say(*sentences: str) -> "Markdown":
@@ -400,8 +399,10 @@ def open_store(results_dir: Path | str | None = None, anew: bool = False, make: 
     """
     if not (results_dir is None or isinstance(results_dir, str | os.PathLike)):
         raise ValueError(f"Invalid results_dir {results_dir!r}: give the path of a folder, or None.")
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
-    mine = Path(results_dir or os.environ.get("LOTTERY_RESULTS") or Path(home) / "lottery" / "results").expanduser()
+    home = Path(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"))
+    # A user without a home gets a place that can never be made: what is committed can be read, and nothing be trained.
+    home = home if home.is_absolute() else Path(os.devnull)
+    mine = Path(results_dir or os.environ.get("LOTTERY_RESULTS") or home / "lottery" / "results").expanduser()
     if anew:
         return Store(mine / f"recomputed-{now().replace(':', '')}")
     try:

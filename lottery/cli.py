@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from lottery import __version__
 from lottery.experiments import PAPERS
 
 WATCH = 10  # seconds between two looks of `status --watch`
@@ -34,9 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 
 def _version(asked: bool):
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"lottery {version('lottery')}")
+        typer.echo(f"lottery {__version__}")
         raise typer.Exit
 
 
@@ -128,7 +127,7 @@ def run(
         runs = [r for r in engine.missing(runs, store) if r.key in failed]
     executor, slots = _executor(where)
     seconds = None if budget is None else _seconds(budget)
-    engine.check(device, threads)
+    engine.check(device, threads, slots, here=executor is None)
     before = len(experiments.load(runs, store))
     _stoppable()
     try:
@@ -165,14 +164,13 @@ def status(
 
 def _progress(store):
     """What `status --json` prints."""
-    from lottery.experiments import leases
+    from lottery.experiments import leases, pace
 
-    stored, failed, paces = store.columns("status"), store.failures(), store.paces()
+    stored, failed, paces = store.columns("status"), store.failures(), pace.paces(store)
     running, items = leases.running(store.leases), []
     for line, runs in _declared():
         found = [stored[key][0] for key, _, _ in runs if key in stored]
-        left = [(tuple(like), work) for key, like, work in runs if key not in stored]
-        timed = all(like in paces for like, _ in left)
+        left = [pace.expected(paces, tuple(kind), work) for key, kind, work in runs if key not in stored]
         items.append(
             {
                 **line,
@@ -181,7 +179,7 @@ def _progress(store):
                 "diverged": found.count("diverged"),
                 "running": sum(key in running for key, _, _ in runs),
                 "failed": sum(key in failed for key, _, _ in runs),
-                "core_seconds_left": round(sum(paces[like] * work for like, work in left)) if timed else None,
+                "core_seconds_left": None if None in left else round(sum(left)),
             }
         )
     under_way = [{"key": key, **owner} for key, owner in running.items()]
@@ -225,6 +223,8 @@ def merge(
     if source is not None and not source.is_dir():
         raise FileNotFoundError(f"No folder {source}: name the results folder to take runs from.")
     store = experiments.Store(results_dir) if source else _stored(results_dir)
+    if source and source.resolve() == store.dir.resolve():
+        source = None
     typer.echo(f"{store.merge(source)} runs packed into {store.dir}.")
     if drop_weights:
         typer.echo(f"{engine.drop_weights(store)} files of weights removed.")
@@ -248,7 +248,10 @@ def scorecard(
 @kind_errors
 def audit(
     key: Annotated[str | None, typer.Argument(help="One stored run; default: a sample.")] = None,
-    n: Annotated[int, typer.Option("--runs", help="How many are drawn, by turns from each paper and evidence.")] = 30,
+    n: Annotated[
+        int | None,
+        typer.Option("--runs", help="How many are drawn, by turns from each paper and evidence; default: 30."),
+    ] = None,
     by: Annotated[
         str | None, typer.Option("--commit", help="The hash to draw by; default: the clone's commit.")
     ] = None,
@@ -266,17 +269,19 @@ def audit(
     from lottery.experiments import engine
 
     _stoppable()
-    engine.check(device, 1)
+    engine.check(device)
     for name, value in (("runs", n), ("jobs", jobs)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"Invalid {name} {value}: give a whole number from 1.")
+    if key and n:
+        raise ValueError(f"Invalid runs {n} with a key: that run alone is trained, nothing is drawn; leave one out.")
     if json_file and not json_file.parent.is_dir():
         raise FileNotFoundError(f"No folder {json_file.parent}: make it first, or name another file.")
     store = _stored(results_dir)
-    known, by = audits.declared(store), by or audits.commit()
+    known, by = audits.declared(store), by or ("" if key else audits.commit())
     if key and key not in known:
         raise ValueError(f"No declared run is stored under {key!r}: `lottery audit --list` names some.")
-    keys, began = [key] if key else audits.draw(known, n, by), time.monotonic()
+    keys, began = [key] if key else audits.draw(known, n or 30, by), time.monotonic()
     for name in keys if look else ():
         typer.echo(f"{name} {known[name].paper} {known[name].item}, {known[name].evidence}: {known[name].run!r}")
     todo = [known[name].run for name in keys]
@@ -307,12 +312,13 @@ def bench(
     small: Annotated[bool, typer.Option("--small", help="Minutes in all: to see that everything runs.")] = False,
 ) -> None:
     """Time everything beside plain reference loops, in the same run: 10 minutes in which the machine is left alone."""
+    from lottery import files
     from lottery.experiments import engine
 
     tests = Path(__file__).parents[1] / "tests"
     if not (tests / "benchmarks").is_dir():
         raise FileNotFoundError("No benchmarks here: they come with a clone of the repository, in tests/benchmarks.")
-    engine.check(device, 1)
+    engine.check(device)
     if repeats < 1:
         raise ValueError(f"Invalid repeats {repeats}: give a whole number from 1.")
     if json_file and not json_file.parent.is_dir():
@@ -322,7 +328,7 @@ def bench(
 
     for found in workloads.run(names or [], workloads.Options(device, repeats, small), typer.echo):
         if json_file:  # after each benchmark, so that an interrupt loses only the one under way
-            json_file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            files.write(json_file, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 @app.command()
@@ -353,7 +359,7 @@ def prune(
     from lottery import export, own
     from lottery.experiments import engine
 
-    engine.check(device, 1)
+    engine.check(device)
     chosen = dict(_option(text) for text in options or ())
     own.check_options(method, chosen)
     for name, value in (("epochs", epochs), ("size", size)):
@@ -447,25 +453,23 @@ def _stored(results_dir):
 
 
 def _declared():
-    """[{paper, item, scale, iterations}, (key, like, work) of each of its runs] of all that is declared.
+    """[{paper, item, scale, iterations}, (key, kind, work) of each of its runs] of all that is declared.
 
     A process of its own finds them in the user's cache while the code is the same: declaring imports PyTorch.
     """
+    from lottery import files
+
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lottery" / "declared.json"
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or not cache.is_absolute():  # a user without a home has no cache
         return _declare()
     with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(cache.read_text())
+        kept = json.loads(files.read(cache))
         if kept["code"] == code.hexdigest():
             return kept["declared"]
     declared = _declare()
     with contextlib.suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        (mine := cache.with_suffix(f".{os.getpid()}")).write_text(
-            json.dumps({"code": code.hexdigest(), "declared": declared})
-        )
-        os.replace(mine, cache)
+        files.write(cache, json.dumps({"code": code.hexdigest(), "declared": declared}).encode())
     return declared
 
 
@@ -484,7 +488,7 @@ def _declare():
                     "scale": scale,
                     "iterations": sum(r.work for r in runs),
                 }
-                declared.append((line, [(r.key, r.like, r.work) for r in runs]))
+                declared.append((line, [(r.key, r.kind, r.work) for r in runs]))
     return declared
 
 

@@ -99,7 +99,7 @@ def read(paper: str, kind: str = "", reported_dir: Path | str | None = None) -> 
 def _undamaged(path):
     """The bytes of a file, which are those that SHA256SUMS beside it names, where there is one."""
     content, sums = path.read_bytes(), path.with_name("SHA256SUMS")
-    known = dict(line.split()[::-1] for line in sums.read_text().splitlines()) if sums.exists() else None
+    known = dict(line.split()[::-1] for line in sums.read_text("utf-8").splitlines()) if sums.exists() else None
     if known is not None and known.get(path.name) != hashlib.sha256(content).hexdigest():
         raise ValueError("it is not what SHA256SUMS says (`sha256sum *.csv > SHA256SUMS` there keeps a change).")
     return content

@@ -18,7 +18,7 @@ import typer
 
 import lottery
 from lottery import cli, data, experiments, figures, models, names, training
-from lottery.chapter import Chapter, Refused, difference, say, table
+from lottery.chapter import Chapter, Refused, difference, open_store, say, table
 from lottery.experiments import Store, lth
 from lottery.experiments.runs import CRITERIA, INITS
 
@@ -78,6 +78,15 @@ def commit(clone, everything):
         return tree(clone / "results")
 
     return put
+
+
+def test_a_user_without_a_home_reads_what_is_committed(clone, monkeypatch):
+    for name in ("LOTTERY_RESULTS", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", str)
+    opened = open_store()
+    assert opened.dir == Path(os.devnull, "lottery/results")
+    assert opened.also == [clone / "results/ours"]
 
 
 def tree(folder):

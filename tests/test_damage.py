@@ -307,23 +307,23 @@ def test_with_a_budget_the_first_of_a_kind_is_timed_alone(tmp_path, monkeypatch)
     monkeypatch.setattr(engine.time, "monotonic", lambda: clock[0])
 
     class Slow:
-        def submit(self, fn, runs, *args):
-            under_way.append(future := Future())
+        def submit(self, fn, runs, folder, *args):
+            under_way.append((future := Future(), runs, folder))
             most.append(len(under_way))
             return future
 
     def wait(jobs, timeout, when):
         clock[0] += 3600
-        done = under_way.pop(0)
+        done, [run], folder = under_way.pop(0)
+        Store(folder).put(fake(run))
         done.set_result(3600.0)
         return {done}, set()
 
     monkeypatch.setattr(engine.futures, "wait", wait)
     left = experiments.run(seeds(4), Slow(), budget=600, store=Store(tmp_path), slots=4, progress=False)
     assert most == [1]
-    assert len(left) == 4, "the first was never stored in this test"
-    under_way.clear()
-    experiments.run(seeds(4), Slow(), store=Store(tmp_path), slots=4, progress=False)
+    assert left == seeds(4)[1:]
+    experiments.run(seeds(4), Slow(), store=Store(tmp_path / "other"), slots=4, progress=False)
     assert max(most) == 4, "without a budget nothing waits"
 
 

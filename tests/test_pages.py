@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+import lottery
 from lottery import widgets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +64,14 @@ def test_claims_are_counted_for_each_figure(tmp_path):
     folder.mkdir(parents=True)
     (folder / "x_claims.csv").write_text("item,kind\nFigure 1,direction\nFigure 1,\nTable 2,value\n")
     assert pages.counted(tmp_path, {}) == {("x", "Figure 1"): 1, ("x", "Table 2"): 1}
+
+
+def test_the_book_has_its_version_and_without_git_no_date(monkeypatch, tmp_path):
+    app, config = SimpleNamespace(srcdir=ROOT), SimpleNamespace(html_theme_options={}, html_baseurl="")
+    config.lottery_repository = ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pages.settle(app, config)
+    assert config.html_theme_options["extra_footer"] == f"<p>Version {lottery.__version__}</p>"
 
 
 def made():

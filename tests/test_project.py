@@ -84,6 +84,15 @@ def test_wheel_holds_the_package_alone(tmp_path):
             assert path.relative_to(ROOT).as_posix() in names
 
 
+def test_text_files_have_an_encoding():
+    """Elsewhere it would be the locale's: ASCII on some clusters. (ruff's PLW1514 does not see most paths.)"""
+    for path in (path for folder in ("lottery", "book") for path in (ROOT / folder).rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)):
+            if getattr(call.func, "attr", None) in ("read_text", "write_text"):
+                said = ast.unparse(call)
+                assert re.search("utf-8|TEXT", said) or "/proc/" in said, f"{path}: {said}"
+
+
 # The committed notebooks
 
 
@@ -177,6 +186,16 @@ def test_a_changed_output_is_found(old, new):
 def test_pictures_and_untagged_cells_are_not_compared():
     assert rebuild.compare(page(display(image_png="a")), page(display(image_png="b"))) == (1, {})
     assert rebuild.compare(page(stream("1"), tags=()), page(stream("2"), tags=())) == (0, {})
+
+
+def test_a_notebook_that_is_none_is_named_before_anything_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(rebuild, "BUILD", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    with pytest.raises(SystemExit, match=r"^Unknown notebook 'lht': choose from .*, lth, "):
+        rebuild.refresh("lht", "lth")
+    with pytest.raises(SystemExit, match=r"^Unknown 'lth': only `notebooks` is followed by names"):
+        rebuild.main("book", "lth")
+    assert (tmp_path / "notebooks").exists()
 
 
 def test_other_cells_are_an_error():

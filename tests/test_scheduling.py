@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 from small_runs import (
     DENSE,
     Inline,
@@ -22,8 +23,8 @@ from small_runs import (
     tree,
 )
 
-from lottery import experiments
-from lottery.experiments import Run, Store, engine, load, work
+from lottery import dynamic, experiments, training
+from lottery.experiments import Run, Store, engine, load, pace, work
 from lottery.experiments.leases import Leases
 from lottery.training import Recipe
 
@@ -224,16 +225,22 @@ def test_a_log_is_told_once_a_minute(monkeypatch, capsys):
     assert told == ["3 of 6 runs", "5 of 6 runs"]
 
 
-def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path):
+def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path, capsys):
     class Interrupted(futures.ThreadPoolExecutor):
         def submit(self, fn, runs, *args):
             if runs[0].seed == 2:
                 raise KeyboardInterrupt
             return super().submit(fn, runs, *args)
 
-    with Interrupted(3) as pool, pytest.raises(KeyboardInterrupt):
-        experiments.run(seeds(5), pool, store=Store(tmp_path), progress=False)
-    assert set(Store(tmp_path).rows()) == {r.key for r in seeds(2)}
+    with Interrupted(3) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            experiments.run(seeds(5), pool, store=Store(tmp_path), progress=False)
+        stored = set(Store(tmp_path).rows())  # before the pool itself waits for its threads
+    assert stored == {r.key for r in seeds(2)}
+    assert capsys.readouterr().out.splitlines() == [
+        "Stopping when the 2 trainings under way have ended; interrupt again to abandon.",
+        "Stopped: 2 of 2 kept.",
+    ]
 
 
 def test_long_chains_go_before_side_branches(tmp_path):
@@ -286,10 +293,111 @@ def test_children_of_a_run_that_the_budget_refuses_are_not_started(tmp_path):
 
 
 def test_a_budget_stops_before_runs_that_would_end_after_it(tmp_path):
-    opened = Store(tmp_path)
-    opened.put(fake(replace(DENSE, seed=5), wall_s=40.0))  # a second an iteration
-    executor = Inline()
+    """It is long enough that a busy machine changes nothing."""
+    opened, executor = Store(tmp_path), Inline()
+    opened.put(fake(replace(DENSE, seed=5), wall_s=4e6))  # 1e5 seconds an iteration
     quick, slow = replace(DENSE, recipe=Recipe(iterations=10, eval_every=5)), replace(DENSE, seed=1)
-    left = experiments.run([quick, slow], executor, budget=20, store=opened, progress=False)
-    assert executor.ran[:1] == [quick]
-    assert left == [r for r in (slow,) if r not in executor.ran]
+    left = experiments.run([quick, slow], executor, budget=2e6, store=opened, progress=False, slots=2)
+    assert executor.ran == [quick]
+    assert left == [slow]
+
+
+def test_a_pace_is_that_of_a_kind_on_such_a_device(tmp_path):
+    """Not of other batches, another method or another device; where none was timed, an estimate takes what is near."""
+    opened, gmp = Store(tmp_path), replace(DENSE, method=dynamic.GMP())
+    large = replace(DENSE, recipe=replace(DENSE.recipe, batch_size=600))
+    for run, seconds, device in ((DENSE, 4, "CPU x"), (large, 40, "CPU x"), (gmp, 400, "CPU x"), (gmp, 8, "NVIDIA x")):
+        opened.put(fake(replace(run, seed=len(opened.keys())), wall_s=seconds, device=device))
+    found, on_gpu = pace.paces(opened), pace.paces(opened, "cuda")
+    of = ("lenet_300_100", "digits")
+    assert found == {(*of, 60, "Method"): 0.1, (*of, 600, "Method"): 1, (*of, 60, "GMP"): 10, of: 1}
+    assert on_gpu == {(*of, 60, "GMP"): 0.2, of: 0.2}
+    assert [pace.expected(found, r.kind, 2) for r in (DENSE, large, gmp)] == [0.2, 2, 20]
+    assert pace.expected(on_gpu, large.kind, 2) == 0.4
+    assert pace.expected(found, replace(DENSE, dataset="mnist").kind, 2) is None
+
+
+def test_a_budget_does_not_take_the_pace_of_another_kind(tmp_path):
+    opened, executor = Store(tmp_path), Inline()
+    opened.put(fake(DENSE, wall_s=4e6))
+    quick = replace(DENSE, recipe=replace(DENSE.recipe, batch_size=30))  # never timed: once
+    assert experiments.run([quick], executor, budget=2e6, store=opened, progress=False) == []
+    assert executor.ran == [quick]
+
+
+# Where it is trained --------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_writes_to_another_folder_is_told_at_once(tmp_path, monkeypatch):
+    class Astray(Inline):
+        def submit(self, fn, runs, folder, *args):
+            return super().submit(fn, runs, tmp_path / "worker", *args)
+
+    monkeypatch.setattr(engine, "LATE", 0)
+    mine, executor = Store(tmp_path / "mine"), Astray()
+    with pytest.raises(FileNotFoundError, match=rf"^No result of <Run .*> is in {tmp_path}/mine, though ") as told:
+        experiments.run(seeds(3), executor, store=mine, progress=False, slots=1)
+    assert "\n" not in str(told.value)
+    assert executor.ran == seeds(1)
+    assert set(mine.failures()) == {DENSE.key}
+
+
+def test_a_result_that_a_network_shows_late_is_waited_for(tmp_path, monkeypatch):
+    find, late = Store.find, [True, True]
+    monkeypatch.setattr(engine, "LOOK", 0)
+
+    class Late(Inline):
+        def submit(self, fn, *args):
+            future = super().submit(fn, *args)
+            monkeypatch.setattr(Store, "find", lambda self, key: iter(()) if late and late.pop() else find(self, key))
+            return future
+
+    train([DENSE], tmp_path, Late())
+    assert not late
+
+
+def test_workers_are_as_many_as_this_process_may_use_cores(tmp_path, monkeypatch):
+    slots = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")  # as an affinity or a container's share limits it
+    monkeypatch.setattr(engine, "_pool", lambda n: slots.append(n) or Inline())
+    experiments.run(seeds(3), store=Store(tmp_path), progress=False)
+    experiments.run(seeds(6), store=Store(tmp_path), progress=False, threads=2)
+    assert slots == [2, 1]
+
+
+class Remote(futures.Executor):
+    """Workers of another machine, with a GPU or without; they train nothing, but a row is there."""
+
+    def __init__(self, gpu, monkeypatch):
+        self.gpu, self.monkeypatch, self.ran = gpu, monkeypatch, []
+
+    def submit(self, fn, *args):
+        future = futures.Future()
+        with self.monkeypatch.context() as there:
+            there.setattr(torch.cuda, "is_available", lambda: self.gpu)
+            try:
+                future.set_result(fn(*args) if fn is not work.execute else self.train(*args))
+            except ValueError as error:
+                future.set_exception(error)
+        return future
+
+    def train(self, runs, folder, also, keep, device, threads, compiled):
+        self.ran += [(r, device, compiled) for r in runs]
+        return sum(Store(folder).put(fake(r)) for r in runs)
+
+
+def test_a_device_has_to_be_where_it_is_used(tmp_path, monkeypatch):
+    """Not where the sweep is started; one look at a worker says so before anything is trained."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(training, "can_compile", lambda device: True)
+    here, how = {"store": Store(tmp_path), "progress": False}, {"device": "cuda", "compiled": True}
+    without, there = Remote(False, monkeypatch), Remote(True, monkeypatch)
+    for executor in (None, without):
+        with pytest.raises(ValueError, match=message("Invalid device 'cuda': give cpu, or cuda where a GPU is ")):
+            experiments.run([DENSE], executor, **how, **here)
+    assert without.ran == []
+    assert experiments.run([DENSE], there, **how, **here) == []
+    assert there.ran == [(DENSE, "cuda", True)]
+    with pytest.raises(ValueError, match=message("Invalid device 'cudaX': ")):
+        experiments.run([DENSE], there, device="cudaX", **here)

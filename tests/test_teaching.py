@@ -11,6 +11,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
@@ -23,6 +25,7 @@ TEACHING = Path(__file__).resolve().parents[1] / "book" / "teaching"
 sys.path.insert(0, str(TEACHING))
 
 import build  # noqa: E402
+import check  # noqa: E402
 import grade  # noqa: E402
 import jail  # noqa: E402
 import slides  # noqa: E402
@@ -196,6 +199,17 @@ def test_equal_is_equal_in_type_and_within_the_tolerance():
     assert not grade.same(1.0, None, 1.0)
 
 
+LEAVES = st.none() | st.booleans() | st.integers() | st.integers(10**308, 10**400) | st.floats() | st.text(max_size=3)
+ANYTHING = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from("ab"), x))
+
+
+@hypothesis.given(ANYTHING, ANYTHING)
+def test_whatever_is_handed_in_can_be_compared(expected, got):
+    assert grade.same(expected, got, 0.1) in (True, False)
+    for known in (1, 1.5, [1], {"a": 1.5}):
+        assert not grade.same(known, 10**400, 0.1)
+
+
 def test_only_answers_and_added_cells_of_a_submission_are_run(lab):
     submission = sources.student(lab)
     submission.cells[2].source = "base = 999"  # locked
@@ -206,7 +220,8 @@ def test_only_answers_and_added_cells_of_a_submission_are_run(lab):
     by_name = {part["name"]: part for part in job}
     assert by_name["setup"]["code"] == "base = 10"
     assert by_name["a cell of your own"]["code"] == "mine = 1"
-    assert by_name["warm-up"]["code"] == "four = 4" or "raise" in by_name["warm-up"]["code"]
+    assert by_name["warm-up"]["code"] == sources.student(lab).cells[3].source
+    assert by_name["warm-up-check"]["code"] == "assert four == 4"
     assert job[-1]["name"] == "double-check"
     assert "hand_in" in job[-1]["hidden"]
     assert [part["name"] for part in job].index("setup") < [part["name"] for part in job].index("a cell of your own")
@@ -265,7 +280,7 @@ def test_a_folder_is_graded_and_nobody_sees_what_is_not_his(lab, tmp_path):
     assert {line["student"]: line["sum"] for line in lines} == {
         "broken5": 0, "copied2": 3, "empty4": 0, "prying3": 5, "right1": 5
     }  # fmt: skip
-    with open(out / "marks.csv", newline="") as file:
+    with open(out / "marks.csv", newline="", encoding="utf-8") as file:
         assert [row["student"] for row in csv.DictReader(file)] == sorted([*made, "broken5"])
     prying = (out / "feedback" / "prying3.md").read_text()
     assert ", False, False]" in prying
@@ -281,17 +296,20 @@ def test_a_failure_costs_nobody_else_the_marks_and_the_roster_is_complete(lab, t
     copy = sources.filled(sources.student(lab), lab)
     for student in ("ada", "bo", ODD):
         nbformat.write(copy, folder / f"{student}.ipynb")
-    roster = {"ada": 103, "bo": 101, ODD: 102, "zoe": 104}
+    huge = sources.filled(sources.student(lab), lab)
+    huge.cells[5].source = "total = 10**400"
+    nbformat.write(huge, folder / "al.ipynb")
+    roster = {"ada": 103, "al": 100, "bo": 101, ODD: 102, "zoe": 104}
     lines = grade.grade_folder(lab, folder, out, roster, report=lambda _: None, jailed=False)
-    assert {line["student"]: line["sum"] for line in lines} == {"ada": "", "bo": 5, ODD: 5, "zoe": 0}
+    assert {line["student"]: line["sum"] for line in lines} == {"ada": "", "al": 3, "bo": 5, ODD: 5, "zoe": 0}
     with open(out / "marks.csv", newline="", encoding="utf-8") as file:
         rows = {row["student"]: row for row in csv.DictReader(file)}
-    assert list(rows) == ["M?ller", "ada", "bo", "zoe"]
+    assert list(rows) == ["M?ller", "ada", "al", "bo", "zoe"]
     assert rows["ada"]["end"].startswith("not marked: the solution itself fails for seed 103")
     assert rows["ada"]["sum-check"] == rows["ada"]["sum"] == ""
     assert rows["zoe"]["end"] == "nothing handed in"
     assert "not marked yet" in (out / "feedback" / "ada.md").read_text()
-    assert (out / "words.md").read_text().count("Because.") == 3
+    assert (out / "words.md").read_text().count("Because.") == 4
 
 
 def test_marks_are_written_as_they_come(lab, tmp_path, monkeypatch):
@@ -391,6 +409,25 @@ def test_nobody_is_marked_where_the_solution_itself_gets_no_marks(lab, tmp_path,
     with pytest.raises(RuntimeError, match="solution gets no full marks in the jail"):
         grade.grade_folder(lab, folder, tmp_path / "marks", report=lambda _: None)
     assert not (tmp_path / "marks").exists()
+
+
+def test_a_solution_that_fails_is_no_lack_of_isolation(monkeypatch, tmp_path, capsys):
+    def fail():
+        raise RuntimeError("the solution itself fails for seed 1")
+
+    def refuse():
+        raise RuntimeError("no isolation here")
+
+    monkeypatch.setattr(build, "build", lambda: tmp_path)
+    monkeypatch.setattr(slides, "build", lambda to: [])
+    monkeypatch.setattr(sources, "LABS", ())
+    monkeypatch.setattr(jail, "strength", lambda: "all of it")
+    monkeypatch.setattr(check, "check_folder", fail)
+    with pytest.raises(RuntimeError, match="the solution itself fails"):
+        check.main()
+    monkeypatch.setattr(jail, "strength", refuse)
+    check.main()
+    assert "was not graded: no isolation here" in capsys.readouterr().out
 
 
 def test_folders_inside_others_are_mounted_once():

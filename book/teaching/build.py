@@ -33,7 +33,7 @@ def build(seeds: dict[str, int] | None = None, to: Path = BUILD) -> Path:
         nb = sources.source(lab)
         nbformat.write(sources.student(nb), to / "student" / f"{lab}.ipynb")
         nbformat.write(sources.solved(nb), to / "solutions" / f"{lab}.ipynb")
-        (to / "pages" / f"{lab}.md").write_text(sources.page(nb, lab))
+        (to / "pages" / f"{lab}.md").write_text(sources.page(nb, lab), encoding="utf-8")
         with zipfile.ZipFile(to / "autograder" / f"{lab}.zip", "w") as package:
             for name in (f"{lab}.ipynb", *GRADER):
                 package.write(sources.HERE / name, name)

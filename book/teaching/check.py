@@ -99,7 +99,7 @@ def generated(nb, folder: Path) -> dict[str, dict[str, int]]:
     }
     for student, (submission, _) in made.items():
         nbformat.write(submission, folder / f"{student}.ipynb")
-    with open(folder / "roster.csv", "w", newline="") as file:
+    with open(folder / "roster.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("student", "seed"), *ROSTER.items()])
     return {student: expected for student, (_, expected) in made.items()}
 
@@ -137,12 +137,12 @@ def check_folder() -> str:
         ]
         subprocess.run([*line, "--seconds", "30", "--jobs", "2"], check=True)
         out = folder.with_name("submissions-marks")
-        with open(out / "marks.csv", newline="") as file:
+        with open(out / "marks.csv", newline="", encoding="utf-8") as file:
             marks = {row["student"]: row for row in csv.DictReader(file)}
         for student, points in must.items():
             got = {task: int(marks[student][task]) for task in points}
             assert got == points, f"{student}: {got}, must be {points}; {marks[student]['end']}"
-        reached = (out / "feedback" / "prying.md").read_text()
+        reached = (out / "feedback" / "prying.md").read_text(encoding="utf-8")
         assert "could reach []" in reached, reached
         assert marks["stubborn"]["end"] != "finished"
     return f"{len(must)} submissions have the marks that they must have, {time.monotonic() - began:.0f} s"
@@ -156,9 +156,10 @@ def main() -> None:
             print(line, flush=True)
     try:
         print("Isolation:", jail.strength())
-        print(check_folder())
     except RuntimeError as missing:
         print(f"The folder of submissions was not graded: {missing}.")
+    else:
+        print(check_folder())
     print(f"{time.monotonic() - began:.0f} s in all")
 
 

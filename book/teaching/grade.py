@@ -84,9 +84,9 @@ def run(nb, seed, submission=None, slot=0, seconds=600, memory=8 * 2**30, jailed
     of address space for a process.
     """
     job = json.dumps({"seed": seed, "seconds": seconds / 4, "cells": cells(sources.seeded(nb, seed), submission)})
-    runner = [sys.executable, "-c", (sources.HERE / "runner.py").read_text()]
-    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile() as got, tempfile.TemporaryFile() as log:
-        given.write(job)
+    runner = [sys.executable, "-c", (sources.HERE / "runner.py").read_text(encoding="utf-8")]
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as got, tempfile.TemporaryFile() as log:
+        given.write(job.encode())
         given.seek(0)
         streams = {"stdin": given, "stdout": got, "stderr": log, "start_new_session": True}
         if submission is None or not jailed:
@@ -134,23 +134,30 @@ def _note(found: Run, line: bytes) -> None:
             found.values.setdefault(str(said["task"]), (said["value"], float(said["tolerance"])))
         else:
             found.errors.append((str(said["cell"])[:80], str(said["error"])[:500]))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except Exception:  # whatever it does to be read
         pass
 
 
 def same(expected, got, tolerance: float) -> bool:
-    """Equal in type and value, numbers within the tolerance; no number is NaN."""
+    """Equal in type and value, numbers within the tolerance; no number is NaN. What cannot be compared is not."""
+    try:
+        return _same(expected, got, tolerance)
+    except Exception:  # of a whole number of 400 digits, say, which is no float
+        return False
+
+
+def _same(expected, got, tolerance):
     if isinstance(expected, dict):
         return (
             isinstance(got, dict)
             and expected.keys() == got.keys()
-            and all(same(value, got[key], tolerance) for key, value in expected.items())
+            and all(_same(value, got[key], tolerance) for key, value in expected.items())
         )
     if isinstance(expected, list):
         return (
             isinstance(got, list)
             and len(got) == len(expected)
-            and all(same(a, b, tolerance) for a, b in zip(expected, got, strict=True))
+            and all(_same(a, b, tolerance) for a, b in zip(expected, got, strict=True))
         )
     if isinstance(expected, bool | str | None) or isinstance(got, bool | str | None):
         return type(expected) is type(got) and expected == got
@@ -218,9 +225,9 @@ def grade(nb, path: Path | None, seed: int, slot=0, **options) -> tuple[dict[str
     try:
         expected = run(nb, seed)
         got = run(nb, seed, submission, slot, **options)
+        return marks(nb, expected, got), got, submission
     except Exception as error:  # a seed that the solution cannot do, a full disk: no student's fault
         return {}, Run(end=f"not marked: {brief(error)}"), submission
-    return marks(nb, expected, got), got, submission
 
 
 def prove(nb, seed: int = 7, **options) -> None:  # the seed with which check.py proves every lab

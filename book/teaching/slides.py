@@ -93,8 +93,8 @@ def build(to: Path = BUILD) -> list[Path]:
             names.append(path.stem)
     listed = "\n".join(names)
     (source / "index.md").write_text(f"# Slides\n\n```{{toctree}}\n{listed}\n```\n", encoding="utf-8")
-    (source / "conf.py").write_text(CONFIGURATION)
-    (source / "slides.css").write_text(STYLE)
+    (source / "conf.py").write_text(CONFIGURATION, encoding="utf-8")
+    (source / "slides.css").write_text(STYLE, encoding="utf-8")
     line = [sys.executable, "-m", "sphinx", "-q", "-W", "-b", "revealjs", str(source), str(to / "html")]
     if subprocess.run(line).returncode:
         sys.exit("The slides have warnings.")

@@ -5,18 +5,20 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterable
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
 import torch
 
 from lottery import data, models, training
-from lottery.experiments import PAPERS, papers
+from lottery.experiments import PAPERS, pace, papers
 from lottery.experiments.leases import Leases, running
 from lottery.experiments.runs import Measurement, Run
 from lottery.experiments.store import DamagedWeights, Store
@@ -27,12 +29,18 @@ from lottery.methods import NOTHING
 if TYPE_CHECKING:
     from joblib.externals.loky import ProcessPoolExecutor
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # an interrupt, from a keyboard or from whoever ends a job
 TOGETHER = 64  # runs side by side on a GPU
 LOOK = 2.0  # seconds between two looks at what other processes are training
+LATE = 60.0  # seconds after which a network's file system shows what another machine has written
 
 
 class WorkerDied(futures.BrokenExecutor):
     """A worker process ended without a word, as the system ends one for want of memory."""
+
+
+class NotHere(FileNotFoundError):
+    """A run was trained, but its result is not where this process looks for it."""
 
 
 def run(
@@ -51,11 +59,12 @@ def run(
     Args:
         runs: Runs, most decisive first; long chains are kept busy before their side branches.
         executor: any `concurrent.futures.Executor` whose workers see the store's folder; default: one process per
-            `threads` cores on the CPU, this process on a GPU or for a single run.
+            `threads` of the cores that this process may use on the CPU, this process on a GPU or for a single run.
         slots: how many trainings the executor is given at once; default: its own number of workers where it tells it.
-        budget: seconds; no run starts that is expected to end after it. Of a kind that was never timed here, one run
-            starts alone, and may end later.
-        device, threads, compiled: of one training, see `training.fit`.
+        budget: seconds; no run starts that is expected to end after it. Of a kind (`Run.kind`) that was never timed on
+            such a device one run starts alone, and may end later.
+        device, threads, compiled: of one training, see `training.fit`. A device has to be where the training is: with
+            an executor not here, but with its workers.
 
     On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
     A run is kept the moment it ends. What another process is training in the same store is left to it, and trained here
@@ -66,26 +75,27 @@ def run(
     Runs whose worker process dies are trained once more, each alone, in new processes; the one of which it dies again
     is a run that raises, `WorkerDied`. An executor of the caller's that is broken raises that at once, and notes none.
     """
-    check(device, threads)
-    if slots is not None and (type(slots) is not int or slots < 1):
-        raise ValueError(f"Invalid slots {slots!r}: give a whole number from 1.")
-    if compiled and not training.can_compile(device):
-        warnings.warn("No C++ compiler is here: trained without torch.compile.", stacklevel=2)
-        compiled = False
+    own = executor is None
+    check(device, threads, slots, own)
     runs, store = list(runs), store or Store()
     if todo := missing(runs, store):
         store.check()
         store.sweep()
-    slots = slots or getattr(executor, "_max_workers", None) or max(1, (os.cpu_count() or 1) // threads)
-    slots = 1 if device != "cpu" and executor is None else min(slots, len(todo) or 1)
+    if todo and (compiled or (not own and device != "cpu")):
+        can = _can(device, compiled) if own else executor.submit(_can, device, compiled).result()
+        if compiled and not can:
+            where = "here" if own else "with the workers"
+            warnings.warn(f"No C++ compiler is {where}: trained without torch.compile.", stacklevel=2)
+        compiled = can
+    slots = slots or getattr(executor, "_max_workers", None) or max(1, _cores() // threads)
+    slots = 1 if device != "cpu" and own else min(slots, len(todo) or 1)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(len(todo), progress))
-        own = executor is None
         renew = (lambda: stack.enter_context(_pool(slots))) if own else None
         executor = renew() if own else executor
         leases = stack.enter_context(contextlib.closing(Leases(store.leases)))
         how = (device, threads, compiled)
-        sweep = _Sweep(runs, todo, store, executor, renew, slots, leases, _Clock(budget, store), how, bar)
+        sweep = _Sweep(runs, todo, store, executor, renew, slots, leases, _Clock(budget, store, device), how, bar)
         try:
             sweep.run()
         except KeyboardInterrupt:
@@ -181,12 +191,17 @@ class _Sweep:
                 f"The process that trained {group[0]!r} died, and again when nothing else was trained, most likely for "
                 "want of memory: give it more, then run again."
             )
+        if not error and (lost := [r for r in group if not self._arrived(r)]):
+            error = NotHere(
+                f"No result of {lost[0]!r} is in {self.store.dir}, though it was trained: the worker wrote to another "
+                "folder of that name; give the full path of one that this process and the workers share."
+            )
         if error:
             self.errors.append(error)
             self.given_up.update(group)
             for r in group:
                 self.store.note_failure(r.key, error)
-            if isinstance(error, CannotWrite):  # nor could what comes after it be kept
+            if isinstance(error, CannotWrite | NotHere):  # nor could what comes after it be kept
                 self.given_up.update(self.todo)
         else:
             self.clock.finished(group, job.result())
@@ -194,6 +209,13 @@ class _Sweep:
                 self.store.note_failure(r.key, None)
             self.bar.update(len(group))
         self.leases.release([r.key for r in group])
+
+    def _arrived(self, r):
+        """Whether a result that a worker has written can be read here."""
+        end = time.monotonic() + LATE
+        while not (found := any(self.store.find(r.key))) and time.monotonic() < end:
+            time.sleep(LOOK)
+        return found
 
     def _plan_again(self, group):
         """The weights that a group starts from were damaged and are set aside: they are trained again first, once."""
@@ -218,25 +240,49 @@ class _Sweep:
 
     def wait_or_abandon(self, own):
         """After an interrupt: wait for what is under way; after another one do not."""
-        if self.under_way:
-            n = sum(map(len, self.under_way.values()))
-            kept = f"{n} trainings will be kept when they end" if n > 1 else "one training will be kept when it ends"
-            self.bar.write(f"Stopping: {kept}; interrupt again to abandon.")
+        n = sum(map(len, self.under_way.values()))
+        if n:
+            what = f"{n} trainings under way have" if n > 1 else "training under way has"
+            self.bar.write(f"Stopping when the {what} ended; interrupt again to abandon.")
         try:
             futures.wait(self.under_way)
         except KeyboardInterrupt:
             if own:
                 self.executor.shutdown(wait=False, kill_workers=True)
             raise
+        if n:
+            ended = [job for job in self.under_way if not job.cancelled() and not job.exception()]
+            kept = sum(len(self.under_way[job]) for job in ended)
+            self.bar.write(f"Stopped: {kept} of {n} kept.")
 
 
-def check(device: str, threads: int) -> None:
-    """Raises ValueError for a device that is not here or a number of threads that is none."""
-    here = device == "cpu" or (str(device).startswith("cuda") and torch.cuda.is_available())
-    if not here:
+def check(device: str, threads: int = 1, slots: int | None = None, here: bool = True) -> None:
+    """Raises ValueError for a device that is none or, with `here`, not here, and for numbers of threads or slots.
+
+    here: whether this machine trains, not an executor's.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise ValueError(f"Invalid device {device!r}: give cpu, or cuda where a GPU is present.")
-    if type(threads) is not int or threads < 1:
-        raise ValueError(f"Invalid threads {threads!r}: give a whole number from 1.")
+    for name, value in (("threads", threads), ("slots", 1 if slots is None else slots)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
+    if here and device != "cpu" and slots not in (None, 1):
+        raise ValueError(f"Invalid slots {slots} with device {device}: here a GPU trains in one process; leave it out.")
+    if here and device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"Invalid device {device!r}: give cpu, or cuda where a GPU is present.")
+
+
+def _can(device, compiled):
+    """Whether `compiled` can be had where this runs; raises ValueError where the device cannot."""
+    check(device)
+    return compiled and training.can_compile(device)
+
+
+def _cores():
+    """Of this machine those that this process may use: a job of a cluster has a few of a node's."""
+    from joblib.externals.loky import cpu_count
+
+    return cpu_count()
 
 
 def needs(r: Run | Measurement) -> set[Run]:
@@ -313,24 +359,24 @@ def _died(error):
 
 
 class _Clock:
-    """Expected duration of a run: seconds per unit of work of the last like it, in this call or in the store."""
+    """Expected duration of a run: seconds per unit of work of the last of its kind in this call, or of those stored."""
 
-    def __init__(self, budget, store):
+    def __init__(self, budget, store, device):
         self.end = None if budget is None else time.monotonic() + budget
-        self.pace = {} if budget is None else store.paces()
+        self.pace = {} if budget is None else pace.paces(store, device)
 
     def is_timing(self, group, under_way):
         """Whether a run like these, which nobody has timed, is under way: they wait, so that no more is overrun."""
-        unknown = {r.like for r in group} - self.pace.keys()
-        return self.end is not None and any(r.like in unknown for others in under_way for r in others)
+        unknown = {r.kind for r in group} - self.pace.keys()
+        return self.end is not None and any(r.kind in unknown for others in under_way for r in others)
 
     def allows(self, group):
-        expected = sum(self.pace.get(r.like, 0) * r.work for r in group)
+        expected = sum(self.pace.get(r.kind, 0) * r.work for r in group)
         return self.end is None or time.monotonic() + expected <= self.end
 
     def finished(self, group, wall_s):
         for r in group:
-            self.pace[r.like] = wall_s / len(group) / r.work
+            self.pace[r.kind] = wall_s / len(group) / r.work
 
 
 class _Here(futures.Executor):
@@ -353,9 +399,11 @@ def processes(n: int) -> "ProcessPoolExecutor":
     """Worker processes; loky's do not import the caller's __main__, so an unguarded script or stdin works too."""
     from joblib.externals.loky import ProcessPoolExecutor
 
+    resource_tracker.ensure_running()  # lets signals through when it starts, else in `submit` with the first worker
+
     class Pool(ProcessPoolExecutor):
         def submit(self, *args, **kwargs):
-            with _uninterrupted():  # a worker that still starts would die of an interrupt, and its run with it
+            with _uninterrupted():  # a worker that still starts would die of a signal, and its run with it
                 return super().submit(*args, **kwargs)
 
     return Pool(n, initializer=_worker, initargs=(os.getpid(),))
@@ -363,11 +411,11 @@ def processes(n: int) -> "ProcessPoolExecutor":
 
 @contextlib.contextmanager
 def _uninterrupted():
-    """An interrupt waits until the end; processes that are started meanwhile never see one."""
+    """A signal to stop waits until the end; processes that are started meanwhile never see one."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -375,7 +423,8 @@ def _uninterrupted():
 
 
 def _worker(parent):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for stop in STOPS:  # the parent decides; a batch system signals every process of a job
+        signal.signal(stop, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -177,8 +177,13 @@ class Run:
 
     @property
     def like(self) -> tuple[str, str]:
-        """What its seconds per unit of `work` are shared with."""
+        """What its seconds per unit of `work` are roughly shared with."""
         return self.model, self.dataset
+
+    @property
+    def kind(self) -> tuple[str, str, int, str]:
+        """What its seconds per unit of `work` are shared with on one kind of device, see `pace`."""
+        return *self.like, self.recipe.batch_size, type(self.method).__name__
 
     @property
     def work(self) -> int:
@@ -233,6 +238,11 @@ class Measurement:
     @property
     def like(self) -> tuple[str, str, str]:
         return "measured", self.model, self.dataset
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """As a Run's."""
+        return self.like
 
     @functools.cached_property
     def key(self) -> str:
