@@ -22,6 +22,7 @@ import math
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -118,7 +119,9 @@ def prune(
     with bar as job.bar, torch.enable_grad(), grasp.same_rng(next(net.parameters())):
         torch.manual_seed(seed % 2**63)
         given = job.measure(net)
-        masks = METHODS[method](job, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Layer collapse")  # of what a search tries on its way; the end is told
+            masks = METHODS[method](job, **options)
         M.warn_of_collapse(masks)
         net = M.bake(job.net.eval())
         measures = {"as given": given, **job.measures, "pruned": job.measure(net)}
