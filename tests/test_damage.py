@@ -1,9 +1,12 @@
 """What a store is given that no training wrote, and where nothing can be written: a line each, and the rest goes on."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
+import stat
 import subprocess
 import time
 from dataclasses import replace
@@ -203,10 +206,44 @@ def mounted(folder, *options):
 
 
 def one_line(why, path):
-    return (
-        rf"^Cannot write {re.escape(str(path))}[^\n]*: {why}\. Make room, or name another folder; "
-        r"what is finished is kept\.$"
-    )
+    do = "Make room, or name" if why == "No space left on device" else "Name"
+    return rf"^Cannot write {re.escape(str(path))}[^\n]*: {why}\. {do} another folder; what is finished is kept\.$"
+
+
+def refused(monkeypatch, module, name, error, when=lambda *_: True):
+    """A call of the system that is refused where `when` is true of its arguments."""
+    call = getattr(module, name)
+
+    def refusing(*args, **kwargs):
+        if when(*args):
+            raise OSError(error, os.strerror(error))
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, refusing)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "why"),
+    [
+        ((os, "link"), errno.EPERM, r"its file system makes no hard links \(Operation not permitted\)"),
+        ((fcntl, "flock"), errno.ENOSYS, r"its file system grants no lock, `flock` \(Function not implemented\)"),
+        ((os, "fsync"), errno.EIO, "Input/output error"),
+    ],
+)
+def test_what_the_file_system_cannot_do_is_said_before_anything_is_trained(tmp_path, monkeypatch, call, error, why):
+    executor = Inline()
+    refused(monkeypatch, *call, error)
+    with pytest.raises(files.CannotWrite, match=one_line(why, tmp_path)):
+        experiments.run(seeds(2), executor, store=Store(tmp_path), progress=False)
+    assert executor.ran == []
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_synchronised_keeps_results_all_the_same(tmp_path, monkeypatch):
+    refused(monkeypatch, os, "fsync", errno.EINVAL, lambda f: stat.S_ISDIR(os.fstat(f).st_mode))
+    Store(tmp_path).check()
+    assert Store(tmp_path).put(fake())
+    assert Store(tmp_path).merge() == 1
 
 
 def test_a_read_only_store_is_refused_before_anything_is_trained_and_can_be_looked_at(tmp_path, status):

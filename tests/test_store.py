@@ -488,6 +488,14 @@ def test_an_own_result_that_differs_from_a_packed_one_is_kept_aside(tmp_path, ca
     assert not capsys.readouterr().err
     assert Store(tmp_path).get(DENSE)["last_test_acc"] == fake()["last_test_acc"]
 
+    first = (tmp_path / ".spool" / f"{DENSE.key}.conflict").read_bytes()
+    (tmp_path / shard.name).rename(tmp_path / "away")
+    Store(tmp_path).put({**other_result(DENSE), "early_stop_step": 30})
+    (tmp_path / "away").rename(tmp_path / shard.name)
+    Store(tmp_path).merge()
+    assert (tmp_path / ".spool" / f"{DENSE.key}.conflict").read_bytes() == first
+    assert (tmp_path / ".spool" / f"{DENSE.key}.2.conflict").exists()
+
 
 def test_a_shard_is_named_by_a_date_and_by_nothing_else_of_a_row(tmp_path):
     mine = tmp_path / "mine"

@@ -8,13 +8,11 @@ trained again, never deleted.
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -173,16 +171,23 @@ class Store:
         table = _signed(table)
         path = self.dir / ".spool" / f"{row['key']}.parquet"
         if path.exists() and others(read(path)):
-            os.replace(path, path.with_suffix(".damaged"))
+            files.aside(path, "damaged")
         with files.temporary(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
             self._folders.clear()
             return files.publish(temporary, path, replace=False)
 
     def check(self) -> None:
-        """Make the folder. Raises `files.CannotWrite` where a result could not be kept: before it is trained."""
-        with files.temporary(self.leases / "probe") as probe:
+        """Make the folder. Raises `files.CannotWrite` where a result could not be kept: before it is trained.
+
+        What a training needs of the file system is tried: room, a link, a lock.
+        """
+        with files.temporary(self.leases / "probe") as probe, files.temporary(self.leases / "probe") as free:
             probe.write_bytes(bytes(2**16))
+            free.unlink()
+            files.publish(probe, free, replace=False)
+        with files.locked(self.leases / ".lock"):
+            pass
 
     def sweep(self) -> None:
         """Remove what killed processes left: their leases, half-written files, checkpoints of runs that are stored."""
@@ -271,8 +276,7 @@ class Store:
         """
         self.check()
         self.sweep()
-        with open(self.dir / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(self.dir / ".lock"):
             own = self.dir / ".spool"
             folders = [own] if source is None else [Path(source), Path(source) / ".spool"]
             sound = {path: read(path) for folder in folders for path in sorted(folder.glob("*.parquet"))}
@@ -292,7 +296,7 @@ class Store:
             self._pack([rows[key] for key in sorted(rows)])
             if source is None:
                 for path in (path for path, found in sound.items() if found):
-                    path.replace(path.with_suffix(".conflict")) if path in other else path.unlink()
+                    files.aside(path, "conflict") if path in other else path.unlink()
         return len(rows)
 
     def _pack(self, rows):
