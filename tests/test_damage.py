@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_runs import DENSE, Inline, child, fake, seeds, spool, train
+from small_runs import DENSE, Inline, child, fake, seeds, spool, train, tree
 from typer.testing import CliRunner
 
 from lottery import cli, data, experiments, files, tensorfile, training
-from lottery.experiments import Store, leases, load, papers, store
+from lottery.experiments import Store, leases, load, papers, store, work
 from lottery.training import Recipe
 
 
@@ -90,6 +90,24 @@ def test_a_row_of_a_newer_version_is_called_that(tmp_path, capsys, monkeypatch):
     assert re.fullmatch(r"Run [0-9a-f]{24} in .* was written by a newer version of lottery\. .*; update\.", later)
     assert Store(tmp_path).merge() == 0
     assert len(spool(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_a_newer_version_stays_and_its_run_is_refused_before_it_is_trained(tmp_path, monkeypatch, packed):
+    with monkeypatch.context() as later:
+        newer = store.schema().append(pa.field("noise", pa.float64()))
+        later.setattr(store, "schema", lambda: newer)
+        Store(tmp_path).put(fake(noise=0.5))
+        assert not packed or Store(tmp_path).merge() == 1
+    before = tree(tmp_path)
+    said = rf"^Run {DENSE.key} in .*\.parquet was written by a newer version of lottery: update, or name another --resu"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", None)
+        with pytest.raises(ValueError, match=said):
+            work.execute([DENSE], tmp_path)
+    with pytest.raises(ValueError, match=said):
+        Store(tmp_path).put(fake())
+    assert tree(tmp_path) == before
 
 
 def bomb(path, value, n):

@@ -3,6 +3,7 @@
 import concurrent.futures as futures
 import fcntl
 import json
+import os
 import random
 import re
 from dataclasses import dataclass, replace
@@ -125,6 +126,52 @@ def test_a_store_that_is_open_sees_what_others_do(tmp_path):
     other.merge()
     assert mine.get(DENSE)
     assert len(load(None, mine)) == 1
+
+
+def test_a_relative_folder_is_that_of_the_process_that_named_it(tmp_path, monkeypatch):
+    """Workers are told of it, and need not be where this process is, or stays."""
+    monkeypatch.chdir(tmp_path)
+    mine = Store("mine", also=["its"])
+    assert (mine.dir, mine.also) == (tmp_path / "mine", [tmp_path / "its"])
+
+
+def test_a_result_that_no_listing_shows_yet_is_found_by_its_name(tmp_path):
+    """Added within one tick of the folder's clock, or while a network's file system keeps an older time of it."""
+    mine, other = Store(tmp_path), replace(DENSE, seed=1)
+    mine.put(fake())
+    assert mine.get(other) is None
+    before = (tmp_path / ".spool").stat()
+    Store(tmp_path).put(fake(other))
+    os.utime(tmp_path / ".spool", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert mine.get(other)
+
+
+def test_a_process_reads_once_which_runs_a_shard_holds(tmp_path, monkeypatch):
+    """A worker opens the store anew for each of its runs, and asks for it by name."""
+    pack(tmp_path, seeds(3))
+    [shard], table, asked = shards(tmp_path), store._table, []
+    monkeypatch.setattr(store, "_table", lambda *args: (asked.append(args[0]), table(*args))[1])
+    absent = replace(DENSE, seed=9).key
+    for _ in range(2):
+        assert list(Store(tmp_path).find(absent)) == []
+        assert len(Store(tmp_path).keys()) == 3
+    assert asked.count(shard) == 1
+    assert [row["key"] for row in Store(tmp_path).find(DENSE.key)] == [DENSE.key]
+
+
+def test_a_shard_that_goes_while_the_store_is_open_stops_nothing(tmp_path):
+    """As a checkout of another commit takes it: what it held lies elsewhere by then, or nowhere."""
+    one, other = seeds(2)
+    pack(tmp_path, [one, other])
+    mine = Store(tmp_path)
+    mine.keys()
+    [shard] = shards(tmp_path)
+    shard.unlink()
+    assert mine.get(one) is None
+    assert mine.columns("status") == {}
+    pack(tmp_path, [other])
+    assert mine.get(other)
+    assert mine.columns("status") == {other.key: ("finished",)}
 
 
 def pack(folder, runs):

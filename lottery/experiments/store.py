@@ -81,8 +81,9 @@ class Store:
     """Runs under `results_dir` (default: `results/ours` of the clone), and read-only under `also`."""
 
     def __init__(self, results_dir=None, also=()):
-        self.dir = Path(results_dir).expanduser() if results_dir else root() / "ours"
-        self.also = [Path(folder) for folder in also]
+        # Absolute: they are told to workers, which need not be where this process is or will be.
+        self.dir = Path(results_dir).expanduser().absolute() if results_dir else root() / "ours"
+        self.also = [Path(folder).expanduser().absolute() for folder in also]
         if self.dir.exists() and not self.dir.is_dir():
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
@@ -94,25 +95,31 @@ class Store:
             if self._folders.get(folder) == changed:
                 continue
             self._folders[folder] = changed
-            # A shard stays, so its runs are read when they are asked for; a file of the spool may be gone by then.
-            columns = None if folder.name == ".spool" else ["key"]
             for path in sorted(folder.glob("*.parquet")):
-                with contextlib.suppress(FileNotFoundError):  # packed into a shard by another process meanwhile
-                    stamp = path.lstat().st_mtime_ns
-                    if self._tables.get(path, (None,))[0] != stamp:
-                        self._tables[path] = stamp, (table := _table(path, columns))
-                        for i, key in enumerate(table["key"].to_pylist()):
-                            self._places.setdefault(key, []).append((path, i))
+                self._note(path)
         return self._places.keys()
+
+    def _note(self, path):
+        """Where the runs of a file lie, unless it is gone: packed into a shard by another process."""
+        with contextlib.suppress(FileNotFoundError):
+            stamp = _stamp(path)
+            if self._tables.get(path, (None,))[0] == stamp:
+                return
+            # A shard stays, so its runs are read when they are asked for; a file of the spool may be gone by then.
+            table = _table(path) if path.parent.name == ".spool" else None
+            self._tables[path] = stamp, table
+            for i, key in enumerate(_keys(path, stamp) if table is None else table["key"].to_pylist()):
+                self._places.setdefault(key, []).append((path, i))
 
     def columns(self, *names: str) -> dict[str, tuple[Any, ...]]:
         """`{key: values}` of a few columns of all that is stored. Unchecked: for counts and paces, not for results."""
         self.keys()
         found = {}
         for path, (_, table) in self._tables.items():
-            table = _table(path, ["key", *names]) if table.num_columns == 1 else table
-            for key, *values in zip(*(table[name].to_pylist() for name in ("key", *names)), strict=True):
-                found.setdefault(key, tuple(values))
+            with contextlib.suppress(FileNotFoundError):  # a shard that a checkout of another commit has taken
+                table = _table(path, ["key", *names]) if table is None else table
+                for key, *values in zip(*(table[name].to_pylist() for name in ("key", *names)), strict=True):
+                    found.setdefault(key, tuple(values))
         return found
 
     def paces(self) -> dict[tuple[str, ...], float]:
@@ -129,15 +136,18 @@ class Store:
 
     def row(self, key: str) -> dict[str, Any] | None:
         """The sound row of a key, or None. It is read and checked when it is first asked for."""
-        if key in self._rows or key not in self.keys():
-            return self._rows.get(key)
-        while (places := self._places[key]) and key not in self._rows:
+        if key not in self._rows and not (key in self.keys() and self._places[key]):
+            # A listing may be late, as a folder's time has ticks and NFS keeps it for a while: a name is asked for.
+            for folder in (self.dir, *self.also):
+                self._note(folder / ".spool" / f"{key}.parquet")
+        while key not in self._rows and (places := self._places.get(key)):
             path, i = places.pop(0)  # a damaged one is named once
             stamp, table = self._tables[path]
-            if table.num_columns == 1:
-                self._tables[path] = stamp, (table := _table(path))
-            for row in _sound(table.slice(i, 1), path):
-                self._rows[row["key"]], self._from[row["key"]] = row, path
+            with contextlib.suppress(FileNotFoundError):  # a shard that a checkout of another commit has taken
+                if table is None:
+                    self._tables[path] = stamp, (table := _table(path))
+                for row in _sound(table.slice(i, 1), path):
+                    self._rows[row["key"]], self._from[row["key"]] = row, path
         return self._rows.get(key)
 
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -157,7 +167,7 @@ class Store:
     def put(self, row: dict[str, Any]) -> bool:
         """Keep a finished run, atomically; False when it is stored already and this copy is discarded.
 
-        Raises `files.CannotWrite`.
+        Raises `files.CannotWrite`, and ValueError as `find`.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -199,13 +209,15 @@ class Store:
     def find(self, key: str) -> Iterator[dict[str, Any]]:
         """The sound rows of a key, looked for in the files: `row` without reading what else lies in the spool.
 
-        The spool is asked first, from which a merge takes rows away.
+        The spool is asked first, from which a merge takes rows away. Raises ValueError for a row of a newer version,
+        in whose place nothing may be trained.
         """
         folders = (self.dir, *self.also)
         spooled = [folder / ".spool" / f"{key}.parquet" for folder in folders]
         for path in itertools.chain(spooled, (shard for folder in folders for shard in folder.glob("*.parquet"))):
             with contextlib.suppress(FileNotFoundError):
-                yield from read(path, {key})
+                if path in spooled or key in _keys(path, _stamp(path)):
+                    yield from read(path, {key}, newer=True)
 
     def artifact(self, key: str) -> Path:
         """Where the final weights of a run lie, or would lie."""
@@ -384,12 +396,27 @@ def unlike(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ""
 
 
-def read(path: Path, keys: Container[str] | None = None) -> list[dict[str, Any]]:
-    """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr."""
+def read(path: Path, keys: Container[str] | None = None, newer: bool = False) -> list[dict[str, Any]]:
+    """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr.
+
+    newer: raise ValueError for a row that a newer version wrote, which is else named and passed over as well.
+    """
     if keys is None:
-        return _sound(_table(path), path)
+        return _sound(_table(path), path, newer)
     places = [i for i, key in enumerate(_table(path, ["key"])["key"].to_pylist()) if key in keys]
-    return _sound(_table(path).take(places), path) if places else []
+    return _sound(_table(path).take(places), path, newer) if places else []
+
+
+def _stamp(path):
+    """What tells whether a file is still the one that was read."""
+    found = path.lstat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+@functools.cache
+def _keys(path, stamp):
+    """The keys of a shard, in order; read once a process, as a sweep asks for each of its runs."""
+    return tuple(_table(path, ["key"])["key"].to_pylist())
 
 
 def _table(path, columns=None):
@@ -457,7 +484,7 @@ def _plain(table):
     return table
 
 
-def _sound(table, path):
+def _sound(table, path, newer=False):
     """The sound rows of a table; others are named on stderr: damaged ones, and those that a newer version wrote."""
     names, sound = schema().names, []
     for whole in table.to_pylist():
@@ -466,10 +493,10 @@ def _sound(table, path):
         if not (problem := _problem(row)):
             sound.append(row)
         elif _digest(whole) == row["payload_sha"] != _digest(row):
-            print(
-                f"Run {key} in {path} was written by a newer version of lottery. It is passed over; update.",
-                file=sys.stderr,
-            )
+            said = f"Run {key} in {path} was written by a newer version of lottery"
+            if newer:
+                raise ValueError(f"{said}: update, or name another --results-dir.")
+            print(f"{said}. It is passed over; update.", file=sys.stderr)
         else:
             _name_damaged(key, path, problem)
     return sound
