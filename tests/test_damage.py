@@ -349,6 +349,20 @@ def test_a_sweep_trains_a_parents_damaged_weights_again_and_goes_on(tmp_path, da
     assert not Store(tmp_path).failures()
 
 
+def test_damaged_weights_of_a_store_beside_are_left_there_and_trained_again_here(tmp_path):
+    train([child(DENSE)], tmp_path / "its")
+    its = Store(tmp_path / "its").artifact(DENSE.key)
+    its.write_bytes(its.read_bytes()[:-5] + b"12345")
+    before, other = tree(tmp_path / "its"), replace(child(DENSE), rate=0.5)
+    mine, executor = Store(tmp_path / "mine", also=[tmp_path / "its"]), Inline()
+    with pytest.raises(store.DamagedWeights, match=rf"^Damaged weights {re.escape(str(its))}: passed over; run again,"):
+        Store(mine.dir, mine.also).load_artifact(DENSE.key)  # as a worker does, of which this process need not know
+    assert experiments.run([other], executor, store=mine, progress=False) == []
+    assert executor.ran == [DENSE, other]
+    assert mine.artifact(DENSE.key) == tmp_path / "mine/.artifacts" / its.name
+    assert tree(tmp_path / "its") == before
+
+
 # Budgets and bounds ---------------------------------------------------------------------------------------------------
 
 

@@ -221,11 +221,10 @@ class Store:
 
     def artifact(self, key: str) -> Path:
         """Where the final weights of a run lie, or would lie."""
-        for folder in (self.dir, *self.also):
-            path = folder / ".artifacts" / f"{key}.safetensors"
-            if path.exists():
-                return path
-        return self.dir / ".artifacts" / f"{key}.safetensors"
+        paths = [folder / ".artifacts" / f"{key}.safetensors" for folder in (self.dir, *self.also)]
+        own = paths[0]
+        usable = paths[:1] if own.with_suffix(".damaged").exists() else paths
+        return next((path for path in usable if path.exists()), own)
 
     @property
     def leases(self) -> Path:
@@ -264,8 +263,8 @@ class Store:
     def load_artifact(self, key: str) -> "tuple[dict[str, torch.Tensor], str]":
         """What `save_artifact` kept, and the file's sha256.
 
-        Raises DamagedWeights for those that are damaged, another run's or gone; the file is set aside, and the next
-        call of `run` trains them again.
+        Raises DamagedWeights for those that are damaged, another run's or gone; the file is set aside, or under `also`
+        passed over from now on, and the next call of `run` trains them again.
         """
         from lottery import tensorfile
 
@@ -274,11 +273,16 @@ class Store:
             tensors, about, sha = tensorfile.read(path)
             if about == {"run": key}:
                 return tensors, sha
-        try:
-            path.rename(path.with_suffix(".damaged"))
-        except FileNotFoundError:
-            raise DamagedWeights(f"No weights {path}: run again, and they are trained again.") from None
-        raise DamagedWeights(f"Damaged weights {path}: set aside; run again, and they are trained again.")
+        own, done = self.dir / ".artifacts" / f"{key}.safetensors", "set aside"
+        if path != own:  # not ours to move: `artifact` passes it over where this lies
+            files.write(own.with_suffix(".damaged"), f"{path}\n".encode())
+            done = "passed over"
+        else:
+            try:
+                files.aside(path, "damaged")
+            except FileNotFoundError:
+                raise DamagedWeights(f"No weights {path}: run again, and they are trained again.") from None
+        raise DamagedWeights(f"Damaged weights {path}: {done}; run again, and they are trained again.")
 
     def merge(self, source: Path | str | None = None) -> int:
         """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.
