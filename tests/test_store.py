@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import DENSE, QUICK, edit, fake, seeds, shards, spool, train, tree
 
-from lottery import training
+from lottery import files, training
 from lottery.experiments import Run, Store, engine, load, store
 
 
@@ -116,6 +116,37 @@ def test_merge_packs_shards_of_limited_size(tmp_path, monkeypatch):
     Store(tmp_path).put(fake(replace(DENSE, seed=8)))
     assert Store(tmp_path).merge() == 1
     assert first.items() <= tree(tmp_path).items(), "shards are append-only"
+
+
+def test_a_shard_holds_no_more_bytes_than_are_read(tmp_path, monkeypatch, capsys):
+    """Twelve rows of some 50 kB with a limit of 1 MB; and a row that alone has more than its share."""
+    rng = np.random.default_rng(0)
+    sizes = dict(zip(seeds(12), [350_000, *[50_000] * 11], strict=True))
+    for r, n in sizes.items():
+        Store(tmp_path).put(fake(r, numbers=json.dumps({"s": rng.bytes(n // 2).hex()})))
+    monkeypatch.setattr(store, "MOST", 10**6)
+    assert Store(tmp_path).merge() == 12
+    assert not spool(tmp_path)
+    assert Store(tmp_path).rows().keys() == {r.key for r in sizes}
+    assert len(shards(tmp_path)) == 5
+    assert not capsys.readouterr().err
+
+
+def test_what_a_shard_does_not_give_back_stays_in_the_spool(tmp_path, monkeypatch, capsys):
+    runs, write = seeds(3), pq.write_table
+    for r in runs:
+        Store(tmp_path).put(fake(r))
+
+    def lying(table, where, **options):
+        write(table.set_column(0, "key", pa.array(["0" * 24] * len(table))), where, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", lying)
+        said = r"^Cannot write .*\.parquet: what is read again is not what was written\. Name another folder; "
+        with pytest.raises(files.CannotWrite, match=said):
+            Store(tmp_path).merge()
+    assert (len(spool(tmp_path)), shards(tmp_path)) == (3, [])
+    assert Store(tmp_path).merge() == 3
 
 
 def test_a_store_that_is_open_sees_what_others_do(tmp_path):

@@ -287,8 +287,9 @@ class Store:
     def merge(self, source: Path | str | None = None) -> int:
         """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.
 
-        A shard is complete before the spool files that it replaces are removed, so a kill loses nothing. Where a run is
-        there with another result, the first stays: it is said on stderr, and the other file is kept, ours as .conflict.
+        A shard is complete, and was read again, before the spool files that it replaces are removed, so a kill loses
+        nothing. Where a run is there with another result, the first stays: it is said on stderr, and the other file is
+        kept, ours as .conflict. Raises `files.CannotWrite`.
         """
         self.check()
         self.sweep()
@@ -320,14 +321,36 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for i in range(0, len(rows), SHARD):
-            part = rows[i : i + SHARD]
+        for part in _parts(rows):
             name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
             dates = [row["started"][:10] for row in part if re.match(r"\d{4}-\d\d-\d\d", row["started"] or "")]
             path = self.dir / f"{max(dates, default=now()[:10])}-{name}.parquet"
             with files.temporary(path) as temporary:
                 pq.write_table(pa.Table.from_pylist(part, schema=schema()), temporary, compression="zstd")
+                if [_digest(row) for row in _table(temporary).to_pylist()] != [row["payload_sha"] for row in part]:
+                    raise OSError("what is read again is not what was written")
                 files.publish(temporary, path)
+
+
+def _parts(rows):
+    """Rows as they come into shards: SHARD of them at most, and far fewer bytes than `read` takes, or one alone.
+
+    A quarter, as `_parquet` counts 8 bytes for each value, which may take 4, and the file's own.
+    """
+    import pyarrow as pa
+
+    part, left = [], 0
+    for row in rows:
+        size = pa.Table.from_pylist([row], schema=schema()).nbytes
+        if part and (size > left or len(part) == SHARD):
+            yield part
+            part = []
+        if not part:
+            left = MOST // 4
+        part.append(row)
+        left -= size
+    if part:
+        yield part
 
 
 def load(runs: "Iterable[Run | Measurement] | None" = None, store: Store | None = None) -> "pd.DataFrame":
