@@ -210,13 +210,13 @@ def _beginning(r, store, device, threads, compiled):
     """What the row of a run has after its first PREFIX steps."""
     with work.settings_for(threads):
         images = take(work.images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
-        given, begin = work.spending(r, images, store), work.start(r)
-        net = work.initialise(given, images, store, device)
+        (given, net), begin = work.prepare(r, images, store, device), work.start(r)
         how = {"start": begin, "stop": min(begin + PREFIX, r.recipe.iterations), "method": given.method}
         how |= {"opt": net.optimizer, "compiled": compiled}
         history = work.fit_alike(net.model, images, r.recipe, seed=int(r.key[:15], 16), **how)
-    certificate = work.certify(work.algorithms_of(r), now(), history.wall_s, device, threads)
-    certificate = json.dumps(certificate | {"compile": compiled})
+    conditions = work.conditions(device, threads, compiled)
+    certificate = work.certify(work.algorithms_of(r), now(), history.wall_s, conditions)
+    certificate = json.dumps(certificate | {"group": [r.key]})
     losses = {str(t): loss for t, loss in history.train_loss.items()}
     return {"train_loss": json.dumps(losses), "fingerprint": images.fingerprint, "certificate": certificate}
 
