@@ -1,22 +1,27 @@
 """Files that a kill, a full disk or somebody else may have had in hand: written whole or not at all, read with care."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 STALE = 3600.0  # seconds after which a temporary file is what a killed process left
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CannotWrite(OSError):
-    """A full disk, a read-only folder: told with the file and what to do."""
+    """A full disk, a read-only folder, a file system that lacks something: told with the file and what to do."""
 
     def __str__(self):
         why = os.strerror(self.errno) if self.errno else self.strerror
-        return f"Cannot write {self.filename}: {why}. Make room, or name another folder; what is finished is kept."
+        do = "Make room, or name" if self.errno in FULL else "Name"
+        return f"Cannot write {self.filename}: {why}. {do} another folder; what is finished is kept."
 
 
 @contextlib.contextmanager
@@ -38,7 +43,10 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path, replace: bool = True) -> bool:
-    """Give a finished file its name in one step; without `replace`, False when the name is taken."""
+    """Give a finished file its name in one step; without `replace`, False when the name is taken.
+
+    Raises OSError, and without `replace` in words where the file system has no hard links.
+    """
     with open(temporary, "rb") as f:
         os.fsync(f.fileno())
     os.chmod(temporary, 0o644)
@@ -46,8 +54,16 @@ def publish(temporary: Path, path: Path, replace: bool = True) -> bool:
         os.replace(temporary, path) if replace else os.link(temporary, path)
     except FileExistsError:
         return False
-    with _folder(path.parent) as f:  # that the name outlives a power cut as well as the content
-        os.fsync(f)
+    except OSError as error:
+        if replace or error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise OSError(f"its file system makes no hard links ({error.strerror})") from error
+    with _opened(path.parent, os.O_RDONLY) as f:  # that the name outlives a power cut as well as the content
+        try:
+            os.fsync(f)
+        except OSError as error:  # some file systems, of a network or of FUSE, know no such thing of a folder
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
     return True
 
 
@@ -65,14 +81,42 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] = lambda path: True) -> None:
-    """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds.
+def aside(path: Path, why: str) -> None:
+    """Rename a file to the first free one of <stem>.<why>, <stem>.2.<why>, …"""
+    names = (path.with_suffix(f".{n}.{why}" if n > 1 else f".{why}") for n in itertools.count(1))
+    path.rename(next(name for name in names if not name.exists()))
 
-    Ages are by the clock that stamps the files, as machines need not agree on the time.
-    """
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made where it is missing. Raises CannotWrite, in words without `flock`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            try:
+                f = stack.enter_context(_opened(path, os.O_RDWR | os.O_CREAT))
+            except PermissionError:  # another user's: reading is enough for a lock, but for one of NFS
+                f = stack.enter_context(_opened(path, os.O_RDONLY))
+        except OSError as error:
+            raise CannotWrite(error.errno, error.strerror, str(path)) from error
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except OSError as error:
+            why = f"its file system grants no lock, `flock` ({error.strerror})"
+            raise CannotWrite(None, why, str(path)) from error
+        yield
+
+
+def clock(folder: Path) -> float:
+    """The time by the clock that stamps a folder's files, as machines need not agree on it; ours where none is made."""
+    with contextlib.suppress(OSError), temporary(folder / "now") as probe:
+        return probe.stat().st_mtime
+    return time.time()
+
+
+def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] = lambda path: True) -> None:
+    """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds."""
     if left := [path for path in folder.glob(pattern) if path.is_file() and which(path)]:
-        with temporary(folder / "now") as probe:
-            now = probe.stat().st_mtime
+        now = clock(folder)
         for path in left:
             with contextlib.suppress(OSError):
                 if now - path.stat().st_mtime > STALE:
@@ -80,8 +124,8 @@ def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] =
 
 
 @contextlib.contextmanager
-def _folder(path):
-    f = os.open(path, os.O_RDONLY)
+def _opened(path, flags):
+    f = os.open(path, flags, 0o666)
     try:
         yield f
     finally:

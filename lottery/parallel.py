@@ -41,7 +41,7 @@ from lottery.experiments import Store, papers, work
 from lottery.experiments.engine import missing, needs
 from lottery.experiments.leases import Leases
 from lottery.experiments.runs import Run
-from lottery.experiments.store import now, versions
+from lottery.experiments.store import now
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images, as torchvision gives them
 
@@ -274,21 +274,26 @@ def train(
     """
     if r.init == "rewind" and r.rewind_to:
         raise ValueError(f"{r} starts from the middle of another training, which is not kept: not on several devices.")
+    if r.valid != 0 or r.train_fraction != 1:
+        raise ValueError(f"{r} keeps images back: all of train/ are trained on. Give valid=0 and train_fraction=1.")
     started, device, side = now(), _device(), data.SETS[r.dataset].shape[-1]
     images = {part: Images(folder, part, side) for part in ("train", "val")}
     shown = _read(r, images)
     work.check_data(r, shown.fingerprint, store)
-    net = work.initialise(r, _scored(r, images["train"], side), store, device)
-    opt = net.optimizer or training.optimizer(net.model, r.recipe, r.method.param_groups(net.model, r.recipe))
+    given, net = work.prepare(r, _scored(r, images["train"], side), store, device)
+    method = given.method
+    opt = net.optimizer or training.optimizer(net.model, r.recipe, method.param_groups(net.model, r.recipe))
     like = next(net.model.parameters())
     feed = Feed(images["train"], r.recipe, int(r.key[:15], 16), like, accumulate, workers)
-    step = Step(net.model, r.recipe, opt, r.method, feed)
-    loop = Loop([net.model], shown, r.recipe, r.method, step, feed, 0, r.recipe.iterations, graph=False)
-    loop.run(training.Checkpoint(store.checkpoint(r.key), {"run": r.key, "versions": versions()}, every))
+    step = Step(net.model, r.recipe, opt, method, feed)
+    loop = Loop([net.model], shown, r.recipe, method, step, feed, 0, r.recipe.iterations, graph=False)
+    conditions = work.conditions(device, torch.get_num_threads()) | {"flush_denormal": False}
+    conditions |= {"devices": dist.get_world_size(), "accumulate": accumulate}
+    loop.run(kept := work.Kept(r, shown.fingerprint, store, conditions, every))
     [history] = loop.histories(time.perf_counter() - loop.began)
     if dist.get_rank() == 0:
-        certificate = work.certify(work.algorithms_of(r), started, history.wall_s, device, torch.get_num_threads())
-        certificate |= {"devices": dist.get_world_size(), "accumulate": accumulate, "group": [r.key], **net.hashes}
+        certificate = work.certify(work.algorithms_of(r), started, history.wall_s, conditions)
+        certificate |= {"group": [r.key], **net.hashes, **kept.said()}
         certificate["weights"] = store.save_artifact(r.key, work.artifact_of(r, net))
         store.put({**work.row_of(r, shown, net.model, history, certificate), "moves": None})
         store.checkpoint(r.key).unlink(missing_ok=True)
@@ -315,7 +320,7 @@ def _read(r, images):
 
 def _scored(r, train, side):
     """What weights are scored on, in memory: middles of as many images of each class as the criterion takes."""
-    each = r.score_options.get("per_class", 0) if r.density else 0
+    each = r.score_options.get("per_class", 0) if r.density or r.budget else 0
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(r.seed))
     chosen = [i for c in range(data.SETS[r.dataset].classes) for i in order[train.y[order] == c][:each].tolist()]
     x = torch.stack([train[i][0] for i in chosen]) if chosen else torch.zeros(1, 3, side, side)

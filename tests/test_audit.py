@@ -38,6 +38,10 @@ def row(accuracy=0.9, losses=(2.0, 1.0), precision="float32", **record):
         (row(0.9001, threads=2), (), "within tolerance", "threads 1 and 2"),
         (row(0.9001, processor="b"), (), "within tolerance", "processor a and b"),
         (row(0.9001, processor=None), (), "miss", "under the same record"),  # as far as it is told
+        (row(0.9001, group=["a"], weights="f", code={}), (), "miss", "under the same record"),
+        (row(0.9001, group=["a"] * 64), (), "within tolerance", "group 1 and 64"),
+        (row(0.9001, resumed=[{"threads": 2}]), (), "within tolerance", "resumed None and [{'threads': 2}]"),
+        (row(0.9001, later=3), (), "within tolerance", "later None and 3"),  # what a certificate does not tell yet
         (row(0.9031, threads=2), (), "miss", "under another record"),
         (row(0.9031, threads=2), ("miss",), "explained miss", "parents"),
         (row(0.9031, threads=2), ("within tolerance",), "miss", "under another record"),
@@ -112,6 +116,16 @@ def test_what_is_drawn_takes_turns_and_follows_from_the_commit():
     assert first == audit.draw(dict(reversed(runs.items())), 6, "1234")
     assert first != audit.draw(runs, 6, "5678")
     assert len(audit.draw(runs, 30, "1234")) == 23
+
+
+def test_the_commit_is_that_of_the_code_wherever_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit.work, "code", lambda: {"commit": "0123"})
+        assert audit.commit() == "0123"
+        patch.setattr(audit.work, "code", lambda: {"commit": None})
+        with pytest.raises(ValueError, match=r"^No commit to draw by: lottery is not run from a git clone\. Give"):
+            audit.commit()
 
 
 def test_how_far_trials_lie_apart_is_told_of_those_that_differ_in_their_seeds_alone(tmp_path):

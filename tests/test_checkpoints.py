@@ -1,6 +1,7 @@
 """A training that is killed goes on where it was, in float64 bit for bit, whatever its method."""
 
 import dataclasses
+import json
 import os
 import signal
 from dataclasses import replace
@@ -164,6 +165,49 @@ def test_a_run_killed_by_sigkill_goes_on_and_cleans_up(tmp_path, monkeypatch):
     row, whole = Store(mine.dir).get(run), Store(tmp_path / "whole").get(run)
     for name in ("step", "val_loss", "test_acc", "last_correct", "early_stop_step", "train_loss", "layers"):
         np.testing.assert_equal(row[name], whole[name])
+    assert json.loads(row["certificate"])["resumed"] == [{}]
+    assert "resumed" not in json.loads(whole["certificate"])
+
+
+SMALL = Run(model="resnet8", dataset="digits", options=(("width", 2),), recipe=replace(RECIPE, iterations=15))
+
+
+def killed(folder, monkeypatch, **options):
+    """SMALL, whose training ends where a kill would end it, after two checkpoints."""
+    offer = Checkpoint.offer
+
+    def offer_and_die(self, loop):
+        self.every = 0
+        offer(self, loop)
+        if loop.t == 10:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "offer", offer_and_die)
+        with pytest.raises(Killed):
+            work.execute([SMALL], folder, **options)
+
+
+def test_a_training_does_not_go_on_over_other_data(tmp_path, monkeypatch):
+    """What was trained on images that were put right meanwhile is trained anew."""
+    images = work.images_of("digits", None, False, 0)
+    wrong = replace(images, fingerprint="0" * 64, train=data.Split(images.train.x.flip(0), images.train.y))
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "images_of", lambda *_: wrong)
+        killed(tmp_path / "killed", monkeypatch)
+    for folder in ("killed", "whole"):
+        work.execute([SMALL], tmp_path / folder)
+    row, whole = (Store(tmp_path / folder).get(SMALL) for folder in ("killed", "whole"))
+    assert row["fingerprint"] == images.fingerprint
+    assert (row["train_loss"], row["last_correct"]) == (whole["train_loss"], whole["last_correct"])
+    assert "resumed" not in json.loads(row["certificate"])
+
+
+def test_a_training_that_goes_on_elsewhere_says_where_it_was_before(tmp_path, monkeypatch):
+    killed(tmp_path, monkeypatch, threads=2)
+    work.execute([SMALL], tmp_path)
+    told = json.loads(Store(tmp_path).get(SMALL)["certificate"])
+    assert (told["threads"], told["resumed"]) == (1, [{"threads": 2}])
 
 
 def test_what_a_training_is_may_be_said_with_tuples(tmp_path):

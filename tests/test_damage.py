@@ -1,9 +1,12 @@
 """What a store is given that no training wrote, and where nothing can be written: a line each, and the rest goes on."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
+import stat
 import subprocess
 import time
 from dataclasses import replace
@@ -12,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_runs import DENSE, Inline, child, fake, seeds, spool, train
+from small_runs import DENSE, Inline, child, fake, seeds, spool, train, tree
 from typer.testing import CliRunner
 
 from lottery import cli, data, experiments, files, tensorfile, training
-from lottery.experiments import Store, leases, load, papers, store
+from lottery.experiments import Store, leases, load, papers, store, work
 from lottery.training import Recipe
 
 
@@ -87,6 +90,24 @@ def test_a_row_of_a_newer_version_is_called_that(tmp_path, capsys, monkeypatch):
     assert re.fullmatch(r"Run [0-9a-f]{24} in .* was written by a newer version of lottery\. .*; update\.", later)
     assert Store(tmp_path).merge() == 0
     assert len(spool(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_a_newer_version_stays_and_its_run_is_refused_before_it_is_trained(tmp_path, monkeypatch, packed):
+    with monkeypatch.context() as later:
+        newer = store.schema().append(pa.field("noise", pa.float64()))
+        later.setattr(store, "schema", lambda: newer)
+        Store(tmp_path).put(fake(noise=0.5))
+        assert not packed or Store(tmp_path).merge() == 1
+    before = tree(tmp_path)
+    said = rf"^Run {DENSE.key} in .*\.parquet was written by a newer version of lottery: update, or name another --resu"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", None)
+        with pytest.raises(ValueError, match=said):
+            work.execute([DENSE], tmp_path)
+    with pytest.raises(ValueError, match=said):
+        Store(tmp_path).put(fake())
+    assert tree(tmp_path) == before
 
 
 def bomb(path, value, n):
@@ -203,10 +224,44 @@ def mounted(folder, *options):
 
 
 def one_line(why, path):
-    return (
-        rf"^Cannot write {re.escape(str(path))}[^\n]*: {why}\. Make room, or name another folder; "
-        r"what is finished is kept\.$"
-    )
+    do = "Make room, or name" if why == "No space left on device" else "Name"
+    return rf"^Cannot write {re.escape(str(path))}[^\n]*: {why}\. {do} another folder; what is finished is kept\.$"
+
+
+def refused(monkeypatch, module, name, error, when=lambda *_: True):
+    """A call of the system that is refused where `when` is true of its arguments."""
+    call = getattr(module, name)
+
+    def refusing(*args, **kwargs):
+        if when(*args):
+            raise OSError(error, os.strerror(error))
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, refusing)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "why"),
+    [
+        ((os, "link"), errno.EPERM, r"its file system makes no hard links \(Operation not permitted\)"),
+        ((fcntl, "flock"), errno.ENOSYS, r"its file system grants no lock, `flock` \(Function not implemented\)"),
+        ((os, "fsync"), errno.EIO, "Input/output error"),
+    ],
+)
+def test_what_the_file_system_cannot_do_is_said_before_anything_is_trained(tmp_path, monkeypatch, call, error, why):
+    executor = Inline()
+    refused(monkeypatch, *call, error)
+    with pytest.raises(files.CannotWrite, match=one_line(why, tmp_path)):
+        experiments.run(seeds(2), executor, store=Store(tmp_path), progress=False)
+    assert executor.ran == []
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_synchronised_keeps_results_all_the_same(tmp_path, monkeypatch):
+    refused(monkeypatch, os, "fsync", errno.EINVAL, lambda f: stat.S_ISDIR(os.fstat(f).st_mode))
+    Store(tmp_path).check()
+    assert Store(tmp_path).put(fake())
+    assert Store(tmp_path).merge() == 1
 
 
 def test_a_read_only_store_is_refused_before_anything_is_trained_and_can_be_looked_at(tmp_path, status):
@@ -292,6 +347,20 @@ def test_a_sweep_trains_a_parents_damaged_weights_again_and_goes_on(tmp_path, da
     mine, other = (Store(folder).get(child(DENSE)) for folder in (tmp_path, tmp_path / "undisturbed"))
     assert (mine["last_correct"], mine["mask"]) == (other["last_correct"], other["mask"])
     assert not Store(tmp_path).failures()
+
+
+def test_damaged_weights_of_a_store_beside_are_left_there_and_trained_again_here(tmp_path):
+    train([child(DENSE)], tmp_path / "its")
+    its = Store(tmp_path / "its").artifact(DENSE.key)
+    its.write_bytes(its.read_bytes()[:-5] + b"12345")
+    before, other = tree(tmp_path / "its"), replace(child(DENSE), rate=0.5)
+    mine, executor = Store(tmp_path / "mine", also=[tmp_path / "its"]), Inline()
+    with pytest.raises(store.DamagedWeights, match=rf"^Damaged weights {re.escape(str(its))}: passed over; run again,"):
+        Store(mine.dir, mine.also).load_artifact(DENSE.key)  # as a worker does, of which this process need not know
+    assert experiments.run([other], executor, store=mine, progress=False) == []
+    assert executor.ran == [DENSE, other]
+    assert mine.artifact(DENSE.key) == tmp_path / "mine/.artifacts" / its.name
+    assert tree(tmp_path / "its") == before
 
 
 # Budgets and bounds ---------------------------------------------------------------------------------------------------

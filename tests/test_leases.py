@@ -1,5 +1,6 @@
 """Leases: no run is trained twice at once, the dead hold nothing, the living keep what they have."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from lottery import files
 from lottery.experiments import leases
 from lottery.experiments.leases import Leases, running
 
@@ -87,7 +89,11 @@ def test_what_was_taken_over_is_not_given_back(tmp_path):
     assert json.loads((tmp_path / "a").read_text()) == other
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3, "pid": "x", "in": "", "since": ""}', "\x00"])
+MINE = {**leases._me(), "since": "2026-01-01T00:00:00+00:00"}
+ODD = [json.dumps(MINE | {"pid": pid}) for pid in (10**30, 0, -1, True)]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3, "pid": "x", "in": "", "since": ""}', "\x00", *ODD])
 def test_an_unreadable_lease_holds_nothing(tmp_path, content):
     (tmp_path / "a").write_text(content)
     assert running(tmp_path) == {}
@@ -131,3 +137,42 @@ def test_leases_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
     mine.close()
     Leases(tmp_path / "none").sweep()
     assert not (tmp_path / "none").exists()
+
+
+def test_what_was_taken_before_the_disk_was_full_is_given_back(tmp_path, monkeypatch):
+    mine, write, written = Leases(tmp_path), leases._write, []
+
+    def full(path):
+        if written:
+            raise files.CannotWrite(errno.ENOSPC, "full", str(path))
+        write(path)
+        written.append(path)
+
+    monkeypatch.setattr(leases, "_write", full)
+    with pytest.raises(files.CannotWrite):
+        mine.take(["a", "b", "c"])
+    assert len(running(tmp_path)) == 1
+    mine.close()
+    assert running(tmp_path) == {}
+
+
+def test_a_lock_that_another_user_has_made_is_enough(tmp_path):
+    Leases(tmp_path).sweep()
+    (tmp_path / ".lock").chmod(0o444)
+    tmp_path.chmod(0o777)
+
+    def sweep(queue):
+        os.chdir(tmp_path)
+        try:
+            if not os.getuid():  # the superuser may open anything
+                os.setuid(65534)
+            Leases(".").sweep()
+            queue.put(None)
+        except OSError as error:
+            queue.put(str(error))
+
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=sweep, args=(queue := fork.Queue(),))
+    process.start()
+    assert queue.get(timeout=30) is None
+    process.join()

@@ -1,5 +1,6 @@
 """One training on several processes: the images, their order, and that it ends where one process ends."""
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 from small_runs import fake
 
 from lottery import data, parallel, tensorfile
+from lottery.dynamic import GMP
 from lottery.experiments import Store, leases
 from lottery.experiments.runs import Run
 from lottery.methods import NOTHING
@@ -176,6 +178,28 @@ def test_of_two_jobs_on_one_store_each_run_is_trained_by_one(alone, monkeypatch,
     assert set(trained) == ({first, ticket, last} if done else {first, last})
     assert status == (0 if done else 3)
     assert not done or not list(Store(tmp_path).leases.glob("[!.]*"))
+
+
+def test_a_budget_is_the_parents_layer_by_layer(alone, folder, tmp_path):
+    """As when one process trains: the method ends where the parent's densities are, not at its own default."""
+    learnt = replace(runs()[0], method=STR(s_init=-1.5))
+    taker = replace(learnt, parent=learnt, budget="layers", method=GMP(every=1))
+    for r in (learnt, taker):
+        parallel.train(r, folder, Store(tmp_path / "ours"), accumulate=2, workers=0)
+    rows = [Store(tmp_path / "ours").get(r) for r in (learnt, taker)]
+    wanted, found = (json.loads(row["layers"]) for row in rows)
+    assert len({kept / n for kept, n in wanted.values()}) > 1
+    assert {name: kept for name, (kept, _) in found.items()} == {
+        name: max(kept, 1) for name, (kept, _) in wanted.items()
+    }
+    told = json.loads(rows[1]["certificate"])
+    assert (told["devices"], told["accumulate"], told["flush_denormal"]) == (1, 2, False)
+
+
+@pytest.mark.parametrize("back", [{"valid": None}, {"valid": 2}, {"train_fraction": 0.5}])
+def test_a_run_that_keeps_images_back_is_refused(folder, tmp_path, back):
+    with pytest.raises(ValueError, match=r"^<Run .*> keeps images back: .* Give valid=0 and train_fraction=1\.$"):
+        parallel.train(replace(runs()[0], **back), folder, Store(tmp_path))
 
 
 # Order

@@ -3,6 +3,7 @@
 import concurrent.futures as futures
 import fcntl
 import json
+import os
 import random
 import re
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import DENSE, QUICK, edit, fake, seeds, shards, spool, train, tree
 
-from lottery import training
+from lottery import files, training
 from lottery.experiments import Run, Store, engine, load, store
 
 
@@ -117,6 +118,37 @@ def test_merge_packs_shards_of_limited_size(tmp_path, monkeypatch):
     assert first.items() <= tree(tmp_path).items(), "shards are append-only"
 
 
+def test_a_shard_holds_no_more_bytes_than_are_read(tmp_path, monkeypatch, capsys):
+    """Twelve rows of some 50 kB with a limit of 1 MB; and a row that alone has more than its share."""
+    rng = np.random.default_rng(0)
+    sizes = dict(zip(seeds(12), [350_000, *[50_000] * 11], strict=True))
+    for r, n in sizes.items():
+        Store(tmp_path).put(fake(r, numbers=json.dumps({"s": rng.bytes(n // 2).hex()})))
+    monkeypatch.setattr(store, "MOST", 10**6)
+    assert Store(tmp_path).merge() == 12
+    assert not spool(tmp_path)
+    assert Store(tmp_path).rows().keys() == {r.key for r in sizes}
+    assert len(shards(tmp_path)) == 5
+    assert not capsys.readouterr().err
+
+
+def test_what_a_shard_does_not_give_back_stays_in_the_spool(tmp_path, monkeypatch, capsys):
+    runs, write = seeds(3), pq.write_table
+    for r in runs:
+        Store(tmp_path).put(fake(r))
+
+    def lying(table, where, **options):
+        write(table.set_column(0, "key", pa.array(["0" * 24] * len(table))), where, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", lying)
+        said = r"^Cannot write .*\.parquet: what is read again is not what was written\. Name another folder; "
+        with pytest.raises(files.CannotWrite, match=said):
+            Store(tmp_path).merge()
+    assert (len(spool(tmp_path)), shards(tmp_path)) == (3, [])
+    assert Store(tmp_path).merge() == 3
+
+
 def test_a_store_that_is_open_sees_what_others_do(tmp_path):
     mine, other = Store(tmp_path), Store(tmp_path)
     assert mine.get(DENSE) is None
@@ -125,6 +157,52 @@ def test_a_store_that_is_open_sees_what_others_do(tmp_path):
     other.merge()
     assert mine.get(DENSE)
     assert len(load(None, mine)) == 1
+
+
+def test_a_relative_folder_is_that_of_the_process_that_named_it(tmp_path, monkeypatch):
+    """Workers are told of it, and need not be where this process is, or stays."""
+    monkeypatch.chdir(tmp_path)
+    mine = Store("mine", also=["its"])
+    assert (mine.dir, mine.also) == (tmp_path / "mine", [tmp_path / "its"])
+
+
+def test_a_result_that_no_listing_shows_yet_is_found_by_its_name(tmp_path):
+    """Added within one tick of the folder's clock, or while a network's file system keeps an older time of it."""
+    mine, other = Store(tmp_path), replace(DENSE, seed=1)
+    mine.put(fake())
+    assert mine.get(other) is None
+    before = (tmp_path / ".spool").stat()
+    Store(tmp_path).put(fake(other))
+    os.utime(tmp_path / ".spool", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert mine.get(other)
+
+
+def test_a_process_reads_once_which_runs_a_shard_holds(tmp_path, monkeypatch):
+    """A worker opens the store anew for each of its runs, and asks for it by name."""
+    pack(tmp_path, seeds(3))
+    [shard], table, asked = shards(tmp_path), store._table, []
+    monkeypatch.setattr(store, "_table", lambda *args: (asked.append(args[0]), table(*args))[1])
+    absent = replace(DENSE, seed=9).key
+    for _ in range(2):
+        assert list(Store(tmp_path).find(absent)) == []
+        assert len(Store(tmp_path).keys()) == 3
+    assert asked.count(shard) == 1
+    assert [row["key"] for row in Store(tmp_path).find(DENSE.key)] == [DENSE.key]
+
+
+def test_a_shard_that_goes_while_the_store_is_open_stops_nothing(tmp_path):
+    """As a checkout of another commit takes it: what it held lies elsewhere by then, or nowhere."""
+    one, other = seeds(2)
+    pack(tmp_path, [one, other])
+    mine = Store(tmp_path)
+    mine.keys()
+    [shard] = shards(tmp_path)
+    shard.unlink()
+    assert mine.get(one) is None
+    assert mine.columns("status") == {}
+    pack(tmp_path, [other])
+    assert mine.get(other)
+    assert mine.columns("status") == {other.key: ("finished",)}
 
 
 def pack(folder, runs):
@@ -487,6 +565,14 @@ def test_an_own_result_that_differs_from_a_packed_one_is_kept_aside(tmp_path, ca
     assert Store(tmp_path).merge() == 0
     assert not capsys.readouterr().err
     assert Store(tmp_path).get(DENSE)["last_test_acc"] == fake()["last_test_acc"]
+
+    first = (tmp_path / ".spool" / f"{DENSE.key}.conflict").read_bytes()
+    (tmp_path / shard.name).rename(tmp_path / "away")
+    Store(tmp_path).put({**other_result(DENSE), "early_stop_step": 30})
+    (tmp_path / "away").rename(tmp_path / shard.name)
+    Store(tmp_path).merge()
+    assert (tmp_path / ".spool" / f"{DENSE.key}.conflict").read_bytes() == first
+    assert (tmp_path / ".spool" / f"{DENSE.key}.2.conflict").exists()
 
 
 def test_a_shard_is_named_by_a_date_and_by_nothing_else_of_a_row(tmp_path):

@@ -102,8 +102,8 @@ KILLS = """
         "merge half written": lambda: setattr(pq, "write_table", half),
         "merge before its first shard": lambda: setattr(os, "replace", die),
         "merge between its shards": lambda: setattr(os, "replace", after(1, os.replace)),
-        "merge before removing": lambda: setattr(Path, "unlink", after(3, Path.unlink)),
-        "merge while removing": lambda: setattr(Path, "unlink", after(5, Path.unlink)),
+        "merge before removing": lambda: setattr(Path, "unlink", after(6, Path.unlink)),
+        "merge while removing": lambda: setattr(Path, "unlink", after(8, Path.unlink)),
     }.items():
         folder = base / name
         for i in range(5):

@@ -4,17 +4,17 @@ Which ones is drawn by the hash of a commit, so that nobody chooses, and by turn
 a result stands on is trained again as well, in fresh processes and a store of its own: no mask and no weight comes from
 the store, and what is trained on the way is compared, too. With a prefix the drawn run itself stops after 500 steps.
 
-Under the same execution record (torch, processor, threads, compile, …) a result has to come out bit by bit.
-Elsewhere trajectories part: of two LeNets whose arithmetic differs in the last bit the losses are within 1e-6 of each
-other after 100 steps and a per cent apart after 500, of ResNet-8 in bfloat16 a per cent apart after 50. So the first
-losses have to agree within LOSS, for as many steps as ALIKE says, and the last accuracy within ACCURACY points. What
-does not is a miss; it is explained where something else is known to be different.
+Under the same execution record (torch, processor, threads, how many side by side, …) a result has to come out bit by
+bit. Elsewhere trajectories part, and of a training that was resumed they may: of two LeNets whose arithmetic differs in
+the last bit the losses are within 1e-6 of each other after 100 steps and a per cent apart after 500, of ResNet-8 in
+bfloat16 a per cent apart after 50. So the first losses have to agree within LOSS, for as many steps as ALIKE says, and
+the last accuracy within ACCURACY points. What does not is a miss; it is explained where something else is known to be
+different.
 """
 
 import functools
 import hashlib
 import json
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -28,14 +28,14 @@ from lottery import files, training
 from lottery.batches import take
 from lottery.experiments import PAPERS, engine, papers, work
 from lottery.experiments.runs import Measurement, Run
-from lottery.experiments.store import Store, now, root, stale
+from lottery.experiments.store import Store, now, stale
 
 PREFIX = 500  # steps
 LOSS = 1e-3  # relative
 ALIKE = {"float32": 100, "bfloat16": 10}  # steps
 ACCURACY = {"float32": 0.3, "bfloat16": 1.5}  # points
-# What has to agree of two certificates.
-RECORD = ("packages", "device", "processor", "threads", "compile", "flush_denormal", "deterministic")
+# What two certificates under one execution record may differ in: what was trained, when, and its hashes.
+NO_RECORD = {"versions", "started", "wall_s", "code", "weights", "theta0", "parent_weights"}
 TIMES = ("wall_s", "started", "device", "certificate", "payload_sha", "parent", "spec")  # no results
 SAME, CLOSE, EXPLAINED, MISS = "identical", "within tolerance", "explained miss", "miss"
 UNTRAINED = "not trained"
@@ -82,12 +82,10 @@ def draw(runs: dict[str, Declared], n: int, commit: str) -> list[str]:
 
 
 def commit() -> str:
-    """The hash of the clone's commit. Raises ValueError where there is none."""
-    git = ["git", "-C", str(root()), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        raise ValueError("No commit to draw by: work inside a git clone, or give --commit.") from None
+    """The hash of the commit of this code. Raises ValueError where there is none."""
+    if found := work.code()["commit"]:
+        return found
+    raise ValueError("No commit to draw by: lottery is not run from a git clone. Give --commit.")
 
 
 def needed(runs: Iterable[Run | Measurement]) -> dict[Run | Measurement, None]:
@@ -210,13 +208,13 @@ def _beginning(r, store, device, threads, compiled):
     """What the row of a run has after its first PREFIX steps."""
     with work.settings_for(threads):
         images = take(work.images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
-        given, begin = work.spending(r, images, store), work.start(r)
-        net = work.initialise(given, images, store, device)
+        (given, net), begin = work.prepare(r, images, store, device), work.start(r)
         how = {"start": begin, "stop": min(begin + PREFIX, r.recipe.iterations), "method": given.method}
         how |= {"opt": net.optimizer, "compiled": compiled}
         history = work.fit_alike(net.model, images, r.recipe, seed=int(r.key[:15], 16), **how)
-    certificate = work.certify(work.algorithms_of(r), now(), history.wall_s, device, threads)
-    certificate = json.dumps(certificate | {"compile": compiled})
+    conditions = work.conditions(device, threads, compiled)
+    certificate = work.certify(work.algorithms_of(r), now(), history.wall_s, conditions)
+    certificate = json.dumps(certificate | {"group": [r.key]})
     losses = {str(t): loss for t, loss in history.train_loss.items()}
     return {"train_loss": json.dumps(losses), "fingerprint": images.fingerprint, "certificate": certificate}
 
@@ -289,9 +287,14 @@ def _value(row, name, like=None):
 
 
 def _other_record(stored, row):
-    """What differs between two execution records, in words; a processor only where both tell theirs."""
+    """What differs between two execution records, in words; a processor only where both tell theirs.
+
+    Of a group it is the number of networks that were trained side by side.
+    """
     a, b = (json.loads(r["certificate"]) for r in (stored, row))
-    names = [name for name in RECORD if name != "processor" or None not in (a.get(name), b.get(name))]
+    a, b = (c | {"group": len(c.get("group", [0]))} for c in (a, b))
+    names = [name for name in {**a, **b} if name not in NO_RECORD]
+    names = [name for name in names if name != "processor" or None not in (a.get(name), b.get(name))]
     return [f"{name} {a.get(name)} and {b.get(name)}" for name in names if a.get(name) != b.get(name)]
 
 

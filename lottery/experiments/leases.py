@@ -10,12 +10,10 @@ come back to find its run trained elsewhere too; the store keeps the first resul
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,14 +29,17 @@ class Leases:
         self.folder, self.held, self.thread, self.stop = Path(folder), set(), None, threading.Event()
 
     def take(self, keys: Iterable[str]) -> set[str]:
-        """Take what is free of some keys, or was left by the dead; returns those that are this process's now."""
+        """Take what is free of some keys, or was left by the dead; returns those that are this process's now.
+
+        Raises `files.CannotWrite`; `release` and `close` give back those that were written before.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            now = self._clock()
+            now = files.clock(self.folder)
             mine = {key for key in keys if key in self.held or not self._lives(self.folder / key, now)}
             for key in mine - self.held:
                 _write(self.folder / key)
-            self.held |= mine
+                self.held.add(key)
         if self.held and self.thread is None:
             self.thread = threading.Thread(target=self._beat, daemon=True)
             self.thread.start()
@@ -56,7 +57,7 @@ class Leases:
         """Remove the leases of the dead."""
         if self.folder.is_dir():
             with self._locked():
-                now = self._clock()
+                now = files.clock(self.folder)
                 for path in (path for path in self.folder.iterdir() if not path.name.startswith(".")):
                     if path.is_file() and not self._lives(path, now):
                         path.unlink()
@@ -72,18 +73,8 @@ class Leases:
                 with contextlib.suppress(OSError):
                     os.utime(self.folder / key)
 
-    @contextlib.contextmanager
     def _locked(self):
-        with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _clock(self):
-        """The time by the clock that stamps the files."""
-        with contextlib.suppress(OSError):  # a read-only folder is looked at as well
-            (probe := self.folder / ".lock").touch()
-            return probe.stat().st_mtime
-        return time.time()
+        return files.locked(self.folder / ".lock")
 
     def _lives(self, path, now):
         """Whether somebody holds this lease."""
@@ -100,7 +91,7 @@ def running(folder: Path | str) -> dict[str, dict]:
     leases = Leases(folder)
     if not leases.folder.is_dir():
         return {}
-    now, found = leases._clock(), {}
+    now, found = files.clock(leases.folder), {}
     for path in sorted(path for path in leases.folder.iterdir() if not path.name.startswith(".")):
         if leases._lives(path, now) and (owner := _owner(path)):
             found[path.name] = {name: owner[name] for name in ("host", "pid", "since")}
@@ -138,7 +129,7 @@ def _owner(path):
     """What a lease says of its owner, or None where nobody can be read out of it."""
     try:
         owner = json.loads(files.read(path))
-        sound = isinstance(owner["host"], str) and type(owner["pid"]) is int and isinstance(owner["in"], str)
-        return owner if sound and isinstance(owner["since"], str) else None
+        sound = all(isinstance(owner[name], str) for name in ("host", "in", "since"))
+        return owner if sound and type(owner["pid"]) is int and 0 < owner["pid"] < 2**31 else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -8,13 +8,11 @@ trained again, never deleted.
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -83,8 +81,9 @@ class Store:
     """Runs under `results_dir` (default: `results/ours` of the clone), and read-only under `also`."""
 
     def __init__(self, results_dir=None, also=()):
-        self.dir = Path(results_dir).expanduser() if results_dir else root() / "ours"
-        self.also = [Path(folder) for folder in also]
+        # Absolute: they are told to workers, which need not be where this process is or will be.
+        self.dir = Path(results_dir).expanduser().absolute() if results_dir else root() / "ours"
+        self.also = [Path(folder).expanduser().absolute() for folder in also]
         if self.dir.exists() and not self.dir.is_dir():
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
@@ -96,25 +95,31 @@ class Store:
             if self._folders.get(folder) == changed:
                 continue
             self._folders[folder] = changed
-            # A shard stays, so its runs are read when they are asked for; a file of the spool may be gone by then.
-            columns = None if folder.name == ".spool" else ["key"]
             for path in sorted(folder.glob("*.parquet")):
-                with contextlib.suppress(FileNotFoundError):  # packed into a shard by another process meanwhile
-                    stamp = path.lstat().st_mtime_ns
-                    if self._tables.get(path, (None,))[0] != stamp:
-                        self._tables[path] = stamp, (table := _table(path, columns))
-                        for i, key in enumerate(table["key"].to_pylist()):
-                            self._places.setdefault(key, []).append((path, i))
+                self._note(path)
         return self._places.keys()
+
+    def _note(self, path):
+        """Where the runs of a file lie, unless it is gone: packed into a shard by another process."""
+        with contextlib.suppress(FileNotFoundError):
+            stamp = _stamp(path)
+            if self._tables.get(path, (None,))[0] == stamp:
+                return
+            # A shard stays, so its runs are read when they are asked for; a file of the spool may be gone by then.
+            table = _table(path) if path.parent.name == ".spool" else None
+            self._tables[path] = stamp, table
+            for i, key in enumerate(_keys(path, stamp) if table is None else table["key"].to_pylist()):
+                self._places.setdefault(key, []).append((path, i))
 
     def columns(self, *names: str) -> dict[str, tuple[Any, ...]]:
         """`{key: values}` of a few columns of all that is stored. Unchecked: for counts and paces, not for results."""
         self.keys()
         found = {}
         for path, (_, table) in self._tables.items():
-            table = _table(path, ["key", *names]) if table.num_columns == 1 else table
-            for key, *values in zip(*(table[name].to_pylist() for name in ("key", *names)), strict=True):
-                found.setdefault(key, tuple(values))
+            with contextlib.suppress(FileNotFoundError):  # a shard that a checkout of another commit has taken
+                table = _table(path, ["key", *names]) if table is None else table
+                for key, *values in zip(*(table[name].to_pylist() for name in ("key", *names)), strict=True):
+                    found.setdefault(key, tuple(values))
         return found
 
     def paces(self) -> dict[tuple[str, ...], float]:
@@ -131,15 +136,18 @@ class Store:
 
     def row(self, key: str) -> dict[str, Any] | None:
         """The sound row of a key, or None. It is read and checked when it is first asked for."""
-        if key in self._rows or key not in self.keys():
-            return self._rows.get(key)
-        while (places := self._places[key]) and key not in self._rows:
+        if key not in self._rows and not (key in self.keys() and self._places[key]):
+            # A listing may be late, as a folder's time has ticks and NFS keeps it for a while: a name is asked for.
+            for folder in (self.dir, *self.also):
+                self._note(folder / ".spool" / f"{key}.parquet")
+        while key not in self._rows and (places := self._places.get(key)):
             path, i = places.pop(0)  # a damaged one is named once
             stamp, table = self._tables[path]
-            if table.num_columns == 1:
-                self._tables[path] = stamp, (table := _table(path))
-            for row in _sound(table.slice(i, 1), path):
-                self._rows[row["key"]], self._from[row["key"]] = row, path
+            with contextlib.suppress(FileNotFoundError):  # a shard that a checkout of another commit has taken
+                if table is None:
+                    self._tables[path] = stamp, (table := _table(path))
+                for row in _sound(table.slice(i, 1), path):
+                    self._rows[row["key"]], self._from[row["key"]] = row, path
         return self._rows.get(key)
 
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -159,7 +167,7 @@ class Store:
     def put(self, row: dict[str, Any]) -> bool:
         """Keep a finished run, atomically; False when it is stored already and this copy is discarded.
 
-        Raises `files.CannotWrite`.
+        Raises `files.CannotWrite`, and ValueError as `find`.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -173,16 +181,23 @@ class Store:
         table = _signed(table)
         path = self.dir / ".spool" / f"{row['key']}.parquet"
         if path.exists() and others(read(path)):
-            os.replace(path, path.with_suffix(".damaged"))
+            files.aside(path, "damaged")
         with files.temporary(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
             self._folders.clear()
             return files.publish(temporary, path, replace=False)
 
     def check(self) -> None:
-        """Make the folder. Raises `files.CannotWrite` where a result could not be kept: before it is trained."""
-        with files.temporary(self.leases / "probe") as probe:
+        """Make the folder. Raises `files.CannotWrite` where a result could not be kept: before it is trained.
+
+        What a training needs of the file system is tried: room, a link, a lock.
+        """
+        with files.temporary(self.leases / "probe") as probe, files.temporary(self.leases / "probe") as free:
             probe.write_bytes(bytes(2**16))
+            free.unlink()
+            files.publish(probe, free, replace=False)
+        with files.locked(self.leases / ".lock"):
+            pass
 
     def sweep(self) -> None:
         """Remove what killed processes left: their leases, half-written files, checkpoints of runs that are stored."""
@@ -194,21 +209,22 @@ class Store:
     def find(self, key: str) -> Iterator[dict[str, Any]]:
         """The sound rows of a key, looked for in the files: `row` without reading what else lies in the spool.
 
-        The spool is asked first, from which a merge takes rows away.
+        The spool is asked first, from which a merge takes rows away. Raises ValueError for a row of a newer version,
+        in whose place nothing may be trained.
         """
         folders = (self.dir, *self.also)
         spooled = [folder / ".spool" / f"{key}.parquet" for folder in folders]
         for path in itertools.chain(spooled, (shard for folder in folders for shard in folder.glob("*.parquet"))):
             with contextlib.suppress(FileNotFoundError):
-                yield from read(path, {key})
+                if path in spooled or key in _keys(path, _stamp(path)):
+                    yield from read(path, {key}, newer=True)
 
     def artifact(self, key: str) -> Path:
         """Where the final weights of a run lie, or would lie."""
-        for folder in (self.dir, *self.also):
-            path = folder / ".artifacts" / f"{key}.safetensors"
-            if path.exists():
-                return path
-        return self.dir / ".artifacts" / f"{key}.safetensors"
+        paths = [folder / ".artifacts" / f"{key}.safetensors" for folder in (self.dir, *self.also)]
+        own = paths[0]
+        usable = paths[:1] if own.with_suffix(".damaged").exists() else paths
+        return next((path for path in usable if path.exists()), own)
 
     @property
     def leases(self) -> Path:
@@ -247,8 +263,8 @@ class Store:
     def load_artifact(self, key: str) -> "tuple[dict[str, torch.Tensor], str]":
         """What `save_artifact` kept, and the file's sha256.
 
-        Raises DamagedWeights for those that are damaged, another run's or gone; the file is set aside, and the next
-        call of `run` trains them again.
+        Raises DamagedWeights for those that are damaged, another run's or gone; the file is set aside, or under `also`
+        passed over from now on, and the next call of `run` trains them again.
         """
         from lottery import tensorfile
 
@@ -257,22 +273,27 @@ class Store:
             tensors, about, sha = tensorfile.read(path)
             if about == {"run": key}:
                 return tensors, sha
-        try:
-            path.rename(path.with_suffix(".damaged"))
-        except FileNotFoundError:
-            raise DamagedWeights(f"No weights {path}: run again, and they are trained again.") from None
-        raise DamagedWeights(f"Damaged weights {path}: set aside; run again, and they are trained again.")
+        own, done = self.dir / ".artifacts" / f"{key}.safetensors", "set aside"
+        if path != own:  # not ours to move: `artifact` passes it over where this lies
+            files.write(own.with_suffix(".damaged"), f"{path}\n".encode())
+            done = "passed over"
+        else:
+            try:
+                files.aside(path, "damaged")
+            except FileNotFoundError:
+                raise DamagedWeights(f"No weights {path}: run again, and they are trained again.") from None
+        raise DamagedWeights(f"Damaged weights {path}: {done}; run again, and they are trained again.")
 
     def merge(self, source: Path | str | None = None) -> int:
         """Pack finished runs, the spool's or those of another store, into new shards; returns how many were packed.
 
-        A shard is complete before the spool files that it replaces are removed, so a kill loses nothing. Where a run is
-        there with another result, the first stays: it is said on stderr, and the other file is kept, ours as .conflict.
+        A shard is complete, and was read again, before the spool files that it replaces are removed, so a kill loses
+        nothing. Where a run is there with another result, the first stays: it is said on stderr, and the other file is
+        kept, ours as .conflict. Raises `files.CannotWrite`.
         """
         self.check()
         self.sweep()
-        with open(self.dir / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with files.locked(self.dir / ".lock"):
             own = self.dir / ".spool"
             folders = [own] if source is None else [Path(source), Path(source) / ".spool"]
             sound = {path: read(path) for folder in folders for path in sorted(folder.glob("*.parquet"))}
@@ -292,7 +313,7 @@ class Store:
             self._pack([rows[key] for key in sorted(rows)])
             if source is None:
                 for path in (path for path, found in sound.items() if found):
-                    path.replace(path.with_suffix(".conflict")) if path in other else path.unlink()
+                    files.aside(path, "conflict") if path in other else path.unlink()
         return len(rows)
 
     def _pack(self, rows):
@@ -300,14 +321,36 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for i in range(0, len(rows), SHARD):
-            part = rows[i : i + SHARD]
+        for part in _parts(rows):
             name = hashlib.sha256("".join(row["payload_sha"] for row in part).encode()).hexdigest()[:8]
             dates = [row["started"][:10] for row in part if re.match(r"\d{4}-\d\d-\d\d", row["started"] or "")]
             path = self.dir / f"{max(dates, default=now()[:10])}-{name}.parquet"
             with files.temporary(path) as temporary:
                 pq.write_table(pa.Table.from_pylist(part, schema=schema()), temporary, compression="zstd")
+                if [_digest(row) for row in _table(temporary).to_pylist()] != [row["payload_sha"] for row in part]:
+                    raise OSError("what is read again is not what was written")
                 files.publish(temporary, path)
+
+
+def _parts(rows):
+    """Rows as they come into shards: SHARD of them at most, and far fewer bytes than `read` takes, or one alone.
+
+    A quarter, as `_parquet` counts 8 bytes for each value, which may take 4, and the file's own.
+    """
+    import pyarrow as pa
+
+    part, left = [], 0
+    for row in rows:
+        size = pa.Table.from_pylist([row], schema=schema()).nbytes
+        if part and (size > left or len(part) == SHARD):
+            yield part
+            part = []
+        if not part:
+            left = MOST // 4
+        part.append(row)
+        left -= size
+    if part:
+        yield part
 
 
 def load(runs: "Iterable[Run | Measurement] | None" = None, store: Store | None = None) -> "pd.DataFrame":
@@ -380,12 +423,27 @@ def unlike(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
     return ""
 
 
-def read(path: Path, keys: Container[str] | None = None) -> list[dict[str, Any]]:
-    """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr."""
+def read(path: Path, keys: Container[str] | None = None, newer: bool = False) -> list[dict[str, Any]]:
+    """The sound rows of a shard or spool file, or those of some keys; damaged ones are named on stderr.
+
+    newer: raise ValueError for a row that a newer version wrote, which is else named and passed over as well.
+    """
     if keys is None:
-        return _sound(_table(path), path)
+        return _sound(_table(path), path, newer)
     places = [i for i, key in enumerate(_table(path, ["key"])["key"].to_pylist()) if key in keys]
-    return _sound(_table(path).take(places), path) if places else []
+    return _sound(_table(path).take(places), path, newer) if places else []
+
+
+def _stamp(path):
+    """What tells whether a file is still the one that was read."""
+    found = path.lstat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+@functools.cache
+def _keys(path, stamp):
+    """The keys of a shard, in order; read once a process, as a sweep asks for each of its runs."""
+    return tuple(_table(path, ["key"])["key"].to_pylist())
 
 
 def _table(path, columns=None):
@@ -453,7 +511,7 @@ def _plain(table):
     return table
 
 
-def _sound(table, path):
+def _sound(table, path, newer=False):
     """The sound rows of a table; others are named on stderr: damaged ones, and those that a newer version wrote."""
     names, sound = schema().names, []
     for whole in table.to_pylist():
@@ -462,10 +520,10 @@ def _sound(table, path):
         if not (problem := _problem(row)):
             sound.append(row)
         elif _digest(whole) == row["payload_sha"] != _digest(row):
-            print(
-                f"Run {key} in {path} was written by a newer version of lottery. It is passed over; update.",
-                file=sys.stderr,
-            )
+            said = f"Run {key} in {path} was written by a newer version of lottery"
+            if newer:
+                raise ValueError(f"{said}: update, or name another --results-dir.")
+            print(f"{said}. It is passed over; update.", file=sys.stderr)
         else:
             _name_damaged(key, path, problem)
     return sound

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lottery import baselines, data, grasp, lth, models, tickets, training
+from lottery import baselines, data, grasp, lth, models, tensorfile, tickets, training
 from lottery import masks as M
 from lottery.batches import take
 from lottery.experiments.runs import Measurement, Run, rates
@@ -48,13 +48,12 @@ def execute(
         images = take(images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
         for r in runs:
             check_data(r, images.fingerprint, store)
-        given = [spending(r, images, store) for r in runs]
-        nets = [initialise(r, images, store, device) for r in given]
+        given, nets = zip(*(prepare(r, images, store, device) for r in runs), strict=True)
         orders = [int(r.key[:15], 16) for r in runs]
         how = {"start": start(r), "method": given[0].method, "compiled": compiled}
+        kept = Kept(r, images.fingerprint, store, conditions(device, threads, compiled))
         if len(runs) == 1:
             [net], [order] = nets, orders
-            kept = training.Checkpoint(store.checkpoint(r.key), {"run": r.key, "versions": versions()})
             histories = [fit_alike(net.model, images, r.recipe, seed=order, opt=net.optimizer, checkpoint=kept, **how)]
         else:
             histories = training.fit([net.model for net in nets], images, r.recipe, seed=orders, **how)
@@ -63,8 +62,8 @@ def execute(
     keep_weights = keep_weights or [False] * len(runs)
     for r, net, history, keep in zip(runs, nets, histories, keep_weights, strict=True):
         weights = store.save_artifact(r.key, artifact_of(r, net)) if keep else None
-        certificate = certify(algorithms_of(r), started, history.wall_s, device, threads)
-        certificate |= {"compile": compiled, "group": [r.key for r in runs], "weights": weights, **net.hashes}
+        certificate = certify(algorithms_of(r), started, history.wall_s, kept.conditions)
+        certificate |= {"group": [r.key for r in runs], "weights": weights, **net.hashes, **kept.said()}
         moves = _moves(r, images, net.model, store) if r.init == "survivors" else None
         store.put({**row_of(r, images, net.model, history, certificate), "moves": moves})
         store.checkpoint(r.key).unlink(missing_ok=True)
@@ -97,8 +96,37 @@ class _Beside:
 _beside = _Beside()
 
 
+class Kept(training.Checkpoint):
+    """The checkpoint of a run on some data; one of other data is not used, one of other `conditions` is, and told of.
+
+    conditions: this process's. every: as of `training.Checkpoint`.
+    """
+
+    def __init__(self, r: Run, fingerprint: str, store: Store, conditions: dict[str, Any], every: float = 60.0):
+        about = {"run": r.key, "versions": versions(), "fingerprint": fingerprint, "conditions": [conditions]}
+        super().__init__(store.checkpoint(r.key), about, every)
+        self.conditions = conditions
+
+    def load(self, loop: training._Loop) -> None:
+        """As of `training.Checkpoint`."""
+        began, mine = loop.t, self.about["conditions"]
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            self.about["conditions"] = tensorfile.read(self.path)[1]["is"]["conditions"]
+        super().load(loop)
+        self.about["conditions"] = mine if loop.t == began else self.about["conditions"] + mine
+
+    def said(self) -> dict[str, list[dict[str, Any]]]:
+        """For the certificate: what was otherwise in each process that trained a part before this one."""
+        *earlier, last = self.about["conditions"]
+        others = [{n: one.get(n) for n in one | last if one.get(n) != last.get(n)} for one in earlier]
+        return {"resumed": others} if others else {}
+
+
 def check_data(r: Run | Measurement, fingerprint: str, store: Store) -> None:
-    """Raise ValueError where what a run needs, or itself when only its weights are trained again, had other data."""
+    """Raise ValueError where what a run needs, or itself when only its weights are trained again, had other data.
+
+    And where a newer version has stored it.
+    """
     for one in (r.parent, *getattr(r, "trained", ()), r):
         row = one and next(store.find(one.key), None)
         if row and row["fingerprint"] != fingerprint:
@@ -162,7 +190,7 @@ def _measure(r, store, started, device, threads):
     began = time.perf_counter()
     columns = r.measure(device, *(store.load_artifact(p.key)[0] for p in r.trained))
     check_data(r, columns["fingerprint"], store)
-    certificate = certify(r.versions, started, time.perf_counter() - began, device, threads)
+    certificate = certify(r.versions, started, time.perf_counter() - began, conditions(device, threads))
     row = {name: getattr(r, name) for name in ("key", "model", "dataset", "seed")} | {"status": "finished"}
     row |= {name: certificate[name] for name in ("started", "device", "wall_s")}
     row |= {"spec": json.dumps(r.spec(), sort_keys=True), "certificate": json.dumps(certificate, sort_keys=True)}
@@ -170,23 +198,23 @@ def _measure(r, store, started, device, threads):
     return certificate["wall_s"]
 
 
-def certify(
-    algorithms: Container[str], started: str, wall_s: float, device: torch.device | str, threads: int
-) -> dict[str, Any]:
-    """How a result came about; `algorithms`: the modules whose VERSION it depends on."""
+def conditions(device: torch.device | str, threads: int, compiled: bool = False) -> dict[str, Any]:
+    """The execution record: what a result may depend on beside its run, its data and the algorithms."""
     return {
-        "versions": {name: v for name, v in versions().items() if name in algorithms},
         "packages": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "device": device_name(device),
         "processor": processor(),
         "threads": threads,
-        "compile": False,
+        "compile": compiled,
         "flush_denormal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "started": started,
-        "wall_s": round(wall_s, 3),
-        "code": code(),
     }
+
+
+def certify(algorithms: Container[str], started: str, wall_s: float, conditions: dict[str, Any]) -> dict[str, Any]:
+    """How a result came about; `algorithms`: the modules whose VERSION it depends on."""
+    used = {name: v for name, v in versions().items() if name in algorithms}
+    return {"versions": used, **conditions, "started": started, "wall_s": round(wall_s, 3), "code": code()}
 
 
 class Net(NamedTuple):
@@ -195,6 +223,15 @@ class Net(NamedTuple):
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
     hashes: dict[str, str | None]
+
+
+def prepare(r: Run, images: data.Data, store: Store, device: torch.device | str = "cpu") -> tuple[Run, Net]:
+    """What every trainer begins with: the run with its budget filled in, by whose method it is trained, and its `Net`.
+
+    What is kept is said to be of the run as it was given.
+    """
+    given = spending(r, images, store)
+    return given, initialise(given, images, store, device)
 
 
 def initialise(r: Run, images: data.Data, store: Store, device: torch.device | str = "cpu") -> Net:
