@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from lottery import cli, experiments, models, scorecard, tickets
 from lottery import masks as M
 from lottery.chapter import Chapter, Refused
-from lottery.experiments import Store, store
+from lottery.experiments import Store, pace, store
 
 BAD = ("crash", "silent", "many lines", "hang", "death")
 HANG = 20.0  # seconds of CPU
@@ -75,7 +75,7 @@ def parquet(folder, runs, packed):
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             opened = Store(folder)
-            opened.paces()  # reads without a check
+            pace.paces(opened)  # reads without a check
             found = opened.rows()
         if any(row != sound.get(key) for key, row in found.items()):
             return "silent"

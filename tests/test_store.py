@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from small_runs import DENSE, QUICK, edit, fake, seeds, shards, spool, train, tree
 
 from lottery import files, training
-from lottery.experiments import Run, Store, engine, load, store
+from lottery.experiments import Run, Store, engine, load, pace, store
 
 
 def test_round_trip(tmp_path):
@@ -318,7 +318,8 @@ def store_with_one_changed(folder, runs, column):
 def test_one_run_on_a_busy_machine_does_not_change_the_pace(tmp_path):
     for run, wall_s in zip(seeds(3), (1.5, 1.6, 40.0), strict=True):
         Store(tmp_path).put(fake(run) | {"wall_s": wall_s})
-    assert Store(tmp_path).paces() == {("lenet_300_100", "digits"): 1.6 / QUICK.iterations}
+    found = pace.paces(Store(tmp_path))
+    assert found[run.kind] == found[run.kind[:2]] == 1.6 / QUICK.iterations
 
 
 @pytest.mark.parametrize("reading", ["early_stop", "last"])
@@ -341,7 +342,7 @@ def test_only_runs_that_are_asked_for_are_checked(tmp_path, capsys):
     store_with_one_changed(tmp_path, runs, "last_test_acc")
     mine = Store(tmp_path)
     assert mine.columns("status", "iterations") == {r.key: ("finished", QUICK.iterations) for r in runs}
-    assert mine.paces() == {("lenet_300_100", "digits"): 1.5 / QUICK.iterations}
+    assert pace.paces(mine)[runs[0].kind] == 1.5 / QUICK.iterations
     shown = store.Rows(mine)
     assert shown[runs[0].key]["last_test_acc"] == mine.get(runs[0])["last_test_acc"]
     assert capsys.readouterr().err == ""

@@ -26,7 +26,7 @@ import numpy as np
 
 from lottery import files, training
 from lottery.batches import take
-from lottery.experiments import PAPERS, engine, papers, work
+from lottery.experiments import PAPERS, engine, pace, papers, work
 from lottery.experiments.runs import Measurement, Run
 from lottery.experiments.store import Store, now, stale
 
@@ -104,12 +104,12 @@ def needed(runs: Iterable[Run | Measurement]) -> dict[Run | Measurement, None]:
 
 def seconds(runs: Iterable[Run | Measurement], store: Store, prefix: bool = False) -> float:
     """What some runs and all they need took as they are stored; of what is not stored, what as many steps take."""
-    pace, todo = store.paces(), needed(runs)
+    paces, todo = pace.paces(store), needed(runs)
     parents = {p for r in todo for p in engine.needs(r)}
 
     def took(r):
         row = store.row(r.key)
-        whole = row["wall_s"] if row else pace.get(r.like, 0) * r.work
+        whole = row["wall_s"] if row else pace.expected(paces, r.kind, r.work) or 0
         return whole if r in parents or not prefix else whole * min(1, PREFIX / r.work)
 
     return sum(map(took, todo))
@@ -349,9 +349,11 @@ def said(kept: dict[str, Any] | Path) -> str:
     counts, drawn = Counter(r["outcome"] for r in runs), sum(r["drawn"] for r in runs)
     part = "its first 500 steps" if kept["prefix"] else "all of it"
     groups = len({(r["paper"], r["evidence"]) for r in runs if r["drawn"]})
+    how = f"drawn by the hash of commit {kept['commit'][:8]} from {groups} groups of paper and evidence"
+    how = how if kept["commit"] else "named, not drawn"
     lines = [
-        f"**Audit of {kept['when'][:10]}:** {drawn} of {kept['stored']:,} stored results, drawn by the hash of commit "
-        f"{kept['commit'][:8]} from {groups} groups of paper and evidence, were "
+        f"**Audit of {kept['when'][:10]}:** {drawn} of {kept['stored']:,} stored results, {how}, "
+        f"{'was' if drawn == 1 else 'were'} "
         f"trained again from nothing ({part}), {len(runs) - drawn} more on the way to them: "
         + ", ".join(
             f"{n} {name}{'es' * (name in (EXPLAINED, MISS) and n > 1)}"

@@ -176,14 +176,9 @@ class Run:
         return self.init == "continue" and self.method != NOTHING and type(self.method) is type(self.parent.method)
 
     @property
-    def like(self) -> tuple[str, str]:
-        """What its seconds per unit of `work` are roughly shared with."""
-        return self.model, self.dataset
-
-    @property
     def kind(self) -> tuple[str, str, int, str]:
         """What its seconds per unit of `work` are shared with on one kind of device, see `pace`."""
-        return *self.like, self.recipe.batch_size, type(self.method).__name__
+        return self.model, self.dataset, self.recipe.batch_size, type(self.method).__name__
 
     @property
     def work(self) -> int:
@@ -236,13 +231,9 @@ class Measurement:
     work = 1
 
     @property
-    def like(self) -> tuple[str, str, str]:
-        return "measured", self.model, self.dataset
-
-    @property
     def kind(self) -> tuple[str, str, str]:
         """As a Run's."""
-        return self.like
+        return "measured", self.model, self.dataset
 
     @functools.cached_property
     def key(self) -> str:

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import re
-import statistics
 import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, KeysView, Mapping, Sequence
@@ -121,18 +120,6 @@ class Store:
                 for key, *values in zip(*(table[name].to_pylist() for name in ("key", *names)), strict=True):
                     found.setdefault(key, tuple(values))
         return found
-
-    def paces(self) -> dict[tuple[str, ...], float]:
-        """`{like: seconds per unit of work}`, the median over the runs of each kind: a busy machine says little.
-
-        A measurement has no iterations.
-        """
-        found = {}
-        for model, dataset, wall_s, n in self.columns("model", "dataset", "wall_s", "iterations").values():
-            if wall_s and 0 < wall_s < math.inf:  # none of them was checked
-                kind = (model, dataset) if n else ("measured", model, dataset)
-                found.setdefault(kind, []).append(wall_s / (n or 1))
-        return {kind: statistics.median(paces) for kind, paces in found.items()}
 
     def row(self, key: str) -> dict[str, Any] | None:
         """The sound row of a key, or None. It is read and checked when it is first asked for."""
