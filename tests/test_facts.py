@@ -235,7 +235,7 @@ def norms(c, of):
 
 @states(
     "grasp",
-    "On the scored copy GraSP starts above two and falls through one near 95 percent, above SNIP everywhere, "
+    "On the scored copy GraSP starts above two and falls through one between 90 and 95 percent, above SNIP everywhere, "
     "with the paper's stars higher",
 )
 @states(
