@@ -1,5 +1,6 @@
 """lottery.prune on kinds of models that people prune: pruned to the density and what is left named, or refused."""
 
+import contextlib
 import re
 from functools import partial
 
@@ -146,14 +147,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Layer collapse")  # the head of torchvision's ViT begins as zeros
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned(name):
     """By magnitude, at half the density; a second method that learns its mask, and SNIP where there are gradients."""
     make, examples, layers, left = PRUNED[name]
     torch.manual_seed(0)
     net = make()
-    found = lottery.prune(net, examples(), "magnitude", 0.5, recipe=ONE_STEP, progress=False, pretrained=True)
+    zeros = name == "torchvision ViT"  # its head begins as zeros, and is all that collapses
+    with pytest.warns(UserWarning, match="no weight is kept in heads.head;") if zeros else contextlib.nullcontext():
+        found = lottery.prune(net, examples(), "magnitude", 0.5, recipe=ONE_STEP, progress=False, pretrained=True)
     assert len(found.masks) == layers
     assert found.left == left
     n = sum(m.numel() for m in found.masks.values())
