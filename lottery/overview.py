@@ -280,7 +280,7 @@ def _line(row):
     more += [f"Cells: {row['coverage']}."] * bool(row["coverage"]) + [f"On {row['device']}."] * bool(row["device"])
     k = kind(row)
     ours = scorecard.measured(row, row["ours"], row["interval"]).partition(" [")[0]
-    at = f" at {row['cell']}" * bool(row["cell"])
+    at = escape(f" at {row['cell']}" * bool(row["cell"]))
     small = "".join(f" <small>{escape(n)}</small>" for n in notes)
     basis = escape(basis[0]) + "".join(f" <small>{escape(b)}</small>" for b in basis[1:])
     return (

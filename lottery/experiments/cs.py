@@ -447,9 +447,7 @@ def shares(name: str, x: float | None, rows: list[dict], quantity: str) -> list[
     if _parts(name)[2] not in FAMILIES:
         return [1 / len(rows)] * len(rows)
     n = range(len(rows))
-    found = {
-        i: 100 * rows[i]["density"] / x for i in n if rows[i]["density"]
-    }  # one that lost every weight has no place
+    found = {i: 100 * rows[i]["density"] / x for i in n if rows[i]["density"]}  # one without weights has no place
     if quantity == "search iterations ratio":
         if not (reach := [i for i, d in found.items() if d < NEAR]):
             return None

@@ -196,7 +196,7 @@ def measured(item: str, name: str, x: float | None, seed: int, scale: str) -> li
     """
     net, criterion = name.split("/")
     net, _, variant = net.partition("@")
-    found = _measured(item, scale, "own classifier" if variant == "own" else "driver")
+    found = _measured(item, scale, {"": "driver", "own": "own classifier"}.get(variant))
     return found.get((net, criterion, 0 if criterion == "dense" else x, seed))
 
 
