@@ -401,12 +401,13 @@ def effective(layer: nn.Module) -> torch.Tensor:
     """The weight that a layer computes with in evaluation, detached. (Read in training mode a spectral norm moves.)"""
     chain = list(layer.parametrizations.weight) if parametrize.is_parametrized(layer, "weight") else []
     modes = [p.training for p in chain]
-    for p in chain:
-        p.training = False
-    weight = layer.weight.detach()
-    for p, mode in zip(chain, modes, strict=True):
-        p.training = mode
-    return weight
+    try:
+        for p in chain:
+            p.training = False
+        return layer.weight.detach()
+    finally:
+        for p, mode in zip(chain, modes, strict=True):
+            p.training = mode
 
 
 def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
