@@ -147,13 +147,15 @@ def run(
 @app.command()
 @kind_errors
 def status(
+    paper: Annotated[str | None, typer.Option(help=f"One of {', '.join(PAPERS)}; default: all.")] = None,
+    scale: Annotated[str | None, typer.Option(help="paper, primary (lth), laptop or smoke; default: all.")] = None,
     as_json: Json = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every ten seconds, until interrupted.")] = False,
     results_dir: ResultsDir = None,
 ) -> None:
     """What is stored, under way, failed and missing, per paper, item and scale, and how long the rest would take."""
     while True:
-        told = _progress(_stored(results_dir))
+        told = _progress(_stored(results_dir), paper, scale)
         lines = [json.dumps(told)] if as_json else _progress_lines(told)
         clear = "\033[H\033[2J" if watch and not as_json and sys.stdout.isatty() else ""
         typer.echo(clear + "\n".join(lines))
@@ -162,13 +164,18 @@ def status(
         time.sleep(WATCH)
 
 
-def _progress(store):
+def _progress(store, paper, scale):
     """What `status --json` prints."""
     from lottery.experiments import leases, pace
 
     stored, failed, paces = store.columns("status"), store.failures(), pace.paces(store)
-    running, items = leases.running(store.leases), []
-    for line, runs in _declared():
+    running, items, declared = leases.running(store.leases), [], _declared()
+    for what, asked in (("paper", paper), ("scale", scale)):
+        known = list(dict.fromkeys(line[what] for line, _ in declared))
+        if asked not in (None, *known):
+            raise ValueError(f"Unknown {what} {asked!r}: choose from {', '.join(known)}.")
+        declared = [(line, runs) for line, runs in declared if asked in (None, line[what])]
+    for line, runs in declared:
         found = [stored[key][0] for key, _, _ in runs if key in stored]
         left = [pace.expected(paces, tuple(kind), work) for key, kind, work in runs if key not in stored]
         items.append(
@@ -195,7 +202,7 @@ def _progress_lines(told):
         more = [f"{line[what]} {what}" for what in ("running", "failed", "diverged") if line[what]]
         if line["stored"] < line["runs"] and line["core_seconds_left"] is not None:
             more.append(f"{_hours(line['core_seconds_left'])} of one core left")
-        head = f"{line['paper']} {line['item']:14} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs"
+        head = f"{line['paper']} {line['item']:22} {line['scale']:7} {line['stored']:4} of {line['runs']:4} runs"
         lines.append(", ".join([head, *more]))
     lines += [f"running {r['key']} on {r['host']}, process {r['pid']}, since {r['since']}" for r in told["running"]]
     lines += [f"failed {r['key']} at {r['when']}: {r['reason']}" for r in told["failed"]]

@@ -449,6 +449,18 @@ def test_status_names_every_item_of_every_scale(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_status_of_a_paper_and_a_scale_names_their_items_alone(tmp_path):
+    told = json.loads(call("status", "--json", "--paper", "str", "--scale", "smoke", "--results-dir", tmp_path).stdout)
+    found = [(line["paper"], line["item"], line["scale"]) for line in told["items"]]
+    assert found == [("str", item, "smoke") for item in papers.paper("str").items]
+    for what, wrong, known in (("--paper", "srt", "lth, cs, str, grasp"), ("--scale", "small", "paper")):
+        refused = call("status", what, wrong, "--results-dir", tmp_path)
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith(f"lottery: Unknown {what[2:]} {wrong!r}: choose from {known}")
+    primary = call("status", "--paper", "str", "--scale", "primary", "--results-dir", tmp_path)  # a scale of LTH's
+    assert primary.stderr == "lottery: Unknown scale 'primary': choose from paper, laptop, smoke.\n"
+
+
 def test_a_watch_looks_again_until_it_is_interrupted(tmp_path, monkeypatch):
     looks = []
 
