@@ -35,7 +35,6 @@ from lottery import __version__
 HIDDEN = {"hide-input", "hide-cell"}
 CLAIM = re.compile(r"\]\((?:[\w./]*/)?scorecard\.ipynb#([\w-]+)\)")
 SCORECARD = "notebooks/scorecard"
-GLOSSARY = "book/glossary"
 
 
 class Html(nodes.General, nodes.Element):

@@ -237,8 +237,9 @@ class Population:
     @torch.no_grad()
     def __init__(self, models, recipe, build):
         self.layers = [layers(model) for model in models]
-        parts = [torch.stack(t) for same in zip(*self.layers, strict=True) for t in _weights_and_biases(same)]
-        masks = [torch.stack([_mask(layer) for layer in same]) for same in zip(*self.layers, strict=True)]
+        alike = list(zip(*self.layers, strict=True))  # [layer][network]
+        parts = [torch.stack([getattr(n, of).detach() for n in same]) for same in alike for of in ("weight", "bias")]
+        masks = [torch.stack([_mask(layer) for layer in same]) for same in alike]
         masks = [t for mask, bias in zip(masks, parts[1::2], strict=True) for t in (mask, torch.ones_like(bias))]
         self.mask = torch.cat([t.flatten(1) for t in masks], 1)
         self.theta = torch.cat([t.flatten(1) for t in parts], 1)
@@ -280,10 +281,6 @@ class Population:
         """Copy θ of network k into its model."""
         for layer, weight, bias in zip(self.layers[k], self.weights, self.biases, strict=True):
             _copy(layer, weight[k], bias[k])
-
-
-def _weights_and_biases(same):
-    return [layer.weight.detach() for layer in same], [layer.bias.detach() for layer in same]
 
 
 def _mask(layer):

@@ -75,6 +75,8 @@ def run(
     Runs whose worker process dies are trained once more, each alone, in new processes; the one of which it dies again
     is a run that raises, `WorkerDied`. An executor of the caller's that is broken raises that at once, and notes none.
     """
+    from joblib.externals.loky import cpu_count  # of cores that this process may use: a job of a cluster has a few
+
     own = executor is None
     check(device, threads, slots, own)
     runs, store = list(runs), store or Store()
@@ -87,7 +89,7 @@ def run(
             where = "here" if own else "with the workers"
             warnings.warn(f"No C++ compiler is {where}: trained without torch.compile.", stacklevel=2)
         compiled = can
-    slots = slots or getattr(executor, "_max_workers", None) or max(1, _cores() // threads)
+    slots = slots or getattr(executor, "_max_workers", None) or max(1, cpu_count() // threads)
     slots = 1 if device != "cpu" and own else min(slots, len(todo) or 1)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(len(todo), progress))
@@ -278,13 +280,6 @@ def _can(device, compiled):
     return compiled and training.can_compile(device)
 
 
-def _cores():
-    """Of this machine those that this process may use: a job of a cluster has a few of a node's."""
-    from joblib.externals.loky import cpu_count
-
-    return cpu_count()
-
-
 def needs(r: Run | Measurement) -> set[Run]:
     """The runs whose final weights this one starts from or is measured against."""
     if isinstance(r, Measurement):
@@ -412,9 +407,6 @@ def processes(n: int) -> "ProcessPoolExecutor":
 @contextlib.contextmanager
 def _uninterrupted():
     """A signal to stop waits until the end; processes that are started meanwhile never see one."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield

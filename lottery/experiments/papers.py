@@ -42,7 +42,7 @@ from typing import Any
 
 from lottery import data, models
 from lottery.experiments import PAPERS
-from lottery.experiments.runs import Measurement, Run, chosen, preset
+from lottery.experiments.runs import Measurement, Run, chosen
 
 COUNTS = {"trials": 1_000, "rounds": 1_000, "draws": 1_000}  # more would take hours to list, before any training
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
@@ -85,7 +85,9 @@ class Paper:
 
     def setting(self, scale: str) -> Any:
         """The preset of a scale. Raises ValueError for an unknown one."""
-        return preset(scale, self.settings)
+        if scale not in list(self.settings):  # whatever was given, hashable or not
+            raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(self.settings)}.")
+        return self.settings[scale]
 
     def override(self, at: Any, **parameters: Any) -> Any:
         """A Setting with other parameters. Raises ValueError for a number or name that no experiment can have."""

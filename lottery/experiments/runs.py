@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -274,13 +274,6 @@ def rates(model: nn.Module, r: Run) -> dict[str, float]:
     if r.rate_output is not None:
         each[list(layers)[-1]] = r.rate_output
     return each
-
-
-def preset(scale: str, settings: Mapping[str, Any]) -> Any:
-    """A paper's setting at a scale. Raises ValueError for an unknown one."""
-    if scale not in list(settings):  # whatever was given, hashable or not
-        raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(settings)}.")
-    return settings[scale]
 
 
 def fractions(densities: list[float] | tuple[float, ...]) -> tuple[float, ...]:

@@ -110,7 +110,6 @@ class Setting:
 
 
 IMAGENET, CIFAR, DIGITS = 1_281_167, 50_000, 1_347
-SPEECH, HAR = 22_246, 7_352  # training sequences of Google-12 and HAR-2
 RECURRENT = {"fastgrnn-google12": recurrent("google12", 300, 223, 100), "fastgrnn-har2": recurrent("har2", 300, 74, 80)}
 SETTINGS = {  # highest scale first
     "paper": Setting(

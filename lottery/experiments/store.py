@@ -63,9 +63,9 @@ def schema() -> "pa.Schema":
     return pa.schema(list(columns.items()))
 
 
-def root(start: Path | str | None = None) -> Path:
+def root() -> Path:
     """`results` of the clone around the working directory. Raises FileNotFoundError outside of a clone."""
-    here = Path(start or Path.cwd()).resolve()
+    here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         if (folder / "results").is_dir() and (folder / "lottery").is_dir():
             return folder / "results"
