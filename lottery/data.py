@@ -25,7 +25,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lottery import elsewhere
+from lottery.files import path_of
 
 
 class Facts(NamedTuple):
@@ -182,10 +183,10 @@ def of(data: Any, **options: Any) -> Data:
     if isinstance(data, str | Path):
         if data in SETS:
             return load(data, **options)
-        path = Path(data).expanduser()
+        path = path_of(data)
         parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
         return (from_parquet if parquet else from_folder)(path, **options)
-    if hasattr(data, "__getitem__") or hasattr(data, "__iter__"):
+    if _is_many(data):
         return from_dataset(data, **options)
     raise ValueError(
         f"Invalid data of type {type(data).__name__}: give (x, y), a dataset, a folder, a name like 'mnist', or Data."
@@ -261,7 +262,7 @@ def from_folder(folder: Path | str, size: int | None = None, grey: bool = False,
     Raises FileNotFoundError: no such folder; ValueError: no images, an unreadable one, sizes that differ, a class that
     `train` has not.
     """
-    folder = Path(folder).expanduser()
+    folder = path_of(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"No folder {folder}: give the folder that holds one folder of images for each class.")
     named = {part: folder / ("val" if part == "valid" and (folder / "val").is_dir() else part) for part in PARTS}
@@ -280,7 +281,7 @@ def from_parquet(path: Path | str, size: int | None = None, grey: bool = False, 
     Raises FileNotFoundError: no such file; ValueError: a damaged one, a column that is missing, of another kind or with
     missing values, as `from_tensors`.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     files = {part: sorted(path.glob(f"{part}*.parquet")) for part in (*PARTS, "val")} if path.is_dir() else {}
     if not path.exists() or (path.is_dir() and not files["train"]):
         raise FileNotFoundError(f"No parquet at {path}: give a file, or a folder that holds train-*.parquet.")
@@ -378,12 +379,17 @@ def _is_xy(data):
     return not (twos and all(isinstance(y, Real) or getattr(y, "ndim", None) == 0 for _, y in data))
 
 
+def _is_many(data):
+    """Whether data may be gone through example by example, as a mapping of splits or columns may not."""
+    return not isinstance(data, Mapping) and (hasattr(data, "__getitem__") or hasattr(data, "__iter__"))
+
+
 def _pairs(dataset, what="dataset"):
     """All of a dataset as (x, y); of a DataLoader the batches end to end."""
     if _is_xy(dataset):
         return dataset
-    if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
-        raise ValueError(f"Invalid {what} {dataset!r}: give (x, y), or a dataset of such pairs.")
+    if not _is_many(dataset):
+        raise ValueError(f"Invalid {what} {dataset!r:.80}: give (x, y), or a dataset of such pairs.")
     batched, xs, ys = isinstance(dataset, torch.utils.data.DataLoader), [], []
     finite = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not batched
     for example in (dataset[i] for i in range(len(dataset))) if finite else dataset:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lottery import masks as M
 from lottery.data import Data
+from lottery.files import path_of
 
 
 class Inputs(nn.Module):
@@ -47,7 +48,7 @@ def runtime() -> ModuleType:
 def onnx(model: nn.Module, x: torch.Tensor, path: Path | str) -> Path:
     """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch."""
     ort = runtime()
-    model, path = copy.deepcopy(model).cpu().eval(), Path(path)
+    model, path = copy.deepcopy(model).cpu().eval(), path_of(path)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own

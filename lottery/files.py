@@ -24,6 +24,11 @@ class CannotWrite(OSError):
         return f"Cannot write {self.filename}: {why}. {do} another folder; what is finished is kept."
 
 
+def path_of(path: Path | str) -> Path:
+    """A path with `~` as the home folder that it stands for; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A fresh name beside `path`, on the same file system, gone afterwards. Raises CannotWrite, from its body too."""

@@ -243,7 +243,7 @@ def _gradient(net, w, x, y, T, create_graph=False):
         raise ValueError(f"Invalid temperature {T!r}: give a number above 0.")
     with torch.enable_grad():
         z = outputs(net, x)
-        classes = z.shape[1] if isinstance(z, torch.Tensor) and z.dim() > 1 else 0
+        classes = z.shape[1] if z.dim() > 1 and z.shape[2:] == y.shape[1:] else 0
         if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
             raise ValueError(
                 f"Invalid batches: labels are {y.dtype} from {y.min()} to {y.max()}, the model's classes {classes}; "
@@ -254,12 +254,15 @@ def _gradient(net, w, x, y, T, create_graph=False):
 
 
 def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """net(x). Raises ValueError where the model does not take x."""
+    """net(x), one tensor. Raises ValueError where the model does not take x, or gives something else."""
     try:
-        return net(x)
+        z = net(x)
     except Exception as error:  # whatever a model raises
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"The model does not take inputs of shape {tuple(x.shape)}, {x.dtype}: {why}") from error
+    if not isinstance(z, torch.Tensor):
+        raise ValueError(f"The model gives a {type(z).__name__}, which cannot be scored: it has to give logits alone.")
+    return z
 
 
 def _times_hessian(g, net, w, x, y, T):

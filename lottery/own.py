@@ -12,6 +12,7 @@ weight a layer. CS and STR have no density among their numbers, only s0, and λ 
 a training for each value that is tried, and the closest is kept.
 """
 
+import contextlib
 import copy
 import dataclasses
 import fnmatch
@@ -20,7 +21,6 @@ import inspect
 import json
 import math
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -39,7 +39,7 @@ from tqdm import tqdm
 from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_threshold, stochastic, tickets, training
 from lottery import masks as M
 from lottery.batches import normaliser
-from lottery.files import publish, write
+from lottery.files import path_of, publish, temporary
 from lottery.methods import NOTHING, Method
 
 if TYPE_CHECKING:
@@ -90,15 +90,18 @@ def prune(
     where no value that a search tried has left a weight. Warns (UserWarning) of layers that have lost all weights.
     """
     options, seed = check_options(method, options), data.check_seed(seed)
+    training.check_tensors(model)
     if method in ("dnw", "cs", "str", "l0") and M.read(model):
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
     examples = data.of(examples)
     if not len(examples.train):
         raise ValueError("Invalid data: there is nothing to train on.")
-    recipe = recipe or default_recipe(examples)
+    recipe = default_recipe(examples) if recipe is None else recipe
+    if not isinstance(recipe, training.Recipe):
+        raise ValueError(f"Invalid recipe of type {type(recipe).__name__}: give a lottery.training.Recipe, or None.")
     if not train and recipe.batch_size > len(examples.train):
         raise ValueError(f"Invalid batch_size {recipe.batch_size}: the training set has {len(examples.train)} images.")
-    net, layers, left = _checked(model, examples, skip, recipe if train is loss is score is None else None)
+    net, layers, left = _checked(model, examples, skip, None if score and (train or loss) else recipe)
     if method in ("gmp", "set", "rigl") and (fixed := [name for name in M.masked(net) if name in left]):
         raise ValueError(
             f"Layer {fixed[0]!r} is left alone but carries a mask, which {method} would move: call "
@@ -138,7 +141,7 @@ def check_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError: an unknown method, an option it does not take, one of another kind than its default.
     """
-    if method not in METHODS:
+    if method not in list(METHODS):
         raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
     known = _options(method)
     if unknown := [name for name in options if name not in known]:
@@ -255,7 +258,11 @@ class _Job:
                     net.train()
                 self.own_train(net, hook)
             if finite := all(p.isfinite().all() for p in net.parameters() if p.requires_grad):
-                method.check(net, before, True)
+                try:
+                    method.check(net, before, True)
+                except AssertionError as error:
+                    steps = f"hook.before_step before each of its {recipe.iterations} steps"
+                    raise ValueError(f"{error} Does your loop call {steps}?") from None
         else:
             fitted = {"method": method, "loss": self.own_loss, "graph": False}  # any model: not all can be captured
             finite = training.fit(net, self.data, recipe, seed, start, **fitted).status != "diverged"
@@ -506,9 +513,10 @@ def _options(method):
 def _value(name, value, default):
     """A value, numpy's as Python's own. Raises ValueError for one of another kind than the default."""
     kind, words = KINDS[type(default)]
+    value = value.item() if isinstance(value, np.generic) else value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"Invalid {name} {value!r}: give {words}.")
-    return value.item() if isinstance(value, np.generic) else value
+    return value
 
 
 def _at_least_1(**values):
@@ -590,7 +598,6 @@ def _check_left(found, job, instead):
 
 def _checked(model, examples, skip, recipe):
     """A copy of the model, its layers to prune, and what is left alone, `{name: why}`, unless it is refused."""
-    training.check_tensors(model)
     M.prunable(model)  # what cannot be pruned is said before it cannot be copied
     try:
         net = copy.deepcopy(model)
@@ -598,7 +605,7 @@ def _checked(model, examples, skip, recipe):
         raise ValueError(f"The model cannot be copied ({str(error).splitlines()[0]}).") from error
     training.own_memory(net)
     found = M.prunable(net)
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns = [skip] if isinstance(skip, str) else [str(name) for name in skip or ()]
     for pattern in patterns:
         if not fnmatch.filter(found, pattern):
             raise ValueError(f"Unknown layer {pattern!r} in skip: the model has {', '.join(found)}.")
@@ -732,18 +739,19 @@ class Pruned:
         """
         from safetensors.torch import save
 
-        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
+        folder, names = path_of(folder), ("model.safetensors", "ticket.safetensors", "report.json")
         report = self.spec | {"density": self.density, "measures": self.measures, "left alone": self.left}
         report |= {"layers": json.loads(self.layers.to_json(orient="index"))}
         once = {id(t): (name, t) for name, t in reversed(self.model.state_dict(keep_vars=True).items())}  # tied ones
         weights = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in once.values()}
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as new:
-            write(Path(new, "model.safetensors"), save(weights))
-            tickets.save(self.ticket(), Path(new, "ticket.safetensors"))
-            write(Path(new, "report.json"), f"{json.dumps(report, indent=1, ensure_ascii=False)}\n".encode())
+        with contextlib.ExitStack() as stack:
+            new = [stack.enter_context(temporary(folder / name)) for name in names]
+            new[0].write_bytes(save(weights))
+            tickets.save(self.ticket(), new[1])
+            new[2].write_text(f"{json.dumps(report, indent=1, ensure_ascii=False)}\n", "utf-8")
             (folder / "report.json").unlink(missing_ok=True)
-            for name in ("model.safetensors", "ticket.safetensors", "report.json"):
-                publish(Path(new, name), folder / name)
+            for mine, name in zip(new, names, strict=True):
+                publish(mine, folder / name)
         return folder
 
     def export(self, path: Path | str) -> Path:
@@ -828,7 +836,7 @@ def _state_dict(checkpoint):
     if isinstance(checkpoint, str | Path):
         from safetensors.torch import load_file
 
-        path = Path(checkpoint)
+        path = path_of(checkpoint)
         if not path.is_file():
             raise FileNotFoundError(f"No checkpoint at {path}.")
         try:

@@ -18,6 +18,7 @@ import torch
 
 from lottery import data, models, tensorfile
 from lottery import masks as M
+from lottery.files import path_of
 
 if TYPE_CHECKING:
     from lottery.experiments import Store
@@ -95,7 +96,8 @@ def save(ticket: Ticket, path: Path | str) -> None:
 
     Raises FileNotFoundError: no such folder; `files.CannotWrite`.
     """
-    if not (folder := Path(path).absolute().parent).is_dir():
+    path = path_of(path)
+    if not (folder := path.absolute().parent).is_dir():
         raise FileNotFoundError(f"No folder {folder}: make it first, or name another file.")
     tensors = {f"theta/{name}": t.contiguous() for name, t in ticket.theta.items()}
     tensors |= {f"mask/{name}": t.contiguous() for name, t in ticket.masks.items()}
@@ -109,7 +111,7 @@ def load(path: Path | str, model: torch.nn.Module | None = None) -> Ticket:
 
     Raises ValueError for a file that is no ticket, does not fit or has changed, FileNotFoundError for none.
     """
-    if not Path(path).is_file():
+    if not (path := path_of(path)).is_file():
         raise FileNotFoundError(f"No ticket at {path}.")
     try:
         tensors, about, _ = tensorfile.read(path)

@@ -245,7 +245,11 @@ def _check_lone(model, recipe, batch, start, stop):
 
 
 def check_tensors(model: torch.nn.Module) -> None:
-    """Raise ValueError for a parameter or buffer that has no shape yet, or no values."""
+    """Raise ValueError for what is no module, or for a parameter or buffer that has no shape yet, or no values."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"Invalid model of type {type(model).__name__}: give a torch.nn.Module, not its class or state."
+        )
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(p):
             raise ValueError(
@@ -309,9 +313,11 @@ class Step:
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(self.recipe, x):
             logits = self.forward(x)
-        if logits.dim() > 1:
-            _check_outputs(logits.shape[1], self.classes)
-        loss = self.loss(logits.to(self.dtype), y)
+        if isinstance(logits, torch.Tensor):  # else what a loss of one's own takes
+            logits = logits.to(self.dtype)
+            if logits.dim() > 1:
+                _check_outputs(logits.shape[1], self.classes)
+        loss = self.loss(logits, y)
         if (penalty := self.method.penalty(self.model)) is not None:
             loss = loss + penalty
         self.optimizer.zero_grad()
@@ -383,10 +389,12 @@ def evaluate(
     normalise: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int | None = None,
     smoothing: float = 0.0,
+    loss: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[float, torch.Tensor]:
     """Mean loss per image and correctness (bool [n], on the CPU) of a split; all modes are left as they were.
 
-    smoothing: label smoothing of that loss.
+    smoothing: label smoothing of that loss. loss: in its place where the model gives no logits [B, classes]; what is
+    correct is then unknown, and empty.
     batch_size: default 2,500; on a CPU 250, of 32x32 pixels and more 60, for fully connected networks 1,000:
     activations should fit in the cache (Conv-2: 0.52 ms an image in batches of 60, 0.70 in 250).
     """
@@ -397,8 +405,16 @@ def evaluate(
         forward = (plain and perceptron.forward(model)) or model
         in_cache = 1000 if forward is not model else 250 if math.prod(split.x.shape[2:]) < 32 * 32 else 60
         batch_size = batch_size or (in_cache if like.device.type == "cpu" else 2500)
+        if loss and len(split) and not _are_logits(model(normalise(split.x[:2].to(like.device))), split.y):
+            batches = zip(split.x.split(batch_size), split.y.split(batch_size), strict=True)
+            losses = [len(y) * loss(model(normalise(x.to(like.device))), y.to(like.device)) for x, y in batches]
+            return float(sum(losses)) / len(split), torch.zeros(0, dtype=torch.bool)
         [loss], [correct] = _evaluate(forward, like, split, normalise, batch_size, smoothing)
     return loss, correct
+
+
+def _are_logits(out, y):
+    return isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] > int(y.max())
 
 
 def _evaluate(forward, like, split, normalise, batch_size=2500, smoothing=0.0):
@@ -448,7 +464,8 @@ def fit(
         graph: on a GPU the whole step is captured as a CUDA graph, if `opt` has its learning rate as a tensor; False
             for a model that cannot be captured, since it waits for the device or changes its ways from step to step.
         compiled: train `torch.compile` of the model, see `can_compile`; what is trained by hand has no use for it.
-        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy that is minimised; readings stay with it.
+        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy that is minimised; readings stay with it,
+            but of a model that gives no logits [B, classes], of which they are this loss, without accuracies.
         checkpoint: a `Checkpoint` to go on from and to write now and then; small networks that are trained by hand have
             done before one would be worth it.
 
@@ -498,8 +515,8 @@ def fit(
         opt = opt or optimizer(model, recipe, method.param_groups(model, recipe))
         _check_covered(model, opt.param_groups)
         _check_lone(model, recipe, batch, start, stop)
-        step = Step(model, recipe, opt, method, batch, compiled, start, loss, classes)
-    loop = _Loop(models, data, recipe, method, step, batch, start, stop, graph)
+        step = Step(model, recipe, opt, method, batch, compiled, start, loss, 0 if loss else classes)
+    loop = _Loop(models, data, recipe, method, step, batch, start, stop, graph, loss)
     try:
         with torch.enable_grad():
             loop.run(checkpoint if type(step) is Step else None)
@@ -515,7 +532,9 @@ class _Loop:
 
     evaluate = staticmethod(evaluate)
 
-    def __init__(self, models, data, recipe, method, step, batch, start, stop, graph):
+    def __init__(self, models, data, recipe, method, step, batch, start, stop, graph, loss=None):
+        if loss:
+            self.evaluate = functools.partial(self.evaluate, loss=loss)
         self.data, self.recipe, self.method, self.step, self.batch = data, recipe, method, step, batch
         self.start, self.stop, self.t, self.lr = start, stop, start, None
         self.loss, self.first_losses, self.batch_loss, self.since = None, {}, 0.0, start

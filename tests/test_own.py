@@ -336,6 +336,7 @@ def test_numbers_of_numpy(tmp_path):
     assert same(found.masks, pruned("synflow", density=0.25, seed=1, rounds=2).masks)
     report = json.loads((found.save(tmp_path) / "report.json").read_text())
     assert (report["asked"], report["seed"]) == (0.25, 1)
+    assert pruned("magnitude", pretrained=np.bool_(True)).trainings == 1
 
 
 def test_a_loss_and_a_score_of_ones_own():
@@ -348,6 +349,53 @@ def test_a_loss_and_a_score_of_ones_own():
     found = pruned("gmp", loss=loss, score=lambda net: float(net[8].weight.numel()))
     assert seen == [10] * 8
     assert found.measures == {"as given": 30.0, "pruned": 30.0}
+
+
+@pytest.mark.parametrize("method", ["gmp", "lth", "synflow"])
+@pytest.mark.parametrize("outputs", [(1, nn.Identity()), (1, nn.Flatten(0)), (2, nn.Unflatten(1, (2, 1)))])
+def test_a_loss_and_a_score_of_ones_own_take_what_the_model_gives(method, outputs):
+    """One logit an example, such as of two classes, or an example's logits in a grid."""
+    n, last = outputs
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, n), last)
+    seen = []
+
+    def loss(out, y):
+        seen.append(out.shape)
+        return F.binary_cross_entropy_with_logits(out.flatten(1).sum(1) if out.dim() > 1 else out, (y > 2).double())
+
+    found = pruned(method, net.double(), loss=loss, score=lambda net: 0.5, density=0.5)
+    assert found.density == 0.5
+    assert {shape[1:] for shape in seen} == {net(torch.zeros(2, 16).double()).shape[1:]}
+
+
+def test_a_loss_of_ones_own_of_several_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(16, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            h = self.body(x.flatten(1)).relu()
+            return self.head(h), h
+
+    given = {"loss": lambda out, y: F.cross_entropy(out[0], y) + out[1].mean(), "score": lambda net: 0.5}
+    assert pruned("gmp", Two(), **given).measures == {"as given": 0.5, "pruned": 0.5}
+    with pytest.raises(
+        ValueError, match=message("The model gives a tuple, which cannot be scored: it has to give log")
+    ):
+        pruned("snip", Two(), **given)
+
+
+def test_a_loop_of_ones_own_that_ends_early():
+    def train(model, hook):
+        optimizer = torch.optim.SGD(hook.groups(), lr=0.01)
+        for t in range(hook.iterations // 2):
+            hook.before_step(t, optimizer)
+
+    with pytest.raises(
+        ValueError, match=r"were asked for\. Does your loop call hook\.before_step before each of its 8 st"
+    ):
+        pruned("gmp", train=train)
 
 
 def test_default_recipe():
@@ -446,6 +494,26 @@ def test_ticket_of_ones_own_model(tmp_path):
         ValueError, match=message(f"{path} is no ticket, or none that fits Sequential: give a file that")
     ):
         tickets.load(path, model=mlp().float())
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_into_is_told(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(files.CannotWrite, match=message(f"Cannot write {tmp_path / name / 'model.safetensors'}: ")):
+        pruned().save(tmp_path / name)
+
+
+def test_files_in_the_home_folder(tmp_path, monkeypatch):
+    """`~` stands for it wherever a path is given; a folder that is called like a user who is not there is a folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = pruned()
+    for folder in ("~/made", "~nobody-of-that-name"):
+        found.save(folder)
+        own.load(convnet().float(), f"{folder}/model.safetensors")
+        assert tickets.load(f"{folder}/ticket.safetensors", convnet().float()).density == found.density
+        tickets.save(found.ticket(), f"{folder}/again.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "~nobody-of-that-name"}
 
 
 def test_what_is_saved_is_whole(tmp_path, monkeypatch):
@@ -667,6 +735,21 @@ def test_bad_checkpoints(tmp_path):
         (
             lambda: lottery.prune(convnet(), dataclasses.replace(images(), train=training.Split(*torch.ones(2, 0)))),
             "Invalid data: there is nothing to train on.",
+        ),
+        (
+            lambda: lottery.prune(convnet(), images(), ["lth"]),
+            "Unknown method ['lth']: choose one of magnitude, lth, random, snip, grasp, synflow",
+        ),
+        (lambda: pruned(recipe={"lr": 0.1}), "Invalid recipe of type dict: give a lottery.training.Recipe, or None."),
+        (lambda: pruned(net=nn.Linear), "Invalid model of type type: give a torch.nn.Module, not its class or state."),
+        (lambda: pruned("gmp", net={}), "Invalid model of type dict: give a torch.nn.Module, not its class or state."),
+        (
+            lambda: lottery.prune(convnet(), {"x": 1, "y": 2}),
+            "Invalid data of type dict: give (x, y), a dataset, a fold",
+        ),
+        (
+            lambda: pruned(net=nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), loss=F.mse_loss),
+            "The model gives shape (2, 1) for two examples, the data have 5 classes: it has to give [2, 5], or give a ",
         ),
         (lambda: pruned(density="0.3"), "Invalid density '0.3': give a fraction of weights to keep"),
         (lambda: pruned("gmp", density=0), "Invalid density 0: give a fraction of weights to keep"),

@@ -287,6 +287,10 @@ def test_names_and_data_pass():
         (lambda: data.from_tensors([[1], [1, 2]], [0, 1]), "Invalid x: give numbers: a tensor or an array [N, …] ("),
         (lambda: data.from_dataset([(torch.zeros(2), "cat")] * 3), "Invalid y: give class numbers (can't convert"),
         (lambda: data.from_dataset(7), "Invalid dataset 7: give (x, y), or a dataset of such pairs."),
+        (
+            lambda: data.from_tensors(images(), labels(), test={"x": 1}),
+            "Invalid test {'x': 1}: give (x, y), or a datas",
+        ),
         (lambda: data.from_dataset([]), "Invalid dataset: it has no examples."),
         (
             lambda: data.from_dataset([(torch.zeros(2), 0), (torch.zeros(3), 1)]),

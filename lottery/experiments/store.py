@@ -81,8 +81,8 @@ class Store:
 
     def __init__(self, results_dir=None, also=()):
         # Absolute: they are told to workers, which need not be where this process is or will be.
-        self.dir = Path(results_dir).expanduser().absolute() if results_dir else root() / "ours"
-        self.also = [Path(folder).expanduser().absolute() for folder in also]
+        self.dir = files.path_of(results_dir).absolute() if results_dir else root() / "ours"
+        self.also = [files.path_of(folder).absolute() for folder in also]
         if self.dir.exists() and not self.dir.is_dir():
             raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
