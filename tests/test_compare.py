@@ -119,6 +119,10 @@ def test_masks_are_stored_at_one_density_of_lenet():
         ({"iterations": 2}, "Invalid iterations 2"),
         ({"trials": 0}, "Invalid trials 0"),
         ({"densities": [1.5]}, "Invalid densities"),
+        ({"densities": []}, "Invalid densities"),
+        ({"methods": []}, "Invalid methods"),
+        ({"methods": "imp"}, "Invalid methods 'imp': give a list of names"),
+        ({"methods": 5}, "Invalid methods 5"),
     ],
 )
 def test_a_bad_parameter_is_one_line(given, said):

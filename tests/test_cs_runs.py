@@ -404,15 +404,16 @@ def test_resnet50_is_searched_and_retrained_on_images_in_imagenets_layout():
     [
         ({"trials": 0}, "Invalid trials 0: give a whole number from 1."),
         ({"s0": 100.0}, "Invalid s0 100.0: "),
-        ({"restart_rule": "both"}, "Invalid rule 'both': give 'as-described' or 'code'."),
-        ({"beta_final": 0.5}, "Invalid final 0.5: "),
+        ({"restart_rule": "both"}, "Invalid restart_rule 'both': give 'as-described' or 'code'."),
+        ({"beta_final": 0.5}, "Invalid beta_final 0.5: "),
         ({"iterations": 2}, "Invalid iterations 2: give a whole number from 4."),
         (
             {"iterations": 352},
             "Invalid iterations 352: beta rises once an epoch, so a round needs more than the 352 of ",
         ),
         ({"densities": [2.0]}, r"Invalid densities \[2.0\]: "),
-        ({"beta_step": "cosine"}, "Invalid schedule 'cosine': "),
+        ({"mask_scale": 1}, "Invalid mask_scale 1: give True or False."),
+        ({"beta_step": "cosine"}, "Invalid beta_step 'cosine': "),
     ],
 )
 def test_bad_parameters_are_one_line(given, text):

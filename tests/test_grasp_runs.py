@@ -162,6 +162,7 @@ def test_overrides():
         ({"densities": 0.5}, "Invalid densities 0.5: give a list of fractions of weights to keep, 0 < kept < 1."),
         ({"densities": [5.0]}, "Invalid densities [5.0]: give a list of fractions of weights to keep, 0 < kept < 1."),
         ({"criterion": "best"}, "Invalid criterion 'best': give one of magnitude, random, snip, grasp, synflow."),
+        ({"per_class": 1.5}, "Invalid per_class 1.5: give a whole number above 0, such as 10."),
         ({"temperature": -1.0}, "Invalid temperature -1.0: give a number above 0, such as 200.0."),
         (
             {"per_class": 5, "chunks": 4},
@@ -175,6 +176,10 @@ def test_bad_parameters_are_told_in_one_line(given, text):
         grasp.override(LAPTOP, **given)
     assert str(error.value).startswith(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_temperature_without_a_point_is_the_same():
+    assert grasp.override(LAPTOP, temperature=200) == grasp.override(LAPTOP, temperature=200.0)
 
 
 def test_unknown_names():

@@ -212,7 +212,7 @@ def test_level_root_and_spec():
         ),
         (
             {"criterion": "grasp", "density": 0.1, "score": (("per_class", 0),)},
-            "Invalid per_class 0: give a number above 0, such as 10.",
+            "Invalid per_class 0: give a whole number above 0, such as 10.",
         ),
         (
             {"criterion": "grasp", "density": 0.1, "score": (("class_sorted", 1),)},

@@ -100,6 +100,7 @@ def test_overrides_scale_lambda_anew_and_refuse_what_is_not_there():
         ({"g": "tanh"}, r"^Invalid g 'tanh'"),
         ({"densities": [0.1]}, r"^Unknown parameter 'densities' of str"),
         ({"trials": 0}, r"^Invalid trials 0"),
+        ({"target_density": 2}, r"^Invalid target_density 2: give 0 < density <= 1"),
     ]:
         with pytest.raises(ValueError, match=said):
             E.override(LAPTOP, **given)

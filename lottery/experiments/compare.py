@@ -343,6 +343,8 @@ def override(at: Setting, **given: Any) -> Setting:
     """
     given = {name: value for name, value in given.items() if value is not None}
     if "methods" in given:
+        if not (isinstance(given["methods"], list | tuple) and given["methods"]):
+            raise ValueError(f"Invalid methods {given['methods']!r}: give a list of names, such as ['imp', 'gmp'].")
         given["methods"] = tuple(given["methods"])
     base = {name: given.pop(name) for name in ("model", "dataset", "train_fraction") if name in given}
     changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
@@ -350,8 +352,8 @@ def override(at: Setting, **given: Any) -> Setting:
         if type(n) is not int or n < 4:
             raise ValueError(f"Invalid iterations {n!r}: give a whole number from 4.")
         changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
-    densities = given.pop("densities", None)
-    changed = functools.partial(_changed, base=base, changes=changes, densities=densities and fractions(densities))
+    densities = fractions(given.pop("densities")) if "densities" in given else None
+    changed = functools.partial(_changed, base=base, changes=changes, densities=densities)
     nets = {name: changed(net) for name, net in at.nets.items()} if base or changes or densities else at.nets
     at = dataclasses.replace(at, nets=nets, **given)
     for item in MAIN:  # what is wrong with a method's options is told here

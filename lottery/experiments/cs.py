@@ -29,7 +29,7 @@ from lottery.claims import WIDEST
 from lottery.cs import CS, Ticket
 from lottery.dynamic import GMP
 from lottery.experiments.papers import Paper
-from lottery.experiments.runs import Run, fractions
+from lottery.experiments.runs import Run, fields_as, fractions
 from lottery.methods import Method
 from lottery.stochastic import L0, FrozenCS, Supermask
 from lottery.training import Recipe
@@ -519,9 +519,9 @@ def override(at: Setting, **given: Any) -> Setting:
     given = {name: value for name, value in given.items() if value is not None}
     if "trials" in given:
         given["own"] = {}
-    names = {"lam": "lam", "beta_final": "final", "beta_step": "schedule", "restart_rule": "rule"}
-    names["mask_scale"] = "scale"
-    method = {field: given.pop(name) for name, field in names.items() if name in given}
+    names = {"lam": "lam", "final": "beta_final", "schedule": "beta_step", "rule": "restart_rule"}
+    names["scale"] = "mask_scale"
+    method = {field: given.pop(name) for field, name in names.items() if name in given}
     if "s0" in given:
         given["s0s"] = given["low"] = ()
     base = {name: given.pop(name) for name in ("model", "dataset", "train_fraction") if name in given}
@@ -534,7 +534,8 @@ def override(at: Setting, **given: Any) -> Setting:
     for run in nets.values():
         _check_epochs(run, at.method | method)
     k = min(at.rewind_to, changes["iterations"] // 4) if "iterations" in changes else at.rewind_to
-    return dataclasses.replace(at, nets=nets, rewind_to=k, method=at.method | method, **given)
+    with fields_as(**names):
+        return dataclasses.replace(at, nets=nets, rewind_to=k, method=at.method | method, **given)
 
 
 def _check_epochs(run, method):

@@ -226,6 +226,8 @@ def override(at: Setting, **given: Any) -> Setting:
         changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
     base = {name: given.pop(name) for name in ("model", "dataset", "seed", "train_fraction") if name in given}
     score = {name: given.pop(name) for name in CRITERIA["grasp"] if name in given}
+    if type(T := score.get("temperature")) is int:
+        score["temperature"] = float(T)
     if (densities := given.pop("densities", None)) is not None:
         given["sparsities"] = tuple(round(100 * (1 - d), 6) for d in fractions(densities))
     nets = {net: _changed(run, base, changes) for net, run in at.nets.items()}

@@ -5,8 +5,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +149,8 @@ class Run:
                 raise ValueError(f"Unknown score {name!r} of {self.criterion}: it takes {', '.join(known) or 'none'}.")
             kind = type(known[name])
             if type(value) is not kind or (kind is not bool and not value > 0):
-                rule = "True or False" if kind is bool else f"a number above 0, such as {known[name]}"
+                number = "a whole number" if kind is int else "a number"
+                rule = "True or False" if kind is bool else f"{number} above 0, such as {known[name]}"
                 raise ValueError(f"Invalid {name} {value!r}: give {rule}.")
         if "per_class" not in known:
             return
@@ -282,6 +284,16 @@ def fractions(densities: list[float] | tuple[float, ...]) -> tuple[float, ...]:
     if not listed or not all(isinstance(d, float) and 0 < d < 1 for d in densities):
         raise ValueError(f"Invalid densities {densities!r}: give a list of fractions of weights to keep, 0 < kept < 1.")
     return tuple(densities)
+
+
+@contextlib.contextmanager
+def fields_as(**names: str) -> Iterator[None]:
+    """What a ValueError of its body says of a field is said of the parameter that was given: `{field: parameter}`."""
+    try:
+        yield
+    except ValueError as error:
+        said = re.sub(r"^Invalid (\w+)", lambda found: f"Invalid {names.get(found[1], found[1])}", str(error))
+        raise ValueError(said) from None
 
 
 def chosen(items: str | Iterable[str] | None, known: Collection[str], paper: str) -> list[str]:

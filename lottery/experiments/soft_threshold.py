@@ -23,7 +23,7 @@ from lottery import data, macs, models
 from lottery.dynamic import DNW, GMP, SET, RigL
 from lottery.experiments import str_exact
 from lottery.experiments.papers import Paper
-from lottery.experiments.runs import Run
+from lottery.experiments.runs import Run, fields_as
 from lottery.soft_threshold import STR, decay_path
 from lottery.training import Recipe
 
@@ -304,9 +304,10 @@ def override(at: Setting, **given: Any) -> Setting:
     if type(n := changes.get("iterations", 30)) is not int or n < 30:
         raise ValueError(f"Invalid iterations {n!r}: give a whole number from 30.")
     at = dataclasses.replace(at, nets={net: _changed(net, run, base, changes) for net, run in at.nets.items()}, **given)
-    for item in MAIN:  # what is wrong with a method's parameters is told here
-        for arm, _, point in cells(item, at):
-            trial(arm, at, at.seed, point)
+    with fields_as(density="target_density"):
+        for item in MAIN:  # what is wrong with a method's parameters is told here
+            for arm, _, point in cells(item, at):
+                trial(arm, at, at.seed, point)
     return at
 
 
