@@ -14,13 +14,11 @@ Done here for every chapter, so that none does it by itself:
 shows what the cell named `name` (its metadata's `lottery.name`) left in a notebook on another page.
 """
 
-import contextlib
 import csv
 import html
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import nbformat
@@ -30,7 +28,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.osutil import relative_uri
 
-from lottery import __version__
+from lottery import __version__, files
 
 HIDDEN = {"hide-input", "hide-cell"}
 CLAIM = re.compile(r"\]\((?:[\w./]*/)?scorecard\.ipynb#([\w-]+)\)")
@@ -283,10 +281,7 @@ def settle(app, config):
             "binderhub_url": "https://mybinder.org",
             "colab_url": "https://colab.research.google.com",
         }
-    root = Path(app.srcdir)
-    git, date = ("git", "-C", str(root), "log", "-1", "--format=%cs"), ""
-    with contextlib.suppress(OSError):  # no git here: a zip in a container
-        date = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    date = files.git(app.srcdir, "log", "-1", "--format=%cs")  # None in a zip in a container
     options["extra_footer"] = f"<p>Version {__version__}" + (f", {date}" if date else "") + "</p>"
     config.lottery_base = (os.environ.get("BOOK_ADDRESS") or config.html_baseurl).rstrip("/")
 

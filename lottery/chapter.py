@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lottery import claims, experiments, names, scorecard, verdicts
+from lottery import claims, experiments, files, names, scorecard, verdicts
 from lottery.experiments import check, engine, pace, papers
 from lottery.experiments.store import Store, load, now, root
 
@@ -339,7 +339,7 @@ def table(
         frame = frame.rename_axis([name or "" for name in frame.index.names]).reset_index()
     places = digits if isinstance(digits, dict) else dict.fromkeys(frame.columns, digits)
     columns = [[cell(v, places.get(name, 2)) for v in frame[name]] for name in frame.columns]
-    numeric = [all(re.fullmatch(r"[-−+–]?[\d,.]*( ?%)?( ±.*)?", v) for v in column) for column in columns]
+    numeric = [all(re.fullmatch(r"[-−+–]?(≥ )?[\d,.]*( ?%)?( ±.*)?", v) for v in column) for column in columns]
     lines = [
         [cell(str(name)) for name in frame.columns],
         ["--:" if n else "---" for n in numeric],
@@ -399,10 +399,7 @@ def open_store(results_dir: Path | str | None = None, anew: bool = False, make: 
     """
     if not (results_dir is None or isinstance(results_dir, str | os.PathLike)):
         raise ValueError(f"Invalid results_dir {results_dir!r}: give the path of a folder, or None.")
-    home = Path(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"))
-    # A user without a home gets a place that can never be made: what is committed can be read, and nothing be trained.
-    home = home if home.is_absolute() else Path(os.devnull)
-    mine = Path(results_dir or os.environ.get("LOTTERY_RESULTS") or home / "lottery" / "results").expanduser()
+    mine = Path(results_dir or os.environ.get("LOTTERY_RESULTS") or files.of_user("data") / "results").expanduser()
     if anew:
         return Store(mine / f"recomputed-{now().replace(':', '')}")
     try:

@@ -467,8 +467,8 @@ def _declared():
     from lottery import files
 
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lottery" / "declared.json"
-    if "torch" in sys.modules or not cache.is_absolute():  # a user without a home has no cache
+    cache = files.of_user("cache") / "declared.json"
+    if "torch" in sys.modules:
         return _declare()
     with contextlib.suppress(OSError, ValueError, KeyError):
         kept = json.loads(files.read(cache))

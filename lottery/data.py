@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lottery import elsewhere
-from lottery.files import path_of
+from lottery.files import of_user, path_of
 
 
 class Facts(NamedTuple):
@@ -579,16 +579,10 @@ def _padding(side):
 # Where things are -----------------------------------------------------------------------------------------------------
 
 
-def _user_cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    # A user without a home gets a place that can never be created, so that nothing is cached.
-    return (folder if folder.is_absolute() else Path(os.devnull)) / "lottery"
-
-
 def _root(root) -> Path:
     origin, given = ("root", root) if root is not None else ("LOTTERY_DATA", os.environ.get("LOTTERY_DATA"))
     if root is None and not given:
-        return _user_cache() / "data"
+        return of_user("cache") / "data"
     with contextlib.suppress(RuntimeError):  # ~somebody who is not here
         given = Path(given).expanduser()
     if not (folder := Path(given)).is_dir():
@@ -648,7 +642,7 @@ def _arrays(name, root):
         )
         source = [(str(f.resolve()), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((CACHE_FORMAT, source)).encode()).hexdigest()[:16]
-    cache = _user_cache() / "decoded" / f"{name}-{key}.safetensors"
+    cache = of_user("cache") / "decoded" / f"{name}-{key}.safetensors"
     if cached := _read_cache(cache):
         return cached
     where = "scikit-learn" if name == "digits" else files[0].parent

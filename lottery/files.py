@@ -5,6 +5,7 @@ import errno
 import fcntl
 import itertools
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -126,6 +127,22 @@ def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] =
             with contextlib.suppress(OSError):
                 if now - path.stat().st_mtime > STALE:
                     path.unlink()
+
+
+def of_user(kind: str) -> Path:
+    """lottery's folder in a user's "cache" or "data"; without a home one that can never be made, so nothing is kept."""
+    home = {"cache": "~/.cache", "data": "~/.local/share"}[kind]
+    folder = Path(os.environ.get(f"XDG_{kind.upper()}_HOME") or os.path.expanduser(home))
+    return (folder if folder.is_absolute() else Path(os.devnull)) / "lottery"
+
+
+def git(folder: Path, *words: str) -> str | None:
+    """What a command of git prints in a clone; None where there is no git, or no clone."""
+    try:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 @contextlib.contextmanager

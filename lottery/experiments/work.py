@@ -8,7 +8,6 @@ import hashlib
 import json
 import platform
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lottery import baselines, data, grasp, lth, models, tensorfile, tickets, training
+from lottery import baselines, data, files, grasp, lth, models, tensorfile, tickets, training
 from lottery import masks as M
 from lottery.batches import take
 from lottery.experiments.runs import Measurement, Run, rates
@@ -474,9 +473,4 @@ def code() -> dict[str, str | None]:
     """Commit and hash of the package's source: information only, neither makes a run stale."""
     folder = Path(__file__).parents[1]
     source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
-    git = ["git", "-C", folder, "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {"commit": commit, "source": hashlib.sha256(source).hexdigest()[:16]}
+    return {"commit": files.git(folder, "rev-parse", "HEAD"), "source": hashlib.sha256(source).hexdigest()[:16]}
