@@ -25,6 +25,7 @@ from torch import nn
 
 from lottery import grasp
 from lottery import masks as M
+from lottery.methods import whole
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -120,8 +121,7 @@ def synflow(
     """
     if not (isinstance(input_shape, tuple | list) and all(type(n) is int and n > 0 for n in input_shape)):
         raise ValueError(f"Invalid input_shape {input_shape!r}: give that of one input, such as (1, 28, 28).")
-    if type(rounds) is not int or rounds < 1:
-        raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
+    whole("rounds", rounds)
     if biases not in ("none", "absolute"):
         raise ValueError(f"Invalid biases {biases!r}: give 'none' or 'absolute'.")
     on, names = M.read(model), list(M.chosen(model, layers))

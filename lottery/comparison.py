@@ -3,7 +3,6 @@
 Everything takes the frame of `networks`, one row for each stored network; what is not stored is left out and counted.
 """
 
-import functools
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lottery import claims, data, models, names
+from lottery import claims, models, names
 from lottery import masks as M
 from lottery.experiments import compare
+from lottery.experiments.papers import parts
 from lottery.experiments.soft_threshold import macs_left
 from lottery.experiments.store import unpack_masks
 
@@ -97,8 +97,7 @@ def networks(chapter: "Chapter", item: str) -> "pd.DataFrame":
 
 
 def _method(arm):
-    net, method = arm.split("/")
-    options = net.partition("@")[2]
+    _, options, method = parts(arm)
     return f"{method}@{options}" if options else method
 
 
@@ -268,18 +267,12 @@ def layers(frame: "pd.DataFrame", density: float) -> dict[str, dict[str, float]]
     return found
 
 
-@functools.cache
-def _shapes(model, dataset, options):
-    facts = data.SETS[dataset]
-    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
-    return {name: tuple(layer.weight.shape) for name, layer in M.prunable(net).items()}
-
-
 def masks(row: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     """The stored masks of a row, `{layer: bool [weights]}`, or None where they were not kept."""
     if not row["mask"]:
         return None
-    shapes = _shapes(row["model"], row["dataset"], tuple(map(tuple, json.loads(row["spec"])["options"])))
+    net = models.sizes_only(row["model"], row["dataset"], tuple(map(tuple, json.loads(row["spec"])["options"])))
+    shapes = {name: layer.weight.shape for name, layer in M.prunable(net).items()}
     return {name: m.numpy().ravel() for name, m in unpack_masks(row["mask"], shapes).items()}
 
 

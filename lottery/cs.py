@@ -41,7 +41,7 @@ from torch.nn.utils import parametrize
 from lottery import masks as M
 from lottery import training
 from lottery.data import Data
-from lottery.methods import Method, densities, need, number
+from lottery.methods import Method, densities, need, number, whole
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -342,8 +342,7 @@ def search(
 
     Yields a `Level` after each round, while the soft network is on the model.
     """
-    if type(rounds) is not int or rounds < 1:
-        raise ValueError(f"Invalid rounds {rounds!r}: give a whole number from 1.")
+    whole("rounds", rounds)
     if rewind_to is not None and (type(rewind_to) is not int or rewind_to < 0):
         raise ValueError(f"Invalid rewind_to {rewind_to}: give an iteration from 0, or None to keep the trained w.")
     _check_rule(rule)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from lottery import masks as M
+from lottery.methods import whole
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -143,8 +144,7 @@ def imp(
     if strategy not in ("reset", "continue"):
         raise ValueError(f"Invalid strategy {strategy!r}: give 'reset' or 'continue'.")
     for name, value in (("rounds", rounds), ("rewind_to", rewind_to)):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
+        whole(name, value, 0)
     check_rounds(model, rounds, rate, scope)  # before hours of training
     M.attach(model)
     if rewind_to:

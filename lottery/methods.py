@@ -89,6 +89,12 @@ def need(fields: Any, name: str, ok: Any, rule: str) -> None:
         raise ValueError(f"Invalid {name} {getattr(fields, name)!r}: {rule}.")
 
 
+def whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless an argument of this name is a whole number from `least` on."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"Invalid {name} {value!r}: give a whole number from {least}.")
+
+
 def number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
     """Whether a field holds a finite number of this kind, and no boolean; `and` then says in which range."""
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf

@@ -19,7 +19,8 @@ rows of an image are the time steps of a sequence.
 
 import inspect
 from collections import OrderedDict
-from functools import partial
+from collections.abc import Iterable
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lottery.data import check_seed
+from lottery.data import SETS, check_seed
 
 Shape = tuple[int, int, int]  # of an image: channels, height, width
 
@@ -250,6 +251,18 @@ def create(
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
+
+
+def on_set(name: str, dataset: str, options: Iterable[tuple[str, Any]] = (), seed: int = 0) -> nn.Module:
+    """`create` for the images and classes of a set that `data.load` knows; options: pairs, as of a Run."""
+    return create(name, seed, in_shape=SETS[dataset].shape, classes=SETS[dataset].classes, **dict(options))
+
+
+@lru_cache(maxsize=100)
+def sizes_only(name: str, dataset: str, options: tuple[tuple[str, Any], ...] = ()) -> nn.Module:
+    """`on_set` on the meta device: names and sizes, without drawing millions of weights. To be read, not changed."""
+    with torch.device("meta"):
+        return on_set(name, dataset, options)
 
 
 def _glorot(layer, generator):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lottery import data, models, tensorfile
 from lottery import masks as M
+from lottery import models, tensorfile
 from lottery.files import path_of
 
 if TYPE_CHECKING:
@@ -199,6 +199,4 @@ def digest(theta: dict[str, torch.Tensor]) -> str:
 
 
 def _create(spec, seed=0):
-    facts = data.SETS[spec["dataset"]]
-    options = dict(spec.get("options", ()))  # the first runs that were stored have none
-    return models.create(spec["model"], seed=seed, in_shape=facts.shape, classes=facts.classes, **options)
+    return models.on_set(spec["model"], spec["dataset"], spec.get("options", ()), seed)  # the first runs have none

@@ -3,8 +3,6 @@
 import functools
 from collections.abc import Iterable
 
-import torch
-
 from lottery import data, lth, models
 from lottery import masks as M
 from lottery.batches import take
@@ -54,21 +52,14 @@ def _left(r):
             return before
         if r.scope == "global":
             return lth.kept(before if isinstance(before, dict) else {"": before}, r.rate)
-        each = rates(_empty(r.model, r.dataset, r.options), r)
+        each = rates(models.sizes_only(r.model, r.dataset, r.options), r)
         return lth.kept(before, each) if isinstance(before, dict) else None
     except ValueError as error:
         raise ValueError(f"After {r.level} rounds: {error}" if r.level > 1 else str(error)) from None
 
 
 @functools.lru_cache(maxsize=100)
-def _empty(model, dataset, options):
-    """A network of which only the shapes are there."""
-    facts, shape = data.SETS[dataset], {k: v for k, v in options if k not in ("init", "sigma")}
-    with torch.device("meta"):
-        return models.MODELS[model](in_shape=facts.shape, classes=facts.classes, **shape)
-
-
-@functools.lru_cache(maxsize=100)
 def _sizes(model, dataset, options, layers):
-    found = {name: layer.weight.numel() for name, layer in M.prunable(_empty(model, dataset, options)).items()}
+    net = models.sizes_only(model, dataset, options)
+    found = {name: layer.weight.numel() for name, layer in M.prunable(net).items()}
     return {name: n for name, n in found.items() if layers is None or name in layers}

@@ -22,14 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lottery import baselines, data, models
+from lottery import baselines, models
 from lottery.claims import WIDEST
 from lottery.cs import CS, Ticket
 from lottery.dynamic import DNW, GMP, SET, RigL
 from lottery.experiments import grasp, soft_threshold
-from lottery.experiments.papers import Paper
+from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import Run, fractions
-from lottery.methods import NOTHING
+from lottery.methods import NOTHING, whole
 from lottery.soft_threshold import STR
 from lottery.stochastic import L0
 from lottery.training import Recipe
@@ -56,9 +56,8 @@ def shared(run: Run, density: float, share: str) -> float | tuple[tuple[str, flo
 def _shared(model, dataset, options, density, share):
     if share not in ("uniform", "erk"):
         raise ValueError(f"Invalid share {share!r}: give 'global', 'uniform' or 'erk'.")
-    facts = data.SETS[dataset]
-    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
-    return tuple({"uniform": baselines.uniform, "erk": baselines.erk}[share](net, density).items())
+    budget = {"uniform": baselines.uniform, "erk": baselines.erk}[share]
+    return tuple(budget(models.on_set(model, dataset, options), density).items())
 
 
 def at_initialisation(criterion: str) -> Callable[..., Run]:
@@ -205,7 +204,7 @@ class Net:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Trials):
     """All networks at one scale. methods: those that are compared, each as "method" or "method@options"."""
 
     nets: dict[str, Net]
@@ -214,17 +213,12 @@ class Setting:
     methods: tuple[str, ...] = tuple(METHODS)
 
     def __post_init__(self):
-        if type(self.trials) is not int or self.trials < 1:
-            raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
+        super().__post_init__()
         for text in self.methods:
             if text.partition("@")[0] not in METHODS:
                 raise ValueError(
                     f"Unknown method {text!r}: choose from {', '.join(METHODS)}, with @options or without."
                 )
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.trials)
 
 
 def recipe(epochs: int, per_epoch: int, **changes: Any) -> Recipe:
@@ -307,7 +301,7 @@ def seeds(item: str, at: Setting) -> range:
 
 def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Run of one arm and trial at a point, a list of one."""
-    (name, _, variant), method = arm.split("/")[0].partition("@"), arm.split("/")[1]
+    name, variant, method = parts(arm)
     net, run = at.nets[name], dataclasses.replace(at.nets[name].base, seed=seed)
     given = options(variant or CHOSEN.get(name, {}).get(method, "default"))
     changes = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
@@ -349,8 +343,7 @@ def override(at: Setting, **given: Any) -> Setting:
     base = {name: given.pop(name) for name in ("model", "dataset", "train_fraction") if name in given}
     changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
     if (n := given.pop("iterations", None)) is not None:
-        if type(n) is not int or n < 4:
-            raise ValueError(f"Invalid iterations {n!r}: give a whole number from 4.")
+        whole("iterations", n, 4)
         changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
     densities = fractions(given.pop("densities")) if "densities" in given else None
     changed = functools.partial(_changed, base=base, changes=changes, densities=densities)
@@ -363,16 +356,10 @@ def override(at: Setting, **given: Any) -> Setting:
 
 
 def _changed(net, base, changes, densities):
-    run = net.base
-    if "iterations" in changes:
-        changes = changes | {"eval_every": min(run.recipe.eval_every, changes["iterations"])}
-    if "model" in base:  # the width is an option of the ResNets
-        base = base | {"options": tuple(pair for pair in run.options if pair[0] == "init")}
-    run = dataclasses.replace(run, **base, recipe=dataclasses.replace(run.recipe, **changes))
     if densities:
         levels = tuple(sorted({*net.levels, *densities}, reverse=True))
         net = dataclasses.replace(net, densities=densities, levels=levels, kept=(tuned_at(net),) if net.kept else ())
-    return dataclasses.replace(net, base=run)
+    return dataclasses.replace(net, base=grasp.changed(net.base, base, changes))
 
 
 # What is read of the runs ---------------------------------------------------------------------------------------------

@@ -21,16 +21,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from lottery import data, models
 from lottery.claims import WIDEST
 from lottery.cs import CS, Ticket
 from lottery.dynamic import GMP
-from lottery.experiments.papers import Paper
+from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import Run, fields_as, fractions
-from lottery.methods import Method
+from lottery.methods import Method, whole
 from lottery.stochastic import L0, FrozenCS, Supermask
 from lottery.training import Recipe
 
@@ -77,9 +76,7 @@ def dense(model: str, dataset: str, recipe: Recipe, valid: int | None = None, **
 
 def _convolutions(model, dataset, options):
     """Names of the convolutions larger than 1x1; None, for all layers, in a network without batch norm."""
-    facts = data.SETS[dataset]
-    with torch.device("meta"):  # names and sizes, without drawing millions of weights
-        net = models.MODELS[model](in_shape=facts.shape, classes=facts.classes, **dict(options))
+    net = models.sizes_only(model, dataset, options)
     if not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         return None
     found = net.named_modules()
@@ -87,7 +84,7 @@ def _convolutions(model, dataset, options):
 
 
 @dataclass(frozen=True, eq=False)  # by identity, so that chains can be cached
-class Setting:
+class Setting(Trials):
     """One experiment at one scale.
 
     nets: the dense Run of each network that arms name. trials: seeds seed … seed + trials − 1; own: those of an item
@@ -123,15 +120,11 @@ class Setting:
     method: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("trials", "rounds", "imp"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
+        super().__post_init__()
+        for name in ("rounds", "imp"):
+            whole(name, getattr(self, name))
         for s0 in (self.s0, *self.s0s):
             CS(s0=s0, **self.method)
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.trials)
 
     # The networks of one trial, each a Run. `variant`: a key of VARIANTS, or another s0 as "s-0.1".
 
@@ -320,7 +313,7 @@ def cells(item: str, at: Setting) -> list[tuple[str, float | None, float]]:
         nets = [net for net in nets if net != "vgg16"]
     names = VIEWS.get(item, (item,))
     found = dict.fromkeys((net + arm, p) for net in nets for name in names for arm, p in _cells(name, at))
-    return [(arm, _density(_parts(arm)[2], point), point) for arm, point in found]
+    return [(arm, _density(parts(arm)[2], point), point) for arm, point in found]
 
 
 def _density(control, point):
@@ -370,7 +363,7 @@ def _cells(item, at):
 
 def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Runs of one arm and trial at a point, a list of one."""
-    net, variant, control = _parts(arm)
+    net, variant, control = parts(arm)
     if control in ("search", "ticket", "pruned"):
         return [getattr(at, control)(net, seed, point, variant)]
     if control in ("shuffled", "imp-shuffled"):
@@ -389,13 +382,6 @@ def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
         return [at.tuned(net, seed, method)]
     kind, lr = {"supermask": (Supermask, SUPERMASK_LR), "frozen-cs": (FrozenCS, None)}[control]
     return [at.frozen(net, seed, kind(s0=point, layers=layers), lr)]
-
-
-def _parts(arm):
-    """(net, variant, control) of "net@variant/control"."""
-    net, control = arm.split("/")
-    net, _, variant = net.partition("@")
-    return net, variant, control
 
 
 # What claims ask for --------------------------------------------------------------------------------------------------
@@ -444,7 +430,7 @@ def shares(name: str, x: float | None, rows: list[dict], quantity: str) -> list[
     density, if they are at most a factor WIDEST apart; for "search iterations ratio" the network of the shortest
     search that reaches it.
     """
-    if _parts(name)[2] not in FAMILIES:
+    if parts(name)[2] not in FAMILIES:
         return [1 / len(rows)] * len(rows)
     n = range(len(rows))
     found = {i: 100 * rows[i]["density"] / x for i in n if rows[i]["density"]}  # one without weights has no place
@@ -468,18 +454,18 @@ def shares(name: str, x: float | None, rows: list[dict], quantity: str) -> list[
 
 def place(name: str, x: float) -> str | None:
     """What a claim's x is for an arm: the round, or None where it is a density."""
-    return None if _parts(name)[2] in FAMILIES else f"round {x:g}"
+    return None if parts(name)[2] in FAMILIES else f"round {x:g}"
 
 
 def _epochs(name):
     """Epochs of training one after the other in the paper's search."""
-    at, (net, _, control) = SETTINGS["paper"], _parts(name)
+    at, (net, _, control) = SETTINGS["paper"], parts(name)
     per_epoch = at.nets[net].recipe.eval_every
     return (at.rounds if control == "cs" else at.imp) * at.nets[net].recipe.iterations // per_epoch
 
 
 def _masked(name):
-    run = SETTINGS["paper"].nets[_parts(name)[0]]
+    run = SETTINGS["paper"].nets[parts(name)[0]]
     net = models.create(run.model, seed=0, **dict(run.options))
     return sum(net.get_submodule(layer).weight.numel() for layer in run.layers)
 
@@ -551,8 +537,7 @@ def _check_epochs(run, method):
 
 
 def _iterations(n):
-    if type(n) is not int or n < 4:
-        raise ValueError(f"Invalid iterations {n!r}: give a whole number from 4.")
+    whole("iterations", n, 4)
     return {"iterations": n, "milestones": (n * 56 // 85, n * 71 // 85)}
 
 
@@ -568,7 +553,7 @@ def _changed(run, base, changes):
 
 class _Paper(Paper):
     def net(self, arm):
-        return _parts(arm)[0]  # a trial has all its variants
+        return parts(arm)[0]  # a trial has all its variants
 
     def arm(self, name, x, seed, scale):
         """The Runs of an arm for one trial, or None where it is no experiment at this scale.
@@ -578,7 +563,7 @@ class _Paper(Paper):
         from the one that claims rest on; "@s-0.1/cs" those from a lower one; "@code/cs" and "@described/cs" those of
         the comparison of the restart rules; "net/searched" are the searched networks themselves, after every round.
         """
-        at, (net, variant, control) = self.setting(scale), _parts(name)
+        at, (net, variant, control) = self.setting(scale), parts(name)
         if net not in at.nets or (variant and control in FAMILIES and net != "resnet20"):
             return None
         if control in ("dense", "search", "ticket", "supermask", "frozen-cs"):

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lottery import data, models, training
+from lottery import models, training
 from lottery.experiments import PAPERS, pace, papers
 from lottery.experiments.leases import Leases, running
 from lottery.experiments.runs import Measurement, Run
 from lottery.experiments.store import DamagedWeights, Store
 from lottery.experiments.work import execute, start
 from lottery.files import CannotWrite
-from lottery.methods import NOTHING
+from lottery.methods import NOTHING, whole
 
 if TYPE_CHECKING:
     from joblib.externals.loky import ProcessPoolExecutor
@@ -266,8 +266,7 @@ def check(device: str, threads: int = 1, slots: int | None = None, here: bool = 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
         raise ValueError(f"Invalid device {device!r}: give cpu, or cuda where a GPU is present.")
     for name, value in (("threads", threads), ("slots", 1 if slots is None else slots)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
+        whole(name, value)
     if here and device != "cpu" and slots not in (None, 1):
         raise ValueError(f"Invalid slots {slots} with device {device}: here a GPU trains in one process; leave it out.")
     if here and device != "cpu" and not torch.cuda.is_available():
@@ -338,9 +337,7 @@ def _alike(r, device):
 
 @functools.cache
 def _fully_connected(model, dataset, options, recipe):
-    facts = data.SETS[dataset]
-    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
-    return training.populations([net], recipe)
+    return training.populations([models.on_set(model, dataset, options)], recipe)
 
 
 def _without(some, runs):

@@ -13,8 +13,9 @@ from typing import Any
 
 from lottery import data, names
 from lottery.experiments import grasp_init
-from lottery.experiments.papers import Paper
+from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import CRITERIA, Run, fractions
+from lottery.methods import whole
 from lottery.training import Recipe
 
 GUESSED = (
@@ -45,7 +46,7 @@ def dense(model: str, dataset: str, recipe: Recipe, **options: Any) -> Run:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Trials):
     """One experiment at one scale.
 
     nets: the dense Run of each network that the paper's arms name. trials: seeds seed … seed + trials − 1.
@@ -66,14 +67,9 @@ class Setting:
     measured: grasp_init.Plan = field(default_factory=lambda: grasp_init.PLANS["paper"])
 
     def __post_init__(self):
-        if type(self.trials) is not int or self.trials < 1:
-            raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
+        super().__post_init__()
         if self.criterion not in CRITERIA:
             raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.trials)
 
 
 NETS = {
@@ -144,17 +140,13 @@ PRINTS = "sparsity"
 def cells(item: str, at: Setting) -> list[tuple[str, float, float]]:
     """(arm "net/control", density, sparsity in %): the networks of which one trial of an item consists."""
     return [
-        (f"{net}/{control}", _density(point), point)
+        (f"{net}/{control}", PAPER.density(point), point)
         for nets, controls in TRAINED[item].items()
         for net in nets
         if _is_here(*net.partition("@")[::2], at)
         for control, points in controls.items()
         for point in (points if control == "dense" else _points(points, at))
     ]
-
-
-def _density(sparsity):
-    return round((100 - sparsity) / 100, 6)
 
 
 def _is_here(net, variant, at):
@@ -167,8 +159,7 @@ def _points(points, at):
 
 def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Runs of one arm and trial, a list of one: `point` % of the weights removed."""
-    net, control = arm.split("/")
-    net, _, variant = net.partition("@")
+    net, variant, control = parts(arm)
     run = dataclasses.replace(at.nets[net], seed=seed)
     chunks = CHUNKS.get(net, CRITERIA["grasp"]["chunks"])
     score = {"chunks": chunks} | at.score
@@ -179,7 +170,7 @@ def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
         score |= {"per_class": images, "chunks": chunks * images // CRITERIA["grasp"]["per_class"]}
     if control == "dense":
         return [run]
-    density = _density(point)
+    density = PAPER.density(point)
     if control.startswith("lt"):
         where = {"init": "rewind", "rewind_to": round(REWIND * run.recipe.iterations)} if control != "lt" else {}
         return [dataclasses.replace(run, parent=run, density=density, **where)]
@@ -194,8 +185,7 @@ def measured(item: str, name: str, x: float | None, seed: int, scale: str) -> li
 
     "net@own/criterion": scored with the network's own classifier, where the authors' script draws one anew.
     """
-    net, criterion = name.split("/")
-    net, _, variant = net.partition("@")
+    net, variant, criterion = parts(name)
     found = _measured(item, scale, {"": "driver", "own": "own classifier"}.get(variant))
     return found.get((net, criterion, 0 if criterion == "dense" else x, seed))
 
@@ -221,8 +211,7 @@ def override(at: Setting, **given: Any) -> Setting:
     asked = dict(given)
     changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
     if (n := given.pop("iterations", None)) is not None:
-        if type(n) is not int or n < 4:
-            raise ValueError(f"Invalid iterations {n!r}: give a whole number from 4.")
+        whole("iterations", n, 4)
         changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
     base = {name: given.pop(name) for name in ("model", "dataset", "seed", "train_fraction") if name in given}
     score = {name: given.pop(name) for name in CRITERIA["grasp"] if name in given}
@@ -230,7 +219,7 @@ def override(at: Setting, **given: Any) -> Setting:
         score["temperature"] = float(T)
     if (densities := given.pop("densities", None)) is not None:
         given["sparsities"] = tuple(round(100 * (1 - d), 6) for d in fractions(densities))
-    nets = {net: _changed(run, base, changes) for net, run in at.nets.items()}
+    nets = {net: changed(run, base, changes) for net, run in at.nets.items()}
     at = dataclasses.replace(at, nets=nets, score={**at.score, **score}, **given)
     if "seed" in base:
         at = dataclasses.replace(at, seed=base["seed"])
@@ -246,7 +235,8 @@ def called(changed: dict[str, Any]) -> dict[str, str]:
     return {} if criterion == "grasp" else {"grasp": f"{names.arm(criterion)}, scored as GraSP is"}
 
 
-def _changed(run, base, changes):
+def changed(run: Run, base: dict[str, Any], changes: dict[str, Any]) -> Run:
+    """A dense Run with other fields and changes of its recipe, read at least once."""
     if "iterations" in changes:
         changes = changes | {"eval_every": min(run.recipe.eval_every, changes["iterations"])}
     if "model" in base:  # the width is an option of the ResNets

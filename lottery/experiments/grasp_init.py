@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from lottery import baselines, data, grasp, models
 from lottery import masks as M
 from lottery.experiments.runs import Measurement
+from lottery.methods import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,12 +69,10 @@ class Pruning(Measurement):
         if self.criterion not in CRITERIA:
             raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
         for name, least in (("seed", 0), ("batch", 0), ("images", 0), ("kernel", 0), ("chunks", 1)):
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"Invalid {name} {value!r}: give a whole number from {least}.")
+            whole(name, getattr(self, name), least)
 
     def network(self) -> nn.Module:
-        shape, classes = data.SETS[self.dataset].shape, data.SETS[self.dataset].classes
-        return models.create(self.model, seed=self.seed, in_shape=shape, classes=classes, **dict(self.options))
+        return models.on_set(self.model, self.dataset, self.options, self.seed)
 
     def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The chunks that are scored: every pair of them is one draw of the same number of images of each class."""
@@ -170,8 +169,7 @@ def _generator(*what):
 
 
 def _standardised(images, index):
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (images.mean, images.std))
-    return (images.train.x[index] / 255 - mean) / std, images.train.y[index]
+    return images.standard(images.train.x[index]), images.train.y[index]
 
 
 @functools.lru_cache(maxsize=2)

@@ -55,11 +55,9 @@ class Instability(Measurement):
     def measure(self, device: str, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The columns of the store; one, other: artifacts, `{name: tensor}`."""
         images = data.load(self.dataset, valid=self.one.valid, split_seed=self.one.split_seed)
-        shape = tuple(images.train.x.shape[1:])
-        net = models.create(self.model, seed=0, in_shape=shape, classes=images.classes, **dict(self.options))
         ends = [{n: t for n, t in end.items() if "/" not in n} for end in (one, other)]
         kept = {n.removeprefix("mask/"): t.bool() for n, t in one.items() if n.startswith("mask/")}
-        net = M.attach(net, kept).to(device)
+        net = M.attach(models.on_set(self.model, self.dataset, self.options), kept).to(device)
         errors, mean_statistics = [], []
         for alpha in np.linspace(0, 1, self.points):
             M.restore(net, lth.between(*ends, float(alpha)))

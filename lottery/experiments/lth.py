@@ -15,12 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from lottery import data, masks, models
+from lottery import masks, models
 from lottery.experiments.instability import Instability
-from lottery.experiments.papers import Paper
+from lottery.experiments.papers import Paper, Trials
 from lottery.experiments.runs import INITS, Run, rates
+from lottery.methods import whole
 from lottery.training import Recipe
 
 NETWORKS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # by the paper's names; its "Resnet-18" has 20 layers
@@ -54,7 +53,7 @@ class Net:
 
     def __post_init__(self):
         for name in ("rounds", "draws", "random_draws", "sweep_rounds", "far_rounds"):
-            _whole(name, getattr(self, name))
+            whole(name, getattr(self, name))
         if any(p is not None and not 0 < p < 1 for p in self.one_shot):
             raise ValueError(f"Invalid one_shot {self.one_shot}: give fractions to remove, 0 < p < 1.")
         if self.init not in INITS:
@@ -185,18 +184,10 @@ class Net:
     @functools.cached_property
     def _sizes(self):
         """{layer: (weights, rate per round)}."""
-        facts = data.SETS[self.base.dataset]
-        model = _without_numbers(self.base.model, facts.shape, facts.classes, self.base.options)
+        model = models.sizes_only(self.base.model, self.base.dataset, self.base.options)
         each, layers = rates(model, self.base), masks.prunable(model)
         ranked = layers if self.base.layers is None else self.base.layers
         return {name: (layer.weight.numel(), each[name] if name in ranked else 0) for name, layer in layers.items()}
-
-
-@functools.cache
-def _without_numbers(model, shape, classes, options):
-    """A network on the meta device, of which only sizes are asked."""
-    with torch.device("meta"):
-        return models.create(model, in_shape=shape, classes=classes, **dict(options))
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -215,27 +206,13 @@ def _after(n, rate, level):
     return n
 
 
-def _whole(name, value):
-    if type(value) is not int or value < 1:
-        raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
-
-
 @dataclass(frozen=True)
-class Setting:
+class Setting(Trials):
     """All networks at one scale. nets: by the names of arms. trials: seeds seed … seed + trials − 1."""
 
     nets: dict[str, Net]
     trials: int = 5
     seed: int = 0
-
-    def __post_init__(self):
-        _whole("trials", self.trials)
-        if type(self.seed) is not int or self.seed < 0:
-            raise ValueError(f"Invalid seed {self.seed!r}: give a whole number from 0.")
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.trials)
 
     def net(self, name: str) -> Net | None:
         """The Net "net" or "net@variant", or None where it is not here."""
@@ -604,7 +581,7 @@ def override(at: Setting, **given: Any) -> Setting:
 def _changed(at, given):
     for name in ("iterations", "rounds"):
         if name in given:
-            _whole(name, given[name])
+            whole(name, given[name])
     recipe = {name: given.pop(name) for name in ("iterations", "batch_size", "lr") if name in given}
     in_base = ("model", "dataset", "train_fraction", "rate", "rate_output", "scope", "rewind_to")
     base = {name: given.pop(name) for name in in_base if name in given}

@@ -27,8 +27,8 @@ and may have
     called(changed) -> {arm: words}    arms that are something else under a notebook's parameters; default: none
     PRINTS      "density" (default) or "sparsity": the percentage by which the paper names a network's size
 
-A Setting has `trials` and `seeds`. What the command line, the scorecard and the chapters ask beyond that follows from
-these and is here; the module ends with
+A Setting is one of `Trials`, with fields `trials` and `seed`. What the command line, the scorecard and the chapters ask
+beyond that follows from these and is here; the module ends with
 
     PAPER = Paper(__name__)
     setting, runs, arm = PAPER.setting, PAPER.runs, PAPER.arm
@@ -43,6 +43,7 @@ from typing import Any
 from lottery import data, models
 from lottery.experiments import PAPERS
 from lottery.experiments.runs import Measurement, Run, chosen
+from lottery.methods import whole
 
 COUNTS = {"trials": 1_000, "rounds": 1_000, "draws": 1_000}  # more would take hours to list, before any training
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
@@ -53,6 +54,25 @@ def paper(name: str) -> "Paper":
     if name not in PAPERS:
         raise ValueError(f"Unknown paper {name!r}: choose one of {', '.join(PAPERS)}.")
     return importlib.import_module(f"lottery.experiments.{PAPERS[name]}").PAPER
+
+
+def parts(arm: str) -> tuple[str, str, str]:
+    """(net, variant, control) of "net@variant/control"; a variant may be empty."""
+    net, control = arm.split("/")
+    net, _, variant = net.partition("@")
+    return net, variant, control
+
+
+class Trials:
+    """The base of every Setting: `seeds` are those of its trials, seed … seed + trials − 1."""
+
+    def __post_init__(self):
+        whole("trials", self.trials)
+        whole("seed", self.seed, 0)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.trials)
 
 
 class Paper:

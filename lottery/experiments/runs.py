@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lottery import data, masks, models
-from lottery.methods import NOTHING, Method
+from lottery.methods import NOTHING, Method, whole
 from lottery.training import Recipe
 
 SCHEMA = 1
@@ -95,8 +95,7 @@ class Run:
             if (value := getattr(self, name)) not in list(known):
                 raise ValueError(f"Invalid {name} {value!r}: give one of {', '.join(known)}.")
         for name in ("seed", "draw", "rewind_to", "split_seed"):
-            if type(value := getattr(self, name)) is not int or value < 0:
-                raise ValueError(f"Invalid {name} {value!r}: give a whole number from 0.")
+            whole(name, value := getattr(self, name), 0)
             if value >= 2**63:
                 raise ValueError(f"Invalid {name} {value}: give a whole number below 2**63.")
         for name in ("options", "score"):

@@ -22,8 +22,9 @@ import numpy as np
 from lottery import data, macs, models
 from lottery.dynamic import DNW, GMP, SET, RigL
 from lottery.experiments import str_exact
-from lottery.experiments.papers import Paper
+from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import Run, fields_as
+from lottery.methods import whole
 from lottery.soft_threshold import STR, decay_path
 from lottery.training import Recipe
 
@@ -79,7 +80,7 @@ def recurrent(dataset: str, epochs: int, per_epoch: int, hidden: int) -> Run:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Trials):
     """One experiment at one scale.
 
     nets: the dense Run of each network that the paper's arms name. trials: seeds seed … seed + trials − 1.
@@ -99,14 +100,6 @@ class Setting:
     g: str | None = None
     granularity: str | None = None
     target_density: float | None = None
-
-    def __post_init__(self):
-        if type(self.trials) is not int or self.trials < 1:
-            raise ValueError(f"Invalid trials {self.trials!r}: give a whole number from 1.")
-
-    @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.trials)
 
 
 IMAGENET, CIFAR, DIGITS = 1_281_167, 50_000, 1_347
@@ -237,8 +230,7 @@ def place(name: str, x: float) -> str | None:
 
 def trial(arm: str, at: Setting, seed: int, point: str) -> list[Run]:
     """The Runs of one arm and trial, a list of one (none where a variant is tried once, at the first seed)."""
-    net, control = arm.split("/")
-    net, _, variant = net.partition("@")
+    net, variant, control = parts(arm)
     run = dataclasses.replace(at.nets[net], seed=seed)
     if control == "dense":
         return [run]
@@ -301,8 +293,7 @@ def override(at: Setting, **given: Any) -> Setting:
     unknown = given.keys() - {f.name for f in dataclasses.fields(Setting)}
     if unknown:
         raise ValueError(f"Unknown parameter {min(unknown)!r} of str: see lottery.experiments.soft_threshold.override.")
-    if type(n := changes.get("iterations", 30)) is not int or n < 30:
-        raise ValueError(f"Invalid iterations {n!r}: give a whole number from 30.")
+    whole("iterations", changes.get("iterations", 30), 30)
     at = dataclasses.replace(at, nets={net: _changed(net, run, base, changes) for net, run in at.nets.items()}, **given)
     with fields_as(density="target_density"):
         for item in MAIN:  # what is wrong with a method's parameters is told here
@@ -330,9 +321,7 @@ def _changed(net, run, base, changes):
 @functools.cache
 def macs_of(model: str, dataset: str, options: tuple[tuple[str, object], ...] = ()) -> dict[str, int]:
     """`{layer: MACs}` of a run's network for one image."""
-    facts = data.SETS[dataset]
-    net = models.create(model, seed=0, in_shape=facts.shape, classes=facts.classes, **dict(options))
-    return macs.count(net, facts.shape)
+    return macs.count(models.on_set(model, dataset, options), data.SETS[dataset].shape)
 
 
 def macs_left(row: "dict | pd.Series") -> tuple[float, int]:
@@ -364,12 +353,9 @@ def onset_beside_law(row: dict) -> float:
     return str_exact.crossing([s_init, *s]) - str_exact.crossing(law)
 
 
-def _middle(found):
-    return found[list(found)[len(found) // 2]]
-
-
 def _rise(row):
-    alpha = _middle(thresholds(row))
+    each = list(thresholds(row).values())
+    alpha = each[len(each) // 2]
     return math.log(alpha[-1] / alpha[len(alpha) * 2 // 3 - 1])
 
 
