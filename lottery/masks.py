@@ -371,11 +371,15 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     names = {id(original(layer)): weight_name(name) for name, layer in _layers(model).items()}
     owned = {id(b) for m in model.modules() if isinstance(m, Mask) for b in m.buffers()}
     named = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if id(t) not in owned}
-    pattern = r"parametrizations\.(\w+)\.(?:original$|\d+(\.))"
-    short = {name: names.get(id(t)) or re.sub(pattern, r"\1\2", name) for name, t in named.items()}
+    short = {name: names.get(id(t)) or canonical(name) for name, t in named.items()}
     times = Counter(short.values())
     once = {name: s if times[s] == 1 else name.replace("parametrizations.", "") for name, s in short.items()}
     return {once[name]: t for name, t in named.items()}
+
+
+def canonical(name: str) -> str:
+    """The name of a parameter or buffer without parametrizations, as in `tensors`."""
+    return re.sub(r"parametrizations\.(\w+)\.(?:original$|\d+(\.))", r"\1\2", name)
 
 
 def weight_name(layer: str) -> str:

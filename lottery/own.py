@@ -40,7 +40,7 @@ from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_thre
 from lottery import masks as M
 from lottery.batches import normaliser
 from lottery.files import path_of, publish, temporary
-from lottery.methods import NOTHING, Method
+from lottery.methods import NOTHING, Method, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -309,7 +309,7 @@ def magnitude(job: _Job, rounds: int = 1, pretrained: bool = False) -> Masks:
 
     pretrained: the model has been trained already: the first training is left out.
     """
-    _at_least_1(rounds=rounds)
+    whole("rounds", rounds)
     if not pretrained:
         job.train(job.net)
         job.measures["dense, trained"] = job.measure(job.net)
@@ -324,7 +324,7 @@ def lth(job: _Job, rounds: int = 5, rewind_to: int = 0) -> Masks:
 
     rounds: 1 is one-shot. rewind_to: k, the values after k iterations in the place of the first ones (`lottery.lth`).
     """
-    _at_least_1(rounds=rounds)
+    whole("rounds", rounds)
     if not 0 <= rewind_to < job.recipe.iterations or (rewind_to and job.own_train):
         raise ValueError(
             f"Invalid rewind_to {rewind_to}: give 0 <= iteration < {job.recipe.iterations}, 0 with a loop of one's own."
@@ -519,14 +519,8 @@ def _value(name, value, default):
     return value
 
 
-def _at_least_1(**values):
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"Invalid {name} {value!r}: give a whole number from 1.")
-
-
 def _check_search(trials, tolerance):
-    _at_least_1(trials=trials)
+    whole("trials", trials)
     if not 0 <= tolerance < 1:
         raise ValueError(f"Invalid tolerance {tolerance!r}: give a relative difference in density, 0 <= tolerance < 1.")
 
@@ -631,14 +625,12 @@ def _check_output(net, examples, recipe):
     """Refuse a model whose output on two examples is not [2, classes]."""
     like = next(net.parameters())
     x = normaliser(examples, recipe, like)(examples.train.x[:2].to(like.device))
-    modes = {module: module.training for module in net.modules()}
     try:
-        out = net.eval()(x)
+        with training.modes_kept(net):
+            out = net.eval()(x)
     except Exception as error:  # whatever a model raises
         shape, why = tuple(examples.train.x.shape[1:]), str(error).strip().splitlines()[0] if str(error) else error
         raise ValueError(f"The model does not take examples of shape {shape}, {like.dtype}: {why}") from error
-    for module, mode in modes.items():
-        module.training = mode
     classes = examples.classes
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
         found = f"shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
@@ -788,7 +780,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     own, stored = M.tensors(model), model.state_dict(keep_vars=True)
     names = {id(t): name for name, t in own.items()}
     stored = {name: names[id(t)] for name, t in stored.items() if id(t) in names}  # those that are tied have one name
-    known = {_plain(name): own_name for name, own_name in stored.items()} | stored | {name: name for name in own}
+    known = {M.canonical(name): own_name for name, own_name in stored.items()} | stored | {name: name for name in own}
     state = _unwrapped(_state_dict(checkpoint), known)
     values, masks = {name: own[name] for name in own.keys() - set(stored.values())}, {}
     for name, t in state.items():
@@ -803,17 +795,12 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     return M.attach(model, attached) if attached else model
 
 
-def _plain(name):
-    """A parameter's name without parametrizations."""
-    return re.sub(r"parametrizations\.(\w+)\.(?:original$|\d+(\.))", r"\1\2", name)
-
-
 def _meaning(name, state, known):
     """Whether a checkpoint's name is that of a mask, and the model's name for the tensor; as it is where it has none.
 
     What the model itself has is no mask, whatever it is called. known: `{name: the model's name}`.
     """
-    plain = _plain(name)
+    plain = M.canonical(name)
     base = re.sub(r"(_orig|_mask|\.mask)$", "", plain)
     if name in known or plain in known:
         return False, known.get(name) or known[plain]

@@ -149,7 +149,7 @@ class Feed:
         if self.t != t:
             sampler = itertools.chain.from_iterable(map(self.mine, range(t, self.recipe.iterations)))
             loader = DataLoader(
-                self.images, batch_sampler=_List(sampler), num_workers=self.workers, pin_memory=self.like.is_cuda,
+                self.images, batch_sampler=sampler, num_workers=self.workers, pin_memory=self.like.is_cuda,
                 # A fork of this process, which has threads, can hang before it begins.
                 multiprocessing_context="spawn" if self.workers else None,
             )  # fmt: skip
@@ -171,16 +171,6 @@ class Feed:
 
     def mine(self, t: int) -> list[list[tuple[int, int, int] | int]]:
         return self.chosen(t)[self.rank :: self.parts // self.accumulate]
-
-
-class _List:
-    """Minibatches for a DataLoader, made while they are asked for."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return self.batches
 
 
 @functools.lru_cache(maxsize=2)

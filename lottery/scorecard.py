@@ -20,11 +20,12 @@ import numpy as np
 
 from lottery import claims as C
 from lottery import names
+from lottery.experiments.store import Rows, Store, root, unpack
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lottery.experiments import Run, Store
+    from lottery.experiments.runs import Run
 
 FIELDS = (
     *("paper", "item", "panel", "claim", "primary", "item_source", "title", "evidence", "net", "data"),
@@ -114,13 +115,10 @@ def scorecard(
     paper: str | None = None, store: "Store | Path | str | None" = None, reported_dir: Path | str | None = None
 ) -> dict:
     """{"schema": 1, "rows": [...], "totals": {...}}, ready for strict JSON. store: a `Store`, or its folder."""
-    from lottery import experiments
-    from lottery.experiments.store import Rows
-
     folder = Path(reported_dir or _reported())
     chosen = [paper] if paper else papers(folder)
     rules = {name: claims(name, folder) for name in chosen}
-    store = store if isinstance(store, experiments.Store) else experiments.Store(store)
+    store = store if isinstance(store, Store) else Store(store)
     stored = Rows(store)
     rows = []
     for name, frame in rules.items():
@@ -478,7 +476,8 @@ class _At:
         counted = {row["key"]: row for cell in rows for trial in cell for arm in trial for row in arm}
         stored = list(({key: self._stored(key) for key in self.keys} | counted).values())
         evidence, steps = self.evidence()
-        fields = {k: ", ".join(sorted({row[c] for row in stored})) for k, c in _COLUMNS.items()}
+        columns = {"net": "model", "data": "dataset", "device": "device"}
+        fields = {k: ", ".join(sorted({row[c] for row in stored})) for k, c in columns.items()}
         fields |= {"evidence": evidence, "steps_fraction": steps, "trials": self.trials}
         if first := _changed(self.claim, min(row["started"] for row in stored)):
             fields["stale"] = first
@@ -659,9 +658,6 @@ class _At:
         return None
 
 
-_COLUMNS = {"net": "model", "data": "dataset", "device": "device"}
-
-
 # Reading runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -692,7 +688,7 @@ def correct(row: dict, at: str) -> np.ndarray:
     """Correctness of every test image, float [n_test], in points."""
     if row["status"] == "diverged":
         return np.full(row["n_test"], 100 * _chance(row))
-    return 100.0 * np.unpackbits(np.frombuffer(row[f"{at}_correct"], dtype=np.uint8), count=row["n_test"])
+    return 100.0 * unpack(row[f"{at}_correct"], row["n_test"])
 
 
 def contrast(arms: Sequence[list[dict]], read: Callable[[dict], float | np.ndarray]) -> float | np.ndarray:
@@ -846,10 +842,8 @@ def _module(paper):
 
 def _reported():
     """results/reported of the clone around the working directory, else around this file."""
-    from lottery.experiments import store
-
     try:
-        return store.root() / "reported"
+        return root() / "reported"
     except FileNotFoundError:
         return Path(__file__).parents[1] / "results" / "reported"
 
