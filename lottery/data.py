@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lottery import elsewhere
-from lottery.files import of_user, path_of
+from lottery.files import of_user, path_of, publish, temporary
 
 
 class Facts(NamedTuple):
@@ -821,8 +821,7 @@ def _read_cache(file):
 
 
 def _write_cache(file, arrays, fingerprint):
-    with contextlib.suppress(OSError, SafetensorError):  # a full disk or a read-only home must not stop anyone
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as tmp:
-            save_file(arrays, Path(tmp) / file.name, {"fingerprint": fingerprint})
-            os.replace(Path(tmp) / file.name, file)
+    # A full disk or a read-only home must not stop anyone.
+    with contextlib.suppress(OSError, SafetensorError), temporary(file) as mine:
+        save_file(arrays, mine, {"fingerprint": fingerprint})
+        publish(mine, file)
