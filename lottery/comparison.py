@@ -215,12 +215,21 @@ def said(frame: "pd.DataFrame", density: float, margin: float) -> str | None:
     n = sorted({p.n for p in found})
     trials = f"{n[0]}{f' to {n[-1]}' * (len(n) > 1)} trials"
     text = f"**{100 * density:g} %** ({len(here)} methods, {trials}): the highest mean, {here[best]:.2f} %, has "
-    text += f"**{words(best)}**"
+    text += f"**{words(best)}**{_trainings(frame, density, best, here)}"
     said = [f"it is above {listed(by['above'])}" if by["above"] else "it is told apart from none of the others"]
     said += [f"within {margin:g} points of {listed(by['alike'])}"] if by["alike"] else []
     said += [f"not told apart from {listed(by['open'])}"] if by["open"] and by["above"] else []
     total = sum(p.word in ("above", "below") for p in found)
     return f"{text}; {'; '.join(said)}. Pairs told apart: {total} of {len(found)}."
+
+
+def _trainings(frame, density, best, methods):
+    """What one network of the best cost beside those of the others, in brackets; nothing in a frame without costs."""
+    if "total" not in frame:
+        return ""
+    costs = {row["method"]: row["mean"] for row in summary(frame, "total") if row["density"] == density}
+    low, high = (f"{f(costs[m] for m in methods if m != best):.3g}" for f in (min, max))
+    return f" ({costs[best]:.3g} trainings; the others {low}{f' to {high}' * (low != high)})"
 
 
 def timing(frame: "pd.DataFrame", density: float, margin: float) -> str | None:

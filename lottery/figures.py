@@ -19,7 +19,7 @@ import numpy as np
 import seaborn as sns
 from numpy.typing import ArrayLike
 
-from lottery import names
+from lottery import claims, names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ METHODS = _Looks(
         "rewind": _look("rewind", "#56B4E9", ">", "-."),
         "grasp": _look("grasp", "#009E73", "p"),
         "snip": _look("snip", "#E69F00", "X", "--"),
-        "synflow": _look("synflow", "#AA4499", "h", "-."),
+        "synflow": _look("synflow", "black", "8", "-."),
         "magnitude": _look("magnitude", "#A6761D", "d", ":"),
         "cs": _look("cs", "#CC79A7", "P"),
         "str": _look("str", "#AA4499", "H"),
@@ -198,25 +198,39 @@ def per_trial(frame: "pd.DataFrame", quantity: str, reading: str = "early_stop",
     """One value for each arm, point and trial (repeated draws averaged), and the density in % or the weights left.
 
     quantity: "step", "val_loss", or an accuracy ("test_acc", "train_acc", "val_acc"), returned in %.
-    x: "density", or "weights" for their number.
+    x: "density", or "weights" for their number. late: the share of readings at early stop that are `claims.censored`.
     """
     factor = 100 if quantity.endswith("acc") else 1
     left = (sum(k for k, _ in json.loads(layers).values()) for layers in frame.get("layers", ()))
     at = 100 * frame["density"] if x == "density" else list(left)
-    values = frame.assign(value=factor * frame[f"{reading}_{quantity}"].astype(float)).assign(**{x: at})
+    late = False
+    if reading == "early_stop":
+        late = claims.censored(frame["early_stop_step"].astype(float), frame.get("iterations", np.inf))
+    values = frame.assign(value=factor * frame[f"{reading}_{quantity}"].astype(float), late=late).assign(**{x: at})
     keys = ["arm", "level", "point", "seed"]
-    return values.groupby(keys, sort=False, dropna=False)[[x, "value"]].mean().reset_index()
+    return values.groupby(keys, sort=False, dropna=False)[[x, "value", "late"]].mean().reset_index()
 
 
 def summary(frame: "pd.DataFrame", quantity: str, reading: str = "early_stop", x: str = "density") -> "pd.DataFrame":
-    """Mean, minimum and maximum over the trials, for each arm and density: what `by_density` draws."""
+    """Mean, minimum and maximum over the trials, for each arm and density: what `by_density` draws. late: its mean."""
     trials = per_trial(frame, quantity, reading, x)
     groups = trials.groupby(["arm", "level", "point"], sort=False, dropna=False)
     out = groups.agg(
         **{x: (x, "mean")}, mean=("value", "mean"), min=("value", "min"), max=("value", "max"),
-        trials=("seed", "nunique"),
+        trials=("seed", "nunique"), late=("late", "mean"),
     )  # fmt: skip
     return out.reset_index().drop(columns="point")
+
+
+def steps(table: "pd.DataFrame") -> "pd.Series":
+    """Means of a `summary` of early stops as a table shows them: "≥ 14,700" where too many came too late to count."""
+    import pandas as pd
+
+    shown = [
+        f"≥ {mean:,.0f}" if late > claims.MOST_CENSORED else round(mean)
+        for mean, late in zip(table["mean"], table["late"], strict=True)
+    ]
+    return pd.Series(shown, index=table.index, dtype=object)
 
 
 def value(table: "pd.DataFrame", arm: str, level: int, column: str = "mean") -> float:
@@ -248,7 +262,7 @@ def compared(
         for arm in arms:
             part = found[(found["arm"] == arm) & found["level"].isin([0, *levels])].set_index("level")
             columns.setdefault("weights left, %", part["density"])
-            mean = part["mean"].round().astype(int).astype(object) if quantity == "step" else part["mean"]
+            mean = steps(part) if quantity == "step" else part["mean"]
             columns[f"{words[quantity]}: {names.arm(arm)}"] = mean
     return pd.DataFrame(columns).sort_index()
 

@@ -86,7 +86,7 @@ LAYERS = {  # of LeNet-300-100, and of residual networks what `layer` has no pat
 }
 SCALES = {
     "paper": "the paper's own setting",
-    "primary": "the paper's own trainings for its main claims",
+    "primary": "the paper's own setting, main claims only",
     "laptop": "shorter trainings or a smaller network",
     "smoke": "seconds on the 8×8 digits",
 }

@@ -47,10 +47,13 @@ def in_effects(row: dict) -> tuple[list[float], tuple[float, float]] | None:
 def forest(card: dict) -> str:
     """HTML: one line for each primary claim that was tested, ours with its interval in units of the paper's effect."""
     rows = [row for row in in_order(card["rows"]) if row["claim"] and row["primary"] and kind(row) != "none"]
+    drawn = [row for row in rows if in_effects(row)]
+    bare = sum("Δ" not in row["rule"] and not row["rule"].split(";")[0].endswith("value") for row in drawn)
     out = [
         '<table class="forest"><caption>Primary claims: ours with its 95 % interval over trials, in units of the '
-        "paper's effect, for a claim in several cells of the one with the largest p-value. Shaded: where it counts "
-        "as reproduced. Filled: the paper's own setting; hollow: shorter or smaller.</caption>",
+        f"paper's effect, or of twice the margin where the paper prints none ({bare} of {len(drawn)}), for a claim in "
+        "several cells of the one with the largest p-value. Shaded: where the mean has to lie; a difference must also "
+        "leave no effect out of its interval. Filled: the paper's own setting; hollow: shorter or smaller.</caption>",
         '<thead><tr><th scope="col">claim</th><th scope="col" class="axis">'
         f'<svg viewBox="0 0 {(HIGH - LOW) * SCALE:.0f} 16" role="img" aria-label="axis from no effect to the paper\'s '
         f'effect"><text x="{_x(0)}" y="12">no effect</text><text x="{_x(1)}" y="12">the paper\'s</text></svg></th>'
@@ -82,7 +85,8 @@ def _bar(row):
         return f'<svg viewBox="0 0 {width} 20" role="img" aria-label="no interval">{axis}</svg>'
     (ours, low, high), zone = found
     filled = "filled" if row["evidence"] in FULL else "hollow"
-    name = f"{scorecard.measured(row, row['ours'], row['interval'])}, the paper's {number(row['paper_value'])}"
+    papers = "the paper prints none" if row["paper_value"] is None else f"the paper's {number(row['paper_value'])}"
+    name = f"{scorecard.measured(row, row['ours'], row['interval'])}, {papers}"
     arrows = "".join(
         f'<path class="arrow" d="M{x} 10l{dx} -4v8z"/>'
         for x, dx, on in ((_x(LOW), 6, low < LOW), (_x(HIGH), -6, high > HIGH))

@@ -568,6 +568,22 @@ def test_iterations_and_other_readings_keep_their_unit():
     assert set(figures.summary(small_frame(), "test_acc", "last")["mean"]) == {50}
 
 
+def test_early_stops_that_come_too_late_are_bounds():
+    """More than a fifth of the networks in the last tenth of 500 iterations; a trial's draws count as one."""
+    frame = small_frame().assign(iterations=500)
+    found = figures.summary(frame, "step")
+    assert found["late"].tolist() == [0, 0, 0.5, 0, 0]
+    assert figures.steps(found).tolist() == [200, 70, "≥ 400", 10, 20]
+    assert figures.summary(frame, "test_acc")["late"].tolist() == [0, 0, 0.5, 0, 0]
+    assert figures.summary(frame, "test_acc", "last")["late"].sum() == 0
+    shown = figures.compared(frame[frame["point"].notna()], ["imp", "reinit"], [3])
+    assert table(shown, "x").data.splitlines()[3:] == [
+        "| --: | --: | --: | --: | --: | --: |",
+        "| 0 | 100.00 | 200 | – | 92.00 | – |",
+        "| 3 | 50.00 | 70 | ≥ 400 | 94.00 | 86.00 |",
+    ]
+
+
 def test_a_figure_calls_an_arm_what_an_exploration_makes_of_it(monkeypatch):
     _, [ax] = figures.panels(1)
     monkeypatch.setattr(names, "called", {"reinit": "what is trained today"})

@@ -213,6 +213,15 @@ def frame(densities=(0.1, 0.05), declared=2, **accuracies):
 BEST, SECOND, OTHER = [98.0, 98.1, 98.2, 98.1, 98.0], [98.0, 98.05, 98.25, 98.1, 98.05], [80.0, 85.0, 90.0, 84.0, 81.0]
 
 
+def test_the_best_is_named_with_what_it_cost():
+    found = frame(imp={0.1: BEST}, snip={0.1: OTHER}, cs={0.1: SECOND})
+    for totals, said in (({"imp": 9, "snip": 1, "cs": 1.97}, "1.97 trainings; the others 1 to 9"),
+                         ({"imp": 1, "snip": 1, "cs": 13}, "13 trainings; the others 1")):  # fmt: skip
+        costly = found.assign(total=found["method"].map(totals))
+        costly.attrs = found.attrs
+        assert f"has **CS** ({said}); it is above" in comparison.said(costly, 0.1, 0.2)
+
+
 def test_who_is_above_whom():
     found = frame(imp={0.1: BEST}, snip={0.1: OTHER}, cs={0.1: SECOND})
     words = comparison.matrix(comparison.pairs(found, 0.1, 0.2), ("imp", "snip", "cs"))

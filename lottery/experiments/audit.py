@@ -367,6 +367,12 @@ def said(kept: dict[str, Any] | Path) -> str:
         for r in runs
         if r["outcome"] in (EXPLAINED, *BAD)
     ]
+    if any(r["outcome"] in (EXPLAINED, *BAD) for r in runs):
+        lines += [
+            "",
+            "*Miss*: outside the tolerance. *Explained*: the data, the algorithm's version or the nets it was pruned "
+            "from are known to differ. *Record*: PyTorch, processor, threads and what trained side by side.",
+        ]
     if any("(trials spread" in line for line in lines):
         lines += [
             "",
