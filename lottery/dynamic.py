@@ -287,6 +287,8 @@ class RigL(SET):
 
     def growth(self, step: "Step", layers: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
         """|∂L/∂w| of all weights."""
+        if step.batch[0] is None:
+            raise ValueError("RigL grows by the gradient of a minibatch: call hook.before_step(t, optimizer, x, y).")
         g = dense_gradient(step.model, *step.batch, step.loss)
         return {name: g[name].abs() for name in layers}
 

@@ -183,7 +183,7 @@ class Hook:
     ):
         self.iterations, self._model, self._method, self._seed = recipe.iterations, model, method, seed
         loss = loss or functools.partial(nn.functional.cross_entropy, label_smoothing=recipe.label_smoothing)
-        about = {"loss": loss, "per_epoch": recipe.per_epoch(examples), "start": 0}
+        about = {"loss": loss, "per_epoch": recipe.per_epoch(examples), "start": 0, "optimizer": None}
         self._step = SimpleNamespace(model=model, recipe=recipe, **about)  # what `training.Step` shows to a method
 
     def groups(self) -> list[dict[str, Any]]:
@@ -204,6 +204,17 @@ class Hook:
         self._step.optimizer, self._step.batch = optimizer, (x, y)
         self._step.generator = torch.Generator().manual_seed((self._seed * 1_000_003 + t) % 2**63)
         self._method.before_step(t, self._step)
+
+    def check(self, before: Masks) -> None:
+        """Raise ValueError where the loop has not done what the method needs. before: its masks when it began."""
+        try:
+            if not self._step.optimizer and type(self._method).before_step is not Method.before_step:
+                raise AssertionError(f"Nothing told {type(self._method).__name__} of a step.")
+            self._method.check(self._model, before, True)
+        except AssertionError as error:
+            raise ValueError(
+                f"{error} Your loop has to call hook.before_step before each of its {self.iterations} steps."
+            ) from None
 
     def penalty(self) -> torch.Tensor | float:
         """The method's term of the loss, 0 if it has none."""
@@ -258,11 +269,7 @@ class _Job:
                     net.train()
                 self.own_train(net, hook)
             if finite := all(p.isfinite().all() for p in net.parameters() if p.requires_grad):
-                try:
-                    method.check(net, before, True)
-                except AssertionError as error:
-                    steps = f"hook.before_step before each of its {recipe.iterations} steps"
-                    raise ValueError(f"{error} Does your loop call {steps}?") from None
+                hook.check(before)
         else:
             fitted = {"method": method, "loss": self.own_loss, "graph": False}  # any model: not all can be captured
             finite = training.fit(net, self.data, recipe, seed, start, **fitted).status != "diverged"

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ def level(level: int, seed: int = 0, scale: str | None = None, store: "Store | N
     """
     from lottery.experiments import Store, lth
 
+    if not isinstance(level, Integral):
+        raise ValueError(f"Invalid level {level!r}: give a whole number from 0.")
     store = store or Store()
     scales = [scale] if scale else lth.SCALES
     for name in scales:

@@ -262,6 +262,7 @@ def shrunk(densities):
     left = iter(densities)
 
     def train(model, hook):
+        hook.before_step(0, torch.optim.SGD(hook.groups(), lr=0.1))
         k = round(next(left) * 162)
         for layer in M.prunable(model).values():
             on = layer.parametrizations.weight
@@ -393,9 +394,28 @@ def test_a_loop_of_ones_own_that_ends_early():
             hook.before_step(t, optimizer)
 
     with pytest.raises(
-        ValueError, match=r"were asked for\. Does your loop call hook\.before_step before each of its 8 st"
+        ValueError, match=r"were asked for\. Your loop has to call hook\.before_step before each of its 8"
     ):
         pruned("gmp", train=train)
+
+
+@pytest.mark.parametrize("method", ["gmp", "set", "rigl", "cs", "str", "l0"])
+def test_a_loop_of_ones_own_that_leaves_the_hook_alone(method):
+    """What would have moved has not: random masks would come as RigL's."""
+    with pytest.raises(
+        ValueError, match=r"of a step\. Your loop has to call hook\.before_step before each of its 8 steps"
+    ):
+        pruned(method, train=lambda model, hook: None)
+
+
+def test_growth_by_gradients_needs_the_minibatch():
+    def train(model, hook):
+        hook.before_step(1, torch.optim.SGD(hook.groups(), lr=0.01))
+
+    with pytest.raises(
+        ValueError, match=message("RigL grows by the gradient of a minibatch: call hook.before_step(t, ")
+    ):
+        pruned("rigl", train=train)
 
 
 def test_default_recipe():

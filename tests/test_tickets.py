@@ -128,6 +128,8 @@ def test_what_is_not_stored_is_told_in_one_line(stored):
         ({"level": 1, "seed": 3}, "No run of level 1, seed 3 is stored at "),
         ({"level": -1}, "No run of level -1, "),
         ({"level": 99}, "No run of level 99, "),
+        ({"level": 2.5}, "Invalid level 2.5: give a whole number from 0."),
+        ({"level": "1"}, "Invalid level '1': give a whole number from 0."),
         ({"level": 1, "scale": "paper"}, "No run of level 1, seed 0 is stored at paper: "),
         ({"level": 1, "scale": "huge"}, "Unknown scale 'huge': choose one of paper, primary, laptop, smoke."),
         ({"level": 1, "seed": "a"}, "Invalid seed 'a': give a whole number from 0."),
