@@ -19,7 +19,7 @@ import typer
 import lottery
 from lottery import cli, data, experiments, figures, models, names, training
 from lottery.chapter import Chapter, Refused, difference, open_store, say, table
-from lottery.experiments import Store, lth
+from lottery.experiments import Store, lth, papers
 from lottery.experiments.runs import CRITERIA, INITS
 
 NOTEBOOK = Path(lottery.__file__).parents[1] / "notebooks/lth.ipynb"
@@ -499,6 +499,29 @@ def test_every_value_that_a_parameter_lists_can_be_declared_or_is_refused(paper)
                     taken.append(value)
                     assert chapter.module.runs(chapter.module.main, chapter.settings["smoke"])
     assert TAKEN[paper] <= set(taken), TAKEN[paper] - set(taken)
+
+
+OTHER = {  # a value of each parameter that is not the digits' preset
+    "trials": 3, "seed": 3, "train_fraction": 0.9, "iterations": 240, "batch_size": 30, "lr": 0.03, "densities": [0.25],
+    "rate": 0.3, "rate_output": 0.3, "rounds": 2, "scope": "global", "init": "reinit", "one_shot_densities": [0.25],
+    "s0": 0.02, "lam": 1e-5, "beta_final": 50.0, "beta_step": "iteration", "restart_rule": "code", "mask_scale": False,
+    "weight_decay": 1e-3, "s_init": -5.0, "g": "exp", "granularity": "filter", "target_density": 0.25,
+    "temperature": 3.0, "per_class": 4, "chunks": 4, "class_sorted": False, "criterion": "snip", "methods": ["gmp"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("paper", [*TAKEN, "compare"])
+def test_every_parameter_changes_what_an_exploration_trains(paper):
+    """One that changed nothing there would only take the verdicts away."""
+    cells = json.loads(NOTEBOOK.with_name(f"{paper}.ipynb").read_text(encoding="utf-8"))["cells"]
+    [first] = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    listed = re.findall(r"^(\w+): ", "".join(first["source"]), re.M)
+    module = papers.paper(paper)
+    at = module.override(module.setting("smoke"), iterations=120)
+    before = {r.key for r in module.runs(module.main, at)}
+    for name in (name for name in listed if name in OTHER):
+        given = {name: OTHER[name]} | ({"iterations": 120} if name == "batch_size" else {})
+        assert {r.key for r in module.runs(module.main, module.override(at, **given))} != before, name
 
 
 def test_an_exploration_at_all_scales_says_that_training_needs_one():

@@ -284,7 +284,7 @@ SETTINGS = {  # highest scale first
         rewind_to=17,
     ),
 }
-MAIN = ("search", "restart")
+MAIN = ("search", "restart", "pruning")
 VIEWS = {  # of other items' networks
     "table1": ("search", "grid"),
     "cost": ("search",),
