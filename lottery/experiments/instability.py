@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import update_bn
 
 from lottery import data, lth, models, training
 from lottery import masks as M
@@ -81,16 +82,9 @@ class Instability(Measurement):
         return 100 * (1 - correct.float().mean().item())
 
 
-@torch.no_grad()
 def _recalibrated(net, images, recipe):
     """A copy whose batch norm has the mean statistics of training images, not augmented, under its own weights."""
     net, like = copy.deepcopy(net), next(net.parameters())
-    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a mean over all batches
     normalise = normaliser(images, recipe, like)
-    net.train()
-    for x in images.train.x[:IMAGES].split(250) if norms else ():
-        net(normalise(x.to(like.device)))
+    update_bn((normalise(x.to(like.device)) for x in images.train.x[:IMAGES].split(250)), net)
     return net.eval()
