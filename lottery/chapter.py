@@ -190,12 +190,13 @@ class Chapter:
         paper = self.module.setting("paper")
         same, run, papers = self.stands_beside_paper(item, scale), self._runs(item, scale)[0], self._papers(item)[0]
         share, n = run.recipe.iterations / papers.recipe.iterations, frame["seed"].nunique()
-        papers_n = len(self.module.seeds(item, paper))
+        steps, papers_n = f"{100 * share:.3g} % of the paper's steps", len(self.module.seeds(item, paper))
         cells = f"{len(frame[['arm', 'point']].drop_duplicates())} of {len(self.module.cells(item, paper))}"
         parts = [
             "the paper's network and data" if same else f"stand-in: {names.net(run.model, run.dataset)}",
-            f"{100 * share:.3g} % of the paper's steps" if same else f"{run.recipe.iterations:,} iterations",
+            steps if same else f"{run.recipe.iterations:,} iterations",
             f"{n} of {names.trials(papers_n)}" if n <= papers_n else f"{names.trials(n)}, the paper {papers_n}",
+            *([] if same else [steps]),
             ", ".join(sorted(frame["device"].unique())),
             f"{len(self.module.guessed)} settings guessed",
             f"{cells} points " + ("of the paper's figure" if item.startswith(("fig", "table")) else "declared in full"),

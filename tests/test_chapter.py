@@ -277,6 +277,7 @@ def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
     assert not chapter.stands_beside_paper("fig4")
     parts = chapter.badge("fig4").split(" · ")
     assert parts[:2] == ["stand-in: LeNet-300-100, the 8×8 digits", "20 iterations"]
+    assert "50 % of the paper's steps" in parts
     base = paper.nets["lenet"].base
     half = replace(base, recipe=replace(base.recipe, precision="bfloat16"))
     monkeypatch.setitem(lth.SETTINGS, "paper", changed(paper, base=half))
