@@ -255,6 +255,8 @@ def from_dataset(dataset: Iterable[Any], valid: Any = 0.1, test: Any = 0.2, **op
 def from_folder(folder: Path | str, size: int | None = None, grey: bool = False, **options: Any) -> Data:
     """Images in a folder for each class, `<folder>/<class>/<image>`, or the same below `train`, `valid` and `test`.
 
+    The parts may be in capitals, and the second `val` or `validation`.
+
     size: of the square that images are resized to (bilinear, the whole image); None: they are of one size already.
     grey: one channel instead of three. options: as of `from_tensors`; classes are numbered by their names in order,
         in every part as in `train`, whose classes need not all be in the others.
@@ -265,10 +267,10 @@ def from_folder(folder: Path | str, size: int | None = None, grey: bool = False,
     folder = path_of(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"No folder {folder}: give the folder that holds one folder of images for each class.")
-    named = {part: folder / ("val" if part == "valid" and (folder / "val").is_dir() else part) for part in PARTS}
-    if not named["train"].is_dir():
+    named = {PARTS.get(path.name.lower()): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    if "train" not in named or not any(path.is_dir() for path in named["train"].iterdir()):  # trains, beside buses
         return from_tensors(*_images(folder, size, grey), **{"name": folder.name, **options})
-    parts = {part: _images(path, size, grey, named["train"]) for part, path in named.items() if path.is_dir()}
+    parts = {part: _images(path, size, grey, named["train"]) for part, path in named.items() if part}
     return from_tensors(*parts.pop("train"), **{"name": folder.name, **parts, **options})
 
 
@@ -282,18 +284,18 @@ def from_parquet(path: Path | str, size: int | None = None, grey: bool = False, 
     missing values, as `from_tensors`.
     """
     path = path_of(path)
-    files = {part: sorted(path.glob(f"{part}*.parquet")) for part in (*PARTS, "val")} if path.is_dir() else {}
+    files = {part: sorted(path.glob(f"{part}*.parquet")) for part in PARTS} if path.is_dir() else {}
     if not path.exists() or (path.is_dir() and not files["train"]):
         raise FileNotFoundError(f"No parquet at {path}: give a file, or a folder that holds train-*.parquet.")
     read = functools.partial(_table, size=size, grey=grey, train=path if path.is_file() else files["train"][0])
     if path.is_file():
         return from_tensors(*read([path]), **{"name": path.stem, **options})
     files["valid"] = files["valid"] or files["val"]
-    parts = {part: read(files[part]) for part in PARTS if files[part]}
+    parts = {part: read(files[part]) for part in ("train", "valid", "test") if files[part]}
     return from_tensors(*parts.pop("train"), **{"name": path.name, **parts, **options})
 
 
-PARTS = ("train", "valid", "test")
+PARTS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}  # what they hold
 IMAGES, LABELS = ("image", "img"), ("label", "fine_label")  # what data hubs call the columns
 
 
@@ -317,7 +319,7 @@ def _own(name, train, valid, test, classes):
     arrays = {"train_x": both, "train_y": torch.cat([train.y, valid.y]), "test_x": test.x, "test_y": test.y}
     fingerprint = _fingerprint(arrays)
     moments = tuple(mean.tolist()), tuple(std.tolist())
-    return Data(name, train, valid, test, fingerprint, classes or found, *moments, scale)
+    return Data(name, train, valid, test, fingerprint, int(classes or found), *moments, scale)
 
 
 def _as_tensor(what, values, rule):
@@ -442,8 +444,12 @@ def _images(folder, size, grey, train=None):
     classes = class_numbers(folder, train)
     try:
         found = make_dataset(folder, classes, IMG_EXTENSIONS)
-    except (FileNotFoundError, ValueError):  # a class without images, no class
-        raise ValueError(f"No images in {folder}: it has to hold one folder of images for each class.") from None
+    except (FileNotFoundError, ValueError) as error:  # a class without images, no class
+        why = f"it has to hold one folder of images for each class ({str(error).partition('. ')[0].rstrip('.')})"
+        raise ValueError(f"No images in {folder}: {why}.") from None
+    if all(Path(path).parents[1] != folder for path, _ in found):
+        deep = f"{Path(found[0][0]).parent} is a folder too deep; parts are called train, valid and test"
+        raise ValueError(f"No images in the folders of {folder}: {deep}.")
     paths, labels = zip(*found, strict=True)
     return _decoded([Path(path) for path in paths], size, grey), torch.tensor(labels)
 
@@ -451,6 +457,9 @@ def _images(folder, size, grey, train=None):
 def _decoded(files, size, grey):
     """Images in files, or in encoded bytes, as uint8 [N, C, H, W]."""
     from PIL import Image, UnidentifiedImageError
+
+    if not (size is None or (isinstance(size, Integral) and size >= 1)):
+        raise ValueError(f"Invalid size {size!r}: give the side in pixels, a whole number from 1, or None.")
 
     def decode(file):
         try:

@@ -1,6 +1,7 @@
 """lottery.data: one's own examples as Data, and what trainings and scores are fed of them."""
 
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -213,6 +214,20 @@ def test_folder(tmp_path):
     assert [len(part) for part in (own.train, own.valid, own.test)] == [8, 4, 2]
 
 
+@pytest.mark.parametrize("names", [("Train", "Validation", "TEST"), ("train", "valid", "Test")])
+def test_the_parts_of_a_folder_are_no_classes(names, tmp_path):
+    for part, n in zip(names, (4, 2, 1), strict=True):
+        write(tmp_path / part, n=n)
+    own = data.of(tmp_path)
+    assert [len(part) for part in (own.train, own.valid, own.test)] == [8, 4, 2]
+    assert own.test.y.tolist() == [0, 1]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write(tmp_path, ("bus", "train"))
+    assert data.of(tmp_path).classes == 2
+
+
 def test_parquet(tmp_path):
     write(tmp_path / "pets")
     files = sorted((tmp_path / "pets").rglob("*.png"))
@@ -313,6 +328,22 @@ def test_bad_folders(tmp_path):
         data.from_folder(tmp_path / "x")
     with pytest.raises(ValueError, match=message(f"No images in {tmp_path}: it has to hold one folder of images")):
         data.from_folder(tmp_path)
+    write(tmp_path / "deep" / "training")
+    with pytest.raises(
+        ValueError, match=r"^No images in the folders of .*deep: .*training/.* is a folder too deep; parts a"
+    ):
+        data.from_folder(tmp_path / "deep")
+    for size in (0, 8.0, "8", (8, 8)):
+        with pytest.raises(
+            ValueError, match=message(f"Invalid size {size!r}: give the side in pixels, a whole number")
+        ):
+            data.from_folder(tmp_path / "deep" / "training", size=size)
+    (tmp_path / "deep" / "training" / "none").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^No images in .*training: .* \(Found no valid file for the classes none\)\.$"
+    ):
+        data.from_folder(tmp_path / "deep" / "training")
+    shutil.rmtree(tmp_path / "deep")
     with pytest.raises(FileNotFoundError, match=message(f"No parquet at {tmp_path}: give a file, or a folder")):
         data.from_parquet(tmp_path)
     write(tmp_path, ("a", "b"))
