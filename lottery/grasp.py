@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lottery import masks as M
 from lottery.data import Data, flip_crop, moves
+from lottery.methods import said
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -258,8 +259,8 @@ def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     try:
         z = net(x)
     except Exception as error:  # whatever a model raises
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"The model does not take inputs of shape {tuple(x.shape)}, {x.dtype}: {why}") from error
+        shape = tuple(x.shape)
+        raise ValueError(f"The model does not take inputs of shape {shape}, {x.dtype}: {said(error)}") from error
     if not isinstance(z, torch.Tensor):
         raise ValueError(f"The model gives a {type(z).__name__}, which cannot be scored: it has to give logits alone.")
     return z

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lottery import masks as M
+from lottery.methods import said
 
 aten = torch.ops.aten
 VECTORS = (aten.mv, aten.addmv, aten.dot, aten.vdot)  # products that PyTorch's table of FLOPs leaves out
@@ -47,9 +48,9 @@ def count(model: nn.Module, input_shape: tuple[int, ...] | torch.Tensor | Sequen
         for example in _examples(input_shape, like.dtype, "meta" if meta else like.device):
             try:
                 return _count(model, example, meta)
-            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:
+            except Exception as error:  # whatever a model raises
                 errors.append(error)
-    why = str(errors[0] if like.is_meta else errors[len(errors) // 2]).strip().splitlines()[0].rstrip(".")
+    why = said(errors[0] if like.is_meta else errors[len(errors) // 2]).rstrip(".")
     given = "an example" if isinstance(tree_leaves(input_shape)[0], torch.Tensor) else input_shape
     raise ValueError(
         f"Invalid input_shape {given}: give the shape of one example, without the batch, that fits, or one example, a "
@@ -71,7 +72,7 @@ def _examples(given, dtype, device):
             (torch.zeros(shape, dtype=torch.int64, device=device),),
         ]
     except (RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
+        why = said(error).rstrip(".")
         raise ValueError(
             f"Invalid input_shape {given}: give the shape of one example, without the batch, that fits ({why})."
         ) from error

@@ -83,6 +83,11 @@ def densities(masks: dict[str, torch.Tensor]) -> dict[str, float]:
     return {"density": sum(kept.values()) / sum(m.numel() for m in masks.values()), **each}
 
 
+def said(error: BaseException) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def need(fields: Any, name: str, ok: Any, rule: str) -> None:
     """Raise ValueError with the rule of a dataclass's field, unless it is kept."""
     if not ok:

@@ -40,7 +40,7 @@ from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_thre
 from lottery import masks as M
 from lottery.batches import normaliser
 from lottery.files import path_of, publish, temporary
-from lottery.methods import NOTHING, Method, whole
+from lottery.methods import NOTHING, Method, said, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -603,7 +603,7 @@ def _checked(model, examples, skip, recipe):
     try:
         net = copy.deepcopy(model)
     except RuntimeError as error:  # a weight that a hook has computed
-        raise ValueError(f"The model cannot be copied ({str(error).splitlines()[0]}).") from error
+        raise ValueError(f"The model cannot be copied ({said(error)}).") from error
     training.own_memory(net)
     found = M.prunable(net)
     patterns = [skip] if isinstance(skip, str) else [str(name) for name in skip or ()]
@@ -636,8 +636,8 @@ def _check_output(net, examples, recipe):
         with training.modes_kept(net):
             out = net.eval()(x)
     except Exception as error:  # whatever a model raises
-        shape, why = tuple(examples.train.x.shape[1:]), str(error).strip().splitlines()[0] if str(error) else error
-        raise ValueError(f"The model does not take examples of shape {shape}, {like.dtype}: {why}") from error
+        shape = tuple(examples.train.x.shape[1:])
+        raise ValueError(f"The model does not take examples of shape {shape}, {like.dtype}: {said(error)}") from error
     classes = examples.classes
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
         found = f"shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
@@ -838,7 +838,7 @@ def _state_dict(checkpoint):
                 return load_file(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle raises whatever it likes
-            why = str(error).strip().splitlines()[0]
+            why = said(error).partition(". ")[0]  # what follows tells how to read code
             raise ValueError(f"{path} is no checkpoint of tensors alone: save model.state_dict() ({why}).") from None
     for key in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):

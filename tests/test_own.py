@@ -21,6 +21,7 @@ from lottery import (
     dynamic,
     export,
     files,
+    macs,
     own,
     soft_threshold,
     stochastic,
@@ -536,6 +537,25 @@ def test_files_in_the_home_folder(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"made", "~nobody-of-that-name"}
 
 
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError(""), KeyError("shape")])
+def test_a_model_that_takes_no_single_example_is_saved_and_printed(error, tmp_path):
+    """Its products cannot be counted; whatever it raises, what was trained is not lost."""
+
+    class Pairs(nn.Sequential):
+        def forward(self, x):
+            if len(x) == 1:
+                raise error
+            return super().forward(x)
+
+    found = pruned("gmp", Pairs(nn.Flatten(), nn.Linear(16, 5)))
+    assert "MACs of these layers" not in str(found)
+    assert json.loads((found.save(tmp_path) / "report.json").read_text())["layers"]["1"]["MACs"] is None
+    with pytest.raises(
+        ValueError, match=r"^Invalid input_shape \(1, 4, 4\): .*, a tensor with a batch of one \([^\n]+\)\.$"
+    ):
+        macs.count(found.model, (1, 4, 4))
+
+
 def test_what_is_saved_is_whole(tmp_path, monkeypatch):
     """A second save that is stopped leaves the first, or no report; nothing else stays behind."""
     found, other = pruned("gmp"), pruned("gmp", density=0.5)
@@ -726,6 +746,13 @@ def test_bad_checkpoints(tmp_path):
     torch.save(net, tmp_path / "whole.pt")
     with pytest.raises(ValueError, match=message(f"{tmp_path / 'whole.pt'} is no checkpoint of tensors alone")):
         own.load(net, tmp_path / "whole.pt")
+    for content in (b"", b"text"):
+        (tmp_path / "cut.pt").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=rf"^{tmp_path / 'cut.pt'} is no checkpoint of tensors alone: [^\x1b\n]*\.$"
+        ) as no:
+            own.load(net, tmp_path / "cut.pt")
+        assert "set to `False`" not in str(no.value)
     (tmp_path / "cut.safetensors").write_bytes(b"1234")
     with pytest.raises(ValueError, match=message(f"{tmp_path / 'cut.safetensors'} is no checkpoint of tensors alone")):
         own.load(net, tmp_path / "cut.safetensors")
