@@ -33,6 +33,10 @@ def collapsed():
     soft_threshold.budgets(model)
 
 
+def idle(model, hook):
+    """A training loop that calls nothing of its hook."""
+
+
 def zeros():
     model = net()
     masks.restore(model, {name: torch.zeros_like(t) for name, t in masks.state(model).items()})
@@ -110,6 +114,9 @@ SITUATIONS = {
     "All GraSP scores are zero": [lambda: grasp.scores(net(), batch(), 1e30)],
     "SynFlow needs a network that is linear": [lambda: baselines.synflow(bent(nn.Sigmoid), (6,), 0.5)],
     "The model cannot be scored": [lambda: grasp.scores(bent(nn.Hardsigmoid), batch())],
+    "Nothing told … of a step": [
+        lambda: own.prune(net(), (torch.rand(20, 6), torch.arange(20) % 3), "rigl", train=idle)
+    ],
     "Nothing to train": [lambda: training.optimizer(net().requires_grad_(False), training.Recipe())],
     "No parameter group holds": [late],
 }
