@@ -224,12 +224,15 @@ def said(frame: "pd.DataFrame", density: float, margin: float) -> str | None:
 
 
 def _trainings(frame, density, best, methods):
-    """What one network of the best cost beside those of the others, in brackets; nothing in a frame without costs."""
+    """What one network of the best cost beside those of the others, in brackets; nothing where all cost as much."""
     if "total" not in frame:
         return ""
     costs = {row["method"]: row["mean"] for row in summary(frame, "total") if row["density"] == density}
     low, high = (f"{f(costs[m] for m in methods if m != best):.3g}" for f in (min, max))
-    return f" ({costs[best]:.3g} trainings; the others {low}{f' to {high}' * (low != high)})"
+    own = f"{costs[best]:.3g}"
+    if own == low == high:
+        return ""
+    return f" ({own} training{'s' * (own != '1')}; the others {low}{f' to {high}' * (low != high)})"
 
 
 def timing(frame: "pd.DataFrame", density: float, margin: float) -> str | None:

@@ -216,10 +216,13 @@ BEST, SECOND, OTHER = [98.0, 98.1, 98.2, 98.1, 98.0], [98.0, 98.05, 98.25, 98.1,
 def test_the_best_is_named_with_what_it_cost():
     found = frame(imp={0.1: BEST}, snip={0.1: OTHER}, cs={0.1: SECOND})
     for totals, said in (({"imp": 9, "snip": 1, "cs": 1.97}, "1.97 trainings; the others 1 to 9"),
-                         ({"imp": 1, "snip": 1, "cs": 13}, "13 trainings; the others 1")):  # fmt: skip
+                         ({"imp": 2, "snip": 2, "cs": 1}, "1 training; the others 2")):  # fmt: skip
         costly = found.assign(total=found["method"].map(totals))
         costly.attrs = found.attrs
         assert f"has **CS** ({said}); it is above" in comparison.said(costly, 0.1, 0.2)
+    same = found.assign(total=1.0)
+    same.attrs = found.attrs
+    assert "has **CS**; it is above" in comparison.said(same, 0.1, 0.2)
 
 
 def test_who_is_above_whom():
