@@ -367,17 +367,17 @@ def said(kept: dict[str, Any] | Path) -> str:
         for r in runs
         if r["outcome"] in (EXPLAINED, *BAD)
     ]
-    if any(r["outcome"] in (EXPLAINED, *BAD) for r in runs):
-        lines += [
-            "",
-            "*Miss*: outside the tolerance. *Explained*: the data, the algorithm's version or the nets it was pruned "
-            "from are known to differ. *Record*: PyTorch, processor, threads and what trained side by side.",
-        ]
     if any("(trials spread" in line for line in lines):
         lines += [
             "",
             "Under another record two trainings part, and may end as far apart as two trials do: √2 times the s.d. of "
             "trials is ordinary, three times that is not.",
+        ]
+    if any(r["outcome"] == EXPLAINED for r in runs):
+        lines += [
+            "",
+            "*Miss*: outside the tolerance. *Explained*: the data, the algorithm's version or the nets it was pruned "
+            "from are known to differ. *Record*: PyTorch, processor, threads and what trained side by side.",
         ]
     return "\n".join(lines)
 
