@@ -1,7 +1,6 @@
 """A Dask cluster of real processes on this machine: a sweep survives the death of a worker; a run is kept once."""
 
 import contextlib
-import json
 import signal
 import socket
 import subprocess
@@ -90,11 +89,7 @@ def test_a_sweep_survives_the_death_of_a_worker(tmp_path, cluster):
     assert len(list((mine.dir / ".spool").glob("*.parquet"))) == len(runs)
     for name in SERIAL:
         for a, b in zip(ours[name], serial[name], strict=True):
-            if name.endswith("loss"):  # the last bit was another in 2 of 30 runs of this test; why is not known
-                one, other = (json.loads(v) if isinstance(v, str) else dict(enumerate(v)) for v in (a, b))
-                assert one == pytest.approx(other, rel=1e-6)
-            else:
-                np.testing.assert_equal(a, b)
+            np.testing.assert_equal(a, b)
     assert not list(mine.leases.glob("[!.]*"))
     assert not mine.failures()
 
