@@ -199,7 +199,7 @@ class Chapter:
             *([] if same else [steps]),
             ", ".join(sorted(frame["device"].unique())),
             f"{len(self.module.guessed)} settings guessed",
-            f"{cells} points " + ("of the paper's figure" if item.startswith(("fig", "table")) else "declared in full"),
+            f"{cells} points of the experiment in full",
         ]
         parts[2:2] = [run.recipe.precision] * (run.recipe.precision != papers.recipe.precision)
         parts += [f"{n} of {m} trainings stored of {names.SCALES.get(name, name)}" for name, (n, m) in others.items()]

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import textwrap
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -321,7 +321,7 @@ def by_density(
     if len(dense):
         ax.axhline(dense["mean"].iloc[0], color="0.55", linewidth=1, zorder=0)
     if x == "density":
-        density_axis(ax, table["density"])
+        density_axis(ax, table["density"], LTH_TICKS)
     else:
         ax.set(xscale="log", xlabel="weights left")
         ax.set_xticks([t for t in (200_000, 50_000, 20_000, 10_000, 5_000) if t >= 0.9 * min(table[x])])
@@ -334,9 +334,12 @@ def by_density(
     return table
 
 
-def density_axis(ax: "Axes", density: Collection[float]) -> None:
+TICKS = (100, 50, 20, 10, 5, 2, 1)
+LTH_TICKS = (100, 51.3, 21.1, 10.8, 7.0, 3.6, 1.9, 1.0)  # where that paper's figures have theirs: rounds of 20 %
+
+
+def density_axis(ax: "Axes", density: Collection[float], ticks: Sequence[float] = TICKS) -> None:
     """Log axis of densities in %, dense on the left."""
-    ticks = [100, 51.3, 21.1, 10.8, 7.0, 3.6, 1.9, 1.0]
     ax.set_xscale("log")
     ax.set_xlim(115, 0.87 * min(density))
     ax.set_xticks([t for t in ticks if t >= 0.9 * min(density)], minor=False)

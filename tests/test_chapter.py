@@ -146,7 +146,7 @@ def test_where_no_trial_is_complete_points_may_be_shown_of_which_every_trial_is(
     assert Chapter("lth").shown("fig12")[0] is None
     frame, badge = Chapter("lth").shown("fig12", points=True)
     assert sorted(zip(frame["level"], frame["seed"], strict=True)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert re.search(r"· 2 of \d+ points of the paper's figure", badge)
+    assert re.search(r"· 2 of \d+ points of the experiment in full", badge)
     train([r for r in runs if r.seed == 0], clone)
     n = len(Chapter("lth").shown("fig12")[0])
     assert n > 4
@@ -269,7 +269,7 @@ def test_a_badge_says_what_the_numbers_rest_on(commit, monkeypatch):
         "1 of 5 trials",
         device,
         f"{len(lth.GUESSED)} settings guessed",
-        "6 of 7 points of the paper's figure",
+        "6 of 7 points of the experiment in full",
         f"2 of {len(lth.runs('fig4', 'paper'))} trainings stored of the paper's own setting",
     ]
     monkeypatch.setitem(lth.SETTINGS, "paper", changed(paper, base=replace(paper.nets["lenet"].base, dataset="mnist")))

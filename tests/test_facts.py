@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 
 from lottery import figures, scorecard
@@ -21,7 +22,7 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 def chapters(tmp_path_factory):
     """The chapters as they are committed, without a reader's own results."""
     mine = tmp_path_factory.mktemp("results")
-    found = {paper: Chapter(paper, results_dir=mine) for paper in ("lth", "grasp")}
+    found = {paper: Chapter(paper, results_dir=mine) for paper in ("lth", "grasp", "cs", "str")}
     for chapter in found.values():
         chapter.frame = functools.cache(chapter.frame)  # one figure is asked about more than once
     return found
@@ -394,6 +395,104 @@ def cs_landing(_):
         and described[s < -0.03].max() < 0.01 and set(described[s > 0]) == {0.5}
         and abs(code - 0.5).max() < 0.08
     )  # fmt: skip
+
+
+def accuracies(chapter, *items):
+    """{(arm, point): (mean density, mean accuracy)} in %, and the frame, as the CS and STR chapters draw them."""
+    frame = pd.concat([chapter.shown(item, points=True)[0] for item in items])
+    frame = frame.drop_duplicates(["arm", "point", "seed"]).astype({"density": float, "last_test_acc": float})
+    by = frame.groupby(["arm", "point"])[["density", "last_test_acc"]].mean()
+    return {at: tuple(100 * row) for at, row in zip(by.index, by.to_numpy(), strict=True)}, frame
+
+
+def line(found, control):
+    """Accuracy at densities of a line of the figure, over its logarithm; NaN where the line is not."""
+    x, y = np.array(sorted(v for (arm, _), v in found.items() if arm.endswith(f"/{control}"))).T
+    return lambda density: np.interp(np.log(density), np.log(x), y, np.nan, np.nan)
+
+
+@states(
+    "cs",
+    "Tickets of iterative magnitude pruning are more accurate than those of continuous sparsification and of IMP-C at "
+    "the density of each, and above the dense network from 64 to 17 percent of the weights",
+)
+def cs_tickets(c):
+    found, _ = accuracies(c["cs"], "table1")
+    theirs = [v for (arm, _), v in found.items() if arm.endswith(("/ticket", "/imp-c")) and v[0] < 80]
+    imp, dense = line(found, "imp"), found["resnet20/dense", 0][1]
+    levels = [acc for (arm, _), (d, acc) in found.items() if arm == "resnet20/imp" and 16 < d < 65]
+    denser = [v for (arm, _), v in found.items() if arm.endswith("/ticket") and v[0] > 80]
+    return (
+        len(theirs) == 5
+        and all(acc < imp(d) for d, acc in theirs)
+        and all(acc < imp(80) for _, acc in denser)
+        and len(levels) == 7
+        and min(levels) > dense
+    )
+
+
+@states(
+    "cs",
+    "the code's rule leaves more weights than the described one after the second and the third round, 35 percent "
+    "against 20 in the end. Right, dots for the trials of three tickets relative to the dense network: all but one lie "
+    "below it",
+)
+def cs_restart(c):
+    found, frame = accuracies(c["cs"], "restart")
+    left = {rule: [found[f"{rule}/search", r][0] for r in (2, 3)] for rule in ("resnet20", "resnet20@code")}
+    dense = frame[frame["arm"] == "resnet20/dense"].set_index("seed")["last_test_acc"]
+    drawn = frame[frame["arm"].str.endswith("/ticket")]
+    return (
+        all(a > b for a, b in zip(left["resnet20@code"], left["resnet20"], strict=True))
+        and [round(x[1]) for x in left.values()] == [20, 35]
+        and (drawn["last_test_acc"] >= drawn["seed"].map(dense)).sum() == 1
+    )
+
+
+@states(
+    "cs",
+    "Fine-tuned networks of continuous sparsification lie above those of magnitude, gradient, gradual pruning and L0 "
+    "at every density below 30 percent at which both are drawn",
+)
+def cs_pruning(c):
+    found, _ = accuracies(c["cs"], "pruning")
+    ours = line(found, "pruned")
+    others = [v for (arm, _), v in found.items() if not arm.endswith(("/pruned", "/dense"))]
+    both = [(d, acc) for d, acc in others if d < 30 and not np.isnan(ours(d))]
+    return len(both) == 8 and all(acc < ours(d) for d, acc in both)
+
+
+@states(
+    "str", "Sparsity is zero up to iteration 3,000, above 80 percent at 6,000 and 92 percent at the end, in every trial"
+)
+def str_sparsity(c):
+    for _, row in c["str"].frame("fig1").iterrows():
+        sparsity = 1 - np.array(json.loads(row["numbers"])["density"])
+        step = np.array(row["step"])
+        if sparsity[step <= 3000].max() > 0.001 or sparsity[step >= 6000][0] < 0.8 or round(100 * sparsity[-1]) != 92:
+            return False
+    return True
+
+
+@states(
+    "str",
+    "At equal sparsity STR lies above gradual pruning, RigL and DNW, by 1.5 points at the least; at the highest "
+    "sparsity all of them guess",
+)
+def str_curves(c):
+    found, _ = accuracies(c["str"], "table1", "curve")
+    others = {(arm, x): acc for (arm, x), (_, acc) in found.items() if not arm.endswith(("/str", "/dense"))}
+    leads = [found["resnet50/str", x][1] - acc for (_, x), acc in others.items() if x != "98.98"]
+    return round(min(leads), 1) == 1.5 and all(found[at][1] < 12 for at in found if at[1] == "98.98")
+
+
+@states("str", "ResNet-50 keeps from 0.9 to 20 percent, and beside them the stand-in, which keeps from 0.004 to 32")
+def str_calibration(c):
+    found, _ = accuracies(c["str"], "curve", "calibration")
+    left = [density for (arm, _), (density, _) in found.items() if arm.endswith("/str")]
+    papers = [100 - float(b) for b in str_exact.settings("resnet50")]
+    ends = round(min(papers), 1), round(max(papers)), round(min(left), 3), round(max(left))
+    return ends == (0.9, 20, 0.004, 32)
 
 
 def said(path):
