@@ -457,8 +457,8 @@ def place(name: str, x: float) -> str | None:
     return None if parts(name)[2] in FAMILIES else f"round {x:g}"
 
 
-def _epochs(name):
-    """Epochs of training one after the other in the paper's search."""
+def search_epochs(name: str) -> int:
+    """Epochs of training one after the other in the paper's search, of "net/cs" or "net/imp"."""
     at, (net, _, control) = SETTINGS["paper"], parts(name)
     per_epoch = at.nets[net].recipe.eval_every
     return (at.rounds if control == "cs" else at.imp) * at.nets[net].recipe.iterations // per_epoch
@@ -479,7 +479,6 @@ def gate(s: float, beta: float) -> tuple[float, float]:
 EXACT = {
     "distance of the gate from the step": lambda name: 1 - gate(float(name.split("/")[1]), 200.0)[0],
     "gradient of the gate": lambda name: gate(float(name.split("/")[1]), 200.0)[1],
-    "epochs one after the other": _epochs,
     "masked weights": _masked,
 }
 
