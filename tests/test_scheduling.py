@@ -24,7 +24,7 @@ from small_runs import (
 )
 
 from lottery import dynamic, experiments, training
-from lottery.experiments import Run, Store, engine, load, pace, work
+from lottery.experiments import Run, Store, engine, grasp_init, load, pace, work
 from lottery.experiments.leases import Leases
 from lottery.training import Recipe
 
@@ -315,6 +315,15 @@ def test_a_pace_is_that_of_a_kind_on_such_a_device(tmp_path):
     assert [pace.expected(found, r.kind, 2) for r in (DENSE, large, gmp)] == [0.2, 2, 20]
     assert pace.expected(on_gpu, large.kind, 2) == 0.4
     assert pace.expected(found, replace(DENSE, dataset="mnist").kind, 2) is None
+
+
+def test_a_measurement_on_more_images_has_no_pace_of_one_on_few(tmp_path):
+    opened, few = Store(tmp_path), grasp_init.Pruning("resnet8", "digits", (), criterion="dense", images=16)
+    assert experiments.run([few], store=opened, progress=False) == []
+    found, whole = pace.paces(opened), replace(few, images=50_000)
+    assert pace.expected(found, replace(few, seed=1).kind, 1) == opened.get(few)["wall_s"]
+    assert pace.expected(found, whole.kind, 1) is None
+    assert pace.kind_of(whole.spec()) == whole.kind
 
 
 def test_a_budget_does_not_take_the_pace_of_another_kind(tmp_path):

@@ -27,7 +27,7 @@ def paces(store: Store, device: str = "cpu") -> dict[tuple[str | int, ...], floa
 def kind_of(spec: Mapping) -> tuple[str | int, ...]:
     """The `kind` of the Run or Measurement that a `spec` is of."""
     if "measurement" in spec:
-        return "measured", spec["model"], spec["dataset"]
+        return "measured", spec["model"], spec["dataset"], spec.get("images", 0)
     # Runs from before there were methods name none, and the one without anything to train is not named by its class.
     return spec["model"], spec["dataset"], spec["recipe"]["batch_size"], spec.get("method", {}).get("is", "Method")
 

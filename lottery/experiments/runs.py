@@ -232,9 +232,9 @@ class Measurement:
     work = 1
 
     @property
-    def kind(self) -> tuple[str, str, str]:
-        """As a Run's."""
-        return "measured", self.model, self.dataset
+    def kind(self) -> tuple[str, str, str, int]:
+        """As a Run's; what takes in another number of images is another kind."""
+        return "measured", self.model, self.dataset, getattr(self, "images", 0)
 
     @functools.cached_property
     def key(self) -> str:
