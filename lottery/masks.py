@@ -46,9 +46,10 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     A module or weight tensor that several names share is listed once, under its first name. A weight that is made of
     other tensors before each forward pass is not listed (`weight_norm`; `spectral_norm`, as a hook).
 
-    Raises ValueError: a layer that is pruned by `torch.nn.utils.prune`, a lazy one that has no weight yet, or one whose
-    weight is another parameter as well, which a mask would not reach.
+    Raises ValueError: what is no module, a layer that is pruned by `torch.nn.utils.prune`, a lazy one that has no
+    weight yet, or one whose weight is another parameter as well, which a mask would not reach.
     """
+    check_module(model)
     for name, module in model.named_modules():
         hooks = module._forward_pre_hooks.values()
         if any(isinstance(hook, BasePruningMethod) and hook._tensor_name == "weight" for hook in hooks):
@@ -77,11 +78,11 @@ def chosen(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, n
     """
     if not (found := prunable(model)):
         made = [name for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
-        why = (
-            f"the weight of {', '.join(made)} is made of other tensors"
-            if made
-            else "the model has no Linear or Conv layer"
-        )
+        why = "the model has no Linear or Conv layer"
+        if made:
+            why = f"the weight of {', '.join(made)} is made of other tensors"
+        elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            why = "the layers of the model are scripted; prune it before"
         raise ValueError(f"Nothing prunable: {why}.")
     if layers is None:
         return found
@@ -94,6 +95,7 @@ def chosen(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, n
 
 
 def _layers(model):
+    check_module(model)
     found, seen = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, PRUNABLE) and (weight := original(module)) is not None and id(weight) not in seen:
@@ -131,8 +133,14 @@ def top_k(
     Returns masks of the scores' shapes. Among equal scores the earlier weight (module order, then row-major)
     is kept.
 
-    Raises ValueError: NaN scores, a density out of range, k = 0, or fewer than k candidates.
+    Raises ValueError: scores that are no real numbers or NaN, a density out of range, k = 0, or fewer than k
+    candidates.
     """
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"Invalid scores, a {type(scores).__name__}: give {{layer name: tensor}}.")
+    for name, score in scores.items():
+        if not _is_dense(score) or score.is_complex():
+            raise ValueError(f"Invalid scores of layer {name!r}: give a dense tensor of real numbers.")
     if not scores:
         raise ValueError("Nothing to prune: no scores were given; see lottery.masks.prunable(model).")
     density = per_layer(density, scores, scope, "density")
@@ -172,6 +180,11 @@ def keep(
     if isinstance(k, dict):
         return {name: _largest([score], k[name], within and [within[name]])[0] for name, score in scores.items()}
     return dict(zip(scores, _largest(scores.values(), k, within and [within[n] for n in scores]), strict=True))
+
+
+def _is_dense(value):
+    """Whether a value is a tensor whose entries can be read and written one by one."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 def _largest(scores, k, within):
@@ -237,7 +250,18 @@ def put(model: nn.Module, layer: nn.Module, parametrization: nn.Module) -> None:
     weight = original(layer)
     for module in list(model.modules()):
         if original(module) is weight:
+            if parametrize.is_parametrized(module) and not parametrize.is_parametrized(module, "weight"):
+                _own_class(module)
             parametrize.register_parametrization(module, "weight", parametrization)
+
+
+def _own_class(module):
+    """Give a parametrised module a class of its own.
+
+    PyTorch puts the weight's property on the class, and takes it off there; a deep copy of the module shares it.
+    """
+    cls = type(module)
+    module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
 
 
 def on(layer: nn.Module, kind: type) -> nn.Module | None:
@@ -261,6 +285,14 @@ def check_free(layers: dict[str, nn.Module], kind: type, above: tuple[type, ...]
             raise ValueError(
                 f"Layer {name!r} is pruned by a {others[0]} already: call lottery.masks.bake(model) first."
             )
+
+
+def check_module(model: Any) -> None:
+    """Raise ValueError for what is no module, such as its class or its state."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"Invalid model of type {type(model).__name__}: give a torch.nn.Module, not its class or state."
+        )
 
 
 def check_values(layers: dict[str, nn.Module]) -> None:
@@ -308,9 +340,7 @@ def bake(model: nn.Module) -> nn.Module:
     layers = [module for module in on_weight if original(module) is not None]
     effective = [module.weight.detach().clone() for module in layers]
     for module, weight in zip(layers, effective, strict=True):
-        # PyTorch takes the property off a class that a deep copy of the module shares: give this one its own.
-        cls = type(module)
-        module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+        _own_class(module)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         with torch.no_grad():
             module.weight.copy_(weight)
@@ -320,10 +350,12 @@ def bake(model: nn.Module) -> nn.Module:
 def density(masks_or_model: dict[str, torch.Tensor] | nn.Module) -> float:
     """Fraction of weights kept, in [0, 1]: of all entries of the masks, or of all prunable weights of the model.
 
-    In a model these are the weights that `remaining` names. Raises ValueError: no weight at all, and as there.
+    In a model these are the weights that `remaining` names. Raises ValueError: no weight at all, masks that are none,
+    and as there.
     """
-    model = isinstance(masks_or_model, nn.Module)
-    masks = list((remaining(masks_or_model) if model else masks_or_model).values())
+    masks = remaining(masks_or_model) if isinstance(masks_or_model, nn.Module) else masks_or_model
+    check_masks(masks, masks, "masks", "model")
+    masks = list(masks.values())
     total = sum(mask.numel() for mask in masks)
     if not total:
         raise ValueError("No density: there is no prunable weight.")
@@ -345,11 +377,16 @@ def restore(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
 
     (`init.xavier_normal_(m.weight)` or `m.weight.copy_()` would write to a temporary and change nothing.)
 
-    Raises ValueError: a name or shape that differs; a model or state on the meta device, which has no values.
+    Raises ValueError, before anything changes: a name or shape that differs; what is no dense tensor, or of numbers
+    that the model's cannot hold, such as complex ones; a model or state on the meta device, which has no values.
     """
     own = tensors(model)
     check_names(state, own, "state", "model")
     for name, tensor in own.items():
+        if not _is_dense(state[name]):
+            raise ValueError(f"Cannot restore {name!r}: the state holds no dense tensor, as `state` gives it.")
+        if not torch.can_cast(state[name].dtype, tensor.dtype):
+            raise ValueError(f"Cannot restore {name!r}: {state[name].dtype}, the model's is {tensor.dtype}.")
         if tensor.is_meta or state[name].is_meta:
             raise ValueError(f"Cannot restore {name!r} on the meta device: materialise the model first.")
         if tensor.shape != state[name].shape:

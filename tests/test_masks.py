@@ -973,3 +973,76 @@ def test_two_parametrizations_of_one_weight_whose_tensors_have_one_name():
             p.fill_(9)
     M.restore(model, theta)
     assert [p.a.item() for p in model[0].parametrizations.weight if isinstance(p, Times)] == [2, 3]
+
+
+class Tanh(nn.Module):
+    """A parametrization of a user's own."""
+
+    def forward(self, tensor):
+        return tensor.tanh()
+
+    def right_inverse(self, tensor):
+        return tensor.atanh()
+
+
+@pytest.mark.parametrize("put", [M.attach, cs.attach, lambda net: soft_threshold.attach(net, -5.0)])
+def test_pruning_a_copy_leaves_an_original_with_a_parametrised_bias_alone(put):
+    net = three()
+    parametrize.register_parametrization(net[0], "bias", Tanh())
+    x = torch.randn(5, 8)
+    expected = net(x)
+    copied = put(copy.deepcopy(net))
+    assert torch.equal(net(x), expected)
+    baked = M.bake(copy.deepcopy(copied))
+    assert torch.allclose(baked(x), copied(x))
+    assert torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("given", [nn.Linear, None, three().state_dict(), [three()]])
+def test_what_is_no_module_is_refused(given):
+    text = message(f"Invalid model of type {type(given).__name__}: give a torch.nn.Module, not its class or state.")
+    for f in (M.prunable, M.attach, M.read, M.state, lambda m: lth.prune(m, 0.5)):
+        with pytest.raises(ValueError, match=text):
+            f(given)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_module_is_refused():
+    with pytest.raises(
+        ValueError, match=message("Nothing prunable: the layers of the model are scripted; prune it before.")
+    ):
+        M.attach(torch.jit.script(three()))
+    assert list(M.prunable(nn.Sequential(torch.jit.script(three()), nn.Linear(3, 2)))) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.randn(4, dtype=torch.complex64), np.arange(4.0), torch.eye(2).to_sparse(), [1.0, 2.0]]
+)
+def test_scores_are_dense_tensors_of_real_numbers(scores):
+    with pytest.raises(ValueError, match=message("Invalid scores of layer 'a': give a dense tensor of real numbers.")):
+        M.top_k({"b": t(1, 2), "a": scores}, 0.5)
+    with pytest.raises(ValueError, match=message("Invalid scores, a list: give {layer name: tensor}.")):
+        M.top_k([t(1, 2)], 0.5)
+
+
+def test_a_density_is_that_of_masks():
+    with pytest.raises(ValueError, match=message("Invalid mask for layer '0.weight': torch.float32 of shape (6, 8), ")):
+        M.density(three().state_dict())
+    with pytest.raises(ValueError, match=message("Invalid masks, a NoneType: give {layer name: mask}.")):
+        M.density(None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (lambda v: v * 1j, "Cannot restore '2.weight': torch.complex64, the model's is torch.float32."),
+        (lambda v: v.to_sparse(), "Cannot restore '2.weight': the state holds no dense tensor, as `state` gives it."),
+        (lambda v: v.numpy(), "Cannot restore '2.weight': the state holds no dense tensor, as `state` gives it."),
+    ],
+)
+def test_a_state_that_the_model_cannot_hold_is_refused_before_anything_changes(bad, text):
+    net = three()
+    theta = M.state(net)
+    with pytest.raises(ValueError, match=message(text)):
+        M.restore(net, {name: v + 1 for name, v in theta.items()} | {"2.weight": bad(theta["2.weight"])})
+    assert same(M.state(net), theta)
