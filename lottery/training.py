@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,18 @@ def _check_outputs(outputs, classes):
         raise ValueError(f"The model gives {outputs} outputs, labels reach {classes - 1}: it needs {classes}.")
 
 
+def _check_logits(out, n):
+    """Refuse what the cross-entropy of n examples cannot be taken of."""
+    found = type(out).__name__
+    if isinstance(out, torch.Tensor):
+        if out.dim() == 2 and len(out) == n and out.is_floating_point():
+            return
+        found = f"{out.dtype} of shape {tuple(out.shape)}"
+    raise ValueError(
+        f"The model gives {found} for {n} examples: it has to give logits [{n}, classes], or give a loss of your own."
+    )
+
+
 def _check_lone(model, recipe, batch, start, stop):
     """Raise ValueError where a minibatch has one example, as an epoch's last may, and batch norm cannot take it."""
     n, size, epoch = len(batch.y), recipe.batch_size, batch.per_epoch
@@ -246,10 +259,7 @@ def _check_lone(model, recipe, batch, start, stop):
 
 def check_tensors(model: torch.nn.Module) -> None:
     """Raise ValueError for what is no module, or for a parameter or buffer that has no shape yet, or no values."""
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(
-            f"Invalid model of type {type(model).__name__}: give a torch.nn.Module, not its class or state."
-        )
+    M.check_module(model)
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(p):
             raise ValueError(
@@ -260,13 +270,22 @@ def check_tensors(model: torch.nn.Module) -> None:
 
 
 def own_memory(model: torch.nn.Module) -> None:
-    """Give every buffer that is an expanded view, which nothing can be copied into, a memory of its own, in place."""
+    """Give every parameter and buffer that is an expanded view a memory of its own, in place.
+
+    Nothing can be copied into such a view, and a fused optimiser writes beyond it.
+    """
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is None or buffer.layout is not torch.strided:
-                continue
-            if any(step == 0 and n > 1 for step, n in zip(buffer.stride(), buffer.shape, strict=True)):
+            if buffer is not None and _is_expanded(buffer):
                 module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+    for p in filter(_is_expanded, model.parameters()):
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+
+
+def _is_expanded(tensor):
+    if tensor.layout is not torch.strided:
+        return False
+    return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 class Step:
@@ -313,13 +332,16 @@ class Step:
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(self.recipe, x):
             logits = self.forward(x)
-        if isinstance(logits, torch.Tensor):  # else what a loss of one's own takes
+        if self.classes:  # else what a loss of one's own takes
+            _check_logits(logits, len(y))
+            _check_outputs(logits.shape[1], self.classes)
+        if isinstance(logits, torch.Tensor):
             logits = logits.to(self.dtype)
-            if logits.dim() > 1:
-                _check_outputs(logits.shape[1], self.classes)
         loss = self.loss(logits, y)
         if (penalty := self.method.penalty(self.model)) is not None:
             loss = loss + penalty
+        if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
+            raise ValueError("Invalid loss: it has to be one number, a tensor with a gradient to what is trained.")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -423,7 +445,10 @@ def _evaluate(forward, like, split, normalise, batch_size=2500, smoothing=0.0):
         return [math.nan], [torch.zeros(0, dtype=torch.bool)]
     losses, correct = 0.0, []
     for x, y in zip(split.x.split(batch_size), split.y.split(batch_size), strict=True):
-        logits = forward(normalise(x.to(like.device))).to(_summed(like.dtype))
+        logits = forward(normalise(x.to(like.device)))
+        if isinstance(forward, torch.nn.Module):
+            _check_logits(logits, len(y))
+        logits = logits.to(_summed(like.dtype))
         logits = logits.view(-1, *logits.shape[-2:])
         y = y.to(like.device).expand(logits.shape[:2])
         losses += F.cross_entropy(logits.mT, y, reduction="none", label_smoothing=smoothing).sum(1)
@@ -475,11 +500,19 @@ def fit(
     norm; afterwards every module is in the mode it came in.
 
     Raises ValueError, before the first update: start and stop out of order, a batch larger than the training set,
-    labels beyond the model's outputs, nothing to train, a tensor that is lazy or on the meta device, a parameter in no
-    group or not in `opt`, a seed that is none, models that cannot be trained together.
+    arguments of another kind, a model that gives no logits or a loss that is no number, labels beyond the model's
+    outputs, nothing to train, a tensor that is lazy or on the meta device, a parameter in no group or not in `opt`, a
+    seed that is none, models that cannot be trained together.
     """
+    kinds = {"data": (data, Data), "recipe": (recipe, Recipe), "method": (method, Method)}
+    for name, (value, kind) in kinds.items():
+        if not isinstance(value, kind):
+            what = f"{kind.__module__}.{kind.__name__}"
+            raise ValueError(f"Invalid {name} of type {type(value).__name__}: give a {what}.")
+    if not (loss is None or callable(loss)):
+        raise ValueError(f"Invalid loss {loss!r}: give a function of logits and labels, or None.")
     stop = recipe.iterations if stop is None else stop
-    if not 0 <= start < stop <= recipe.iterations:
+    if not (isinstance(start, Integral) and isinstance(stop, Integral) and 0 <= start < stop <= recipe.iterations):
         raise ValueError(f"Invalid start {start}, stop {stop}: need 0 <= start < stop <= {recipe.iterations}.")
     models = [model] if (alone := isinstance(model, torch.nn.Module)) else list(model)
     if not models:

@@ -1009,3 +1009,76 @@ def test_a_buffer_that_is_an_expanded_view_can_be_put_back(digits):
     history, plain = fit(a, digits, SHORT), fit(b, digits, SHORT)
     assert history.early_stop.val_loss == plain.early_stop.val_loss
     assert same(M.state(a), {**M.state(b), "scale": torch.ones(4, 8)})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_parameter_that_is_an_expanded_view_trains_as_one_of_its_own(digits, masked):
+    a = M.bake(small())
+    with torch.no_grad():
+        a[1].weight.copy_(a[1].weight[:1].clone())
+    b = copy.deepcopy(a)
+    b[1].weight = nn.Parameter(a[1].weight[:1].detach().expand(12, 64))
+    for net in (a, b):
+        if masked:
+            M.attach(net, lth.prune(net, 0.5))
+        fit(net, digits, dataclasses.replace(SHORT, optimizer="sgd", momentum=0.9))
+    assert same(M.state(a), M.state(b))
+
+
+class Giving(nn.Module):
+    """A network that gives what a function makes of its logits."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.net, self.f = small(), f
+
+    def forward(self, x):
+        return self.f(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("f", "found"),
+    [
+        (lambda z: (z, z), "tuple"),
+        (lambda z: {"logits": z}, "dict"),
+        (lambda z: None, "NoneType"),
+        (lambda z: z[:, 0], "torch.float64 of shape (60,)"),
+        (lambda z: z[:-1], "torch.float64 of shape (59, 10)"),
+        (lambda z: z[:, :, None], "torch.float64 of shape (60, 10, 1)"),
+        (lambda z: z.argmax(1, keepdim=True), "torch.int64 of shape (60, 1)"),
+    ],
+)
+def test_a_model_that_gives_no_logits_is_refused_before_the_first_update(digits, f, found):
+    model = Giving(f)
+    before = M.state(model)
+    text = f"The model gives {found} for 60 examples: it has to give logits [60, classes], or give a loss of your own."
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        fit(model, digits, SHORT)
+    assert same(M.state(model), before)
+    with pytest.raises(ValueError, match=r"^The model gives .* for 60 examples"):
+        training.evaluate(model, digits.test, normaliser(digits, SHORT, torch.zeros(1).double()), batch_size=60)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda z, y: F.cross_entropy(z, y, reduction="none"), lambda z, y: 1.0, lambda z, y: z.detach().sum()]
+)
+def test_a_loss_is_one_number_with_a_gradient(digits, loss):
+    with pytest.raises(ValueError, match=r"^Invalid loss: it has to be one number, a tensor with a gradient"):
+        fit(small(), digits, SHORT, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"data": (1, 2)}, "Invalid data of type tuple: give a lottery.data.Data."),
+        ({"recipe": {}}, "Invalid recipe of type dict: give a lottery.training.Recipe."),
+        ({"method": cs.CS}, "Invalid method of type type: give a lottery.methods.Method."),
+        ({"method": "cs"}, "Invalid method of type str: give a lottery.methods.Method."),
+        ({"loss": "mse"}, "Invalid loss 'mse': give a function of logits and labels, or None."),
+        ({"start": 1.5}, "Invalid start 1.5, stop 60: need 0 <= start < stop <= 60."),
+        ({"stop": "9"}, "Invalid start 0, stop 9: need 0 <= start < stop <= 60."),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(digits, bad, text):
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        fit(**{"model": small(), "data": digits, "recipe": SHORT, **bad})
