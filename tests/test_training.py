@@ -1017,7 +1017,7 @@ def test_a_parameter_that_is_an_expanded_view_trains_as_one_of_its_own(digits, m
     with torch.no_grad():
         a[1].weight.copy_(a[1].weight[:1].clone())
     b = copy.deepcopy(a)
-    b[1].weight = nn.Parameter(a[1].weight[:1].detach().expand(12, 64))
+    b[1].weight = nn.Parameter(a[1].weight[:1].detach().clone().expand(12, 64))
     for net in (a, b):
         if masked:
             M.attach(net, lth.prune(net, 0.5))
