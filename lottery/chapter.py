@@ -295,9 +295,9 @@ class Chapter:
         return self.module.runs(item, dataclasses.replace(self.module.setting("paper"), trials=1))
 
     def _minutes(self, runs):
-        """Estimated time of the runs that are missing, from the pace of those like them."""
+        """Estimated time of the runs that are missing and of what they start from, from the pace of those like them."""
         paces = pace.paces(self.store)
-        left = [pace.expected(paces, r.kind, r.work) for r in runs if not self.store.get(r)]
+        left = [pace.expected(paces, r.kind, r.work) for r in engine.missing(runs, self.store)]
         if None in left:
             return "time unknown: none like them was timed"
         return f"about {max(1, round(sum(left) / 60))} core minutes"

@@ -1,6 +1,7 @@
 """The command line: `lottery run | status | merge | scorecard | audit | bench | prune`."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -171,21 +172,27 @@ def _progress(store, paper, scale):
     stored, failed, paces = store.columns("status"), store.failures(), pace.paces(store)
     running, items, declared = leases.running(store.leases), [], _declared()
     for what, asked in (("paper", paper), ("scale", scale)):
-        known = list(dict.fromkeys(line[what] for line, _ in declared))
+        known = list(dict.fromkeys(line[what] for line, *_ in declared))
         if asked not in (None, *known):
             raise ValueError(f"Unknown {what} {asked!r}: choose from {', '.join(known)}.")
-        declared = [(line, runs) for line, runs in declared if asked in (None, line[what])]
-    for line, runs in declared:
-        found = [stored[key][0] for key, _, _ in runs if key in stored]
-        left = [pace.expected(paces, tuple(kind), work) for key, kind, work in runs if key not in stored]
+        declared = [one for one in declared if asked in (None, one[0][what])]
+    weights = functools.cache(lambda key: store.artifact(key).exists())
+    for line, runs, graph in declared:
+        found = [stored[key][0] for key in runs if key in stored]
+        todo = pace.missing(
+            runs,
+            lambda key, graph=graph: [(p, graph[key][3]) for p in graph[key][2]],
+            lambda key, by_weights: key not in stored or (by_weights and not weights(key)),
+        )
+        left = [pace.expected(paces, tuple(graph[key][0]), graph[key][1]) for key in todo]
         items.append(
             {
                 **line,
                 "stored": len(found),
                 "runs": len(runs),
                 "diverged": found.count("diverged"),
-                "running": sum(key in running for key, _, _ in runs),
-                "failed": sum(key in failed for key, _, _ in runs),
+                "running": sum(key in running for key in runs),
+                "failed": sum(key in failed for key in runs),
                 "core_seconds_left": None if None in left else round(sum(left)),
             }
         )
@@ -460,7 +467,9 @@ def _stored(results_dir):
 
 
 def _declared():
-    """[{paper, item, scale, iterations}, (key, kind, work) of each of its runs] of all that is declared.
+    """[{paper, item, scale, iterations}, keys of its runs, what they and their parents are] of all that is declared.
+
+    What one is, by its key: kind, work, the keys of what it starts from, and whether from their weights.
 
     A process of its own finds them in the user's cache while the code is the same: declaring imports PyTorch.
     """
@@ -481,7 +490,7 @@ def _declared():
 
 
 def _declare():
-    from lottery.experiments import papers
+    from lottery.experiments import engine, papers
 
     declared = []
     for paper in PAPERS:
@@ -495,7 +504,12 @@ def _declare():
                     "scale": scale,
                     "iterations": sum(r.work for r in runs),
                 }
-                declared.append((line, [(r.key, r.kind, r.work) for r in runs]))
+                graph, todo = {}, [*runs]
+                while todo:
+                    if (r := todo.pop()).key not in graph:
+                        todo += (starts := engine.needs(r))
+                        graph[r.key] = r.kind, r.work, [p.key for p in starts], not getattr(r, "budget", None)
+                declared.append((line, [r.key for r in runs], graph))
     return declared
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import lottery
 from lottery import cli, experiments, training
 from lottery.cli import app
-from lottery.experiments import PAPERS, Store, lth, papers
+from lottery.experiments import PAPERS, Store, engine, lth, pace, papers
 
 ROOT = Path(lottery.__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -195,6 +195,7 @@ def test_status_tells_what_is_under_way_failed_and_left(tmp_path, one_core, tiny
     first, second = (tmp_path / ".spool" / f"{r.key}.parquet" for r in runs[-2:])
     first.unlink()
     second.unlink()
+    mine.artifact(runs[-1].parent.key).unlink()
     mine.note_failure(runs[-1].key, MemoryError("out of memory\nat line 3"))
     mine.leases.mkdir(exist_ok=True)
     since = "2026-11-28T08:00:00+00:00"
@@ -206,7 +207,9 @@ def test_status_tells_what_is_under_way_failed_and_left(tmp_path, one_core, tiny
     ]
     n = len(runs)
     assert (line["stored"], line["runs"], line["running"], line["failed"]) == (n - 2, n, 1, 1)
-    assert line["core_seconds_left"] >= 0
+    paces, left = pace.paces(mine), engine.missing(runs, mine)
+    assert len(left) == 3  # whose weights are gone counts as well
+    assert line["core_seconds_left"] == round(sum(pace.expected(paces, r.kind, r.work) for r in left))
     assert told["running"] == [{"key": runs[-2].key, "host": "elsewhere", "pid": 7, "since": since}]
     assert [(f["key"], f["reason"]) for f in told["failed"]] == [(runs[-1].key, "MemoryError: out of memory")]
     words = call("status", "--results-dir", tmp_path).stdout

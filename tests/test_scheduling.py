@@ -317,6 +317,20 @@ def test_a_pace_is_that_of_a_kind_on_such_a_device(tmp_path):
     assert pace.expected(found, replace(DENSE, dataset="mnist").kind, 2) is None
 
 
+@pytest.mark.parametrize(
+    ("rows", "weights", "left"),
+    [("", "", "abcd"), ("abc", "c", "d"), ("abc", "", "abcd"), ("abc", "b", "cd"), ("c", "", "abcd"), ("d", "", "")],
+)
+def test_what_is_left_is_counted_with_what_it_starts_from(rows, weights, left):
+    """A chain a → b → c → d, of which d is wanted."""
+    found = pace.missing(
+        "d", lambda one: [(chr(ord(one) - 1), True)] if one > "a" else [],
+        lambda one, by_weights: one not in rows or (by_weights and one not in weights),
+    )  # fmt: skip
+    assert "".join(found) == left
+    assert pace.missing("b", lambda one: [("a", False)] if one > "a" else [], lambda one, _: one not in "a") == ["b"]
+
+
 def test_a_measurement_on_more_images_has_no_pace_of_one_on_few(tmp_path):
     opened, few = Store(tmp_path), grasp_init.Pruning("resnet8", "digits", (), criterion="dense", images=16)
     assert experiments.run([few], store=opened, progress=False) == []

@@ -290,19 +290,13 @@ def missing(runs: Iterable[Run | Measurement], store: Store) -> list[Run | Measu
     """Runs to train so that all of `runs` are stored, longest chain first.
 
     A missing run needs its parent's weights, or only what is stored of it where it takes the budget."""
-    todo = {}
-
-    def need(r, weights=False):
-        if r in todo or (store.get(r) and not (weights and not store.artifact(r.key).exists())):
-            return
-        for p in needs(r):
-            need(p, weights=not getattr(r, "budget", None))
-        todo[r] = None
-
-    for r in runs:
-        need(r)
+    todo = pace.missing(
+        runs,
+        lambda r: [(p, not getattr(r, "budget", None)) for p in needs(r)],
+        lambda r, weights: not store.get(r) or (weights and not store.artifact(r.key).exists()),
+    )
     depth = dict.fromkeys(todo, 0)
-    for r in reversed(list(todo)):
+    for r in reversed(todo):
         for p in needs(r) & depth.keys():
             depth[p] = max(depth[p], depth[r] + 1)
     return sorted(todo, key=lambda r: -depth[r])

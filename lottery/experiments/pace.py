@@ -4,9 +4,12 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from lottery.experiments.store import Store
+
+T = TypeVar("T")
 
 
 def paces(store: Store, device: str = "cpu") -> dict[tuple[str | int, ...], float]:
@@ -30,6 +33,25 @@ def kind_of(spec: Mapping) -> tuple[str | int, ...]:
         return "measured", spec["model"], spec["dataset"], spec.get("images", 0)
     # Runs from before there were methods name none, and the one without anything to train is not named by its class.
     return spec["model"], spec["dataset"], spec["recipe"]["batch_size"], spec.get("method", {}).get("is", "Method")
+
+
+def missing(wanted: Iterable[T], needs: Callable[[T], Iterable[tuple[T, bool]]], lacks: Callable) -> list[T]:
+    """What is to be trained so that all that is wanted is stored, what others need before them.
+
+    needs: what one starts from, each with whether by its weights, or by its row alone. lacks: of one and whether its
+    weights are needed, whether they, or it, are not there.
+    """
+    todo = {}
+
+    def need(one, weights=False):
+        if one not in todo and lacks(one, weights):
+            for other, by_weights in needs(one):
+                need(other, by_weights)
+            todo[one] = None
+
+    for one in wanted:
+        need(one)
+    return list(todo)
 
 
 def expected(paces: Mapping[tuple[str | int, ...], float], kind: tuple[str | int, ...], work: int) -> float | None:
