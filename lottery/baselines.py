@@ -19,13 +19,14 @@ Differs from the authors' code in:
 """
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import nn
 
 from lottery import grasp
 from lottery import masks as M
-from lottery.methods import whole
+from lottery.methods import number, whole
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -83,6 +84,7 @@ def erk(model: nn.Module, density: float, layers: Iterable[str] | None = None) -
     w = _weights(model, layers)
     n = {name: v.numel() for name, v in w.items()}
     M.kept(sum(n.values()), density)
+    density = float(density)
     raw = {name: sum(v.shape) / v.numel() for name, v in w.items()}
     whole = set()
     while rest := w.keys() - whole:
@@ -119,7 +121,7 @@ def synflow(
     Raises ValueError: nothing prunable, a bad density, rounds, biases or input_shape, no flow from input to output, a
     network that is not linear for positive inputs (ReLU6 and Hardtanh count as the ReLU that they clip).
     """
-    if not (isinstance(input_shape, tuple | list) and all(type(n) is int and n > 0 for n in input_shape)):
+    if not (isinstance(input_shape, tuple | list) and all(number(n, Integral) and n > 0 for n in input_shape)):
         raise ValueError(f"Invalid input_shape {input_shape!r}: give that of one input, such as (1, 28, 28).")
     whole("rounds", rounds)
     if biases not in ("none", "absolute"):
@@ -149,7 +151,7 @@ def _flow(model, input_shape, biases):
     state = M.state(net)
     for name, tensor in state.items():
         tensor.abs_()
-        if biases == "none" and name.endswith(("bias", "running_mean")):
+        if biases == "none" and name.endswith(("bias", "bias_orig", "running_mean")):  # torch.nn.utils.prune's
             tensor.zero_()
     M.restore(net, state)
     for module in list(net.modules()):

@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Gate(nn.Module):
     def reset(self, s0: float, scale: bool = True) -> None:
         """s ← s0 and β ← 1, in place."""
         _check_s0(s0)
-        self.s0, self.scale, self.c = s0, scale, _factor(s0) if scale else 1.0
+        self.s0, self.scale, self.c = float(s0), scale, _factor(s0) if scale else 1.0
         self.s.fill_(s0)
         self.beta.fill_(1.0)
 
@@ -118,13 +119,15 @@ def attach(model: nn.Module, s0: float = 0.0, layers: Iterable[str] | None = Non
 
     Attach before the optimiser is built, and build it from `param_groups`: an older one never moves s.
 
-    Raises ValueError: s0 out of range, a name that is no prunable layer, a weight under another parametrization.
+    Raises ValueError: s0 out of range, a name that is no prunable layer, a weight that is complex or under another
+    parametrization.
     """
     found = M.chosen(model, layers)
     for name, layer in found.items():
         if parametrize.is_parametrized(layer, "weight") and not _gate(layer):
             raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
     M.check_free(found, Gate)
+    M.check_real(found)
     for layer in found.values():
         if gate := _gate(layer):
             gate.reset(s0, scale)
@@ -144,11 +147,11 @@ def total(masks: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def set_beta(model: nn.Module, beta: float) -> None:
-    """Write the inverse temperature 0 < β < ∞ into every gate, in place."""
+    """Write the inverse temperature 0 < β < ∞ into every gate, in place; at most the largest number of its dtype."""
     if not (M.is_number(beta) and 0 < beta < math.inf):
         raise ValueError(f"Invalid beta {beta!r}: give a finite inverse temperature above 0.")
     for gate in _gates(model):
-        gate.beta.fill_(beta)
+        gate.beta.fill_(min(beta, torch.finfo(gate.beta.dtype).max))
 
 
 def temperature(t: int, iterations: int, epoch: int | None = None, final: float = 200.0) -> float:
@@ -194,6 +197,7 @@ class CS(Method):
     carry: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         need(self, "lam", number(self.lam) and self.lam >= 0, "give the weight of the penalty, a number from 0")
         need(self, "schedule", self.schedule in ("epoch", "iteration"), "give 'epoch' or 'iteration'")
         for name in ("scale", "carry"):
@@ -240,6 +244,7 @@ class Ticket(Method):
     scale: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         need(self, "scale", isinstance(self.scale, bool), "give True or False")
         _check_s0(self.s0)
 
@@ -343,7 +348,7 @@ def search(
     Yields a `Level` after each round, while the soft network is on the model.
     """
     whole("rounds", rounds)
-    if rewind_to is not None and (type(rewind_to) is not int or rewind_to < 0):
+    if rewind_to is not None and not (number(rewind_to, Integral) and rewind_to >= 0):
         raise ValueError(f"Invalid rewind_to {rewind_to}: give an iteration from 0, or None to keep the trained w.")
     _check_rule(rule)
     if isinstance(train, Rounds):

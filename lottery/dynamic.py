@@ -40,7 +40,7 @@ from torch import nn
 
 from lottery import baselines, grasp
 from lottery import masks as M
-from lottery.methods import Method, densities, need, number
+from lottery.methods import Method, densities, need, number, shares
 
 if TYPE_CHECKING:
     from lottery.training import Recipe, Step
@@ -78,6 +78,7 @@ class GMP(Method):
     rank: str = "update"
 
     def __post_init__(self):
+        super().__post_init__()
         _check_density(self, (*BUDGETS, "global"))
         share = number(self.initial) and 0 < self.initial <= 1
         need(self, "initial", share, "give a fraction of weights, 0 < initial <= 1")
@@ -176,6 +177,7 @@ class DNW(Method):
     budget: str = "uniform"
 
     def __post_init__(self):
+        super().__post_init__()
         _check_density(self, BUDGETS)
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -231,6 +233,7 @@ class SET(Method):
     end: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
         share = number(self.fraction) and 0 < self.fraction <= 1
         need(self, "fraction", share, "give the share of weights to replace, 0 < fraction <= 1")
         need(self, "decay", self.decay in ("constant", "cosine"), "give 'constant' or 'cosine'")
@@ -384,7 +387,5 @@ def _check_every(method):
 
 def _check_density(method, known):
     need(method, "budget", method.budget in list(known), f"give one of {', '.join(known)}")
-    given = method.density if isinstance(method.density, tuple) else ((None, method.density),)
-    pairs = given and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given)
-    ok = pairs and all(number(d) and 0 < d <= 1 for _, d in given)
-    need(method, "density", ok, "give a fraction of weights to keep, 0 < density <= 1, or ((layer, fraction), ...)")
+    rule = "give a fraction of weights to keep, 0 < density <= 1, or ((layer, fraction), ...)"
+    need(method, "density", shares(method.density), rule)

@@ -26,6 +26,7 @@ Differs from the authors' code in:
 import contextlib
 import math
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lottery import masks as M
 from lottery.data import Data, flip_crop, moves
-from lottery.methods import said
+from lottery.methods import number, said
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -143,11 +144,11 @@ def class_balanced(
 
     Raises ValueError: per_class below 1 or no multiple of draws, a class with fewer images, augment without images.
     """
-    if type(per_class) is not int or per_class < 1:
+    if not (number(per_class, Integral) and per_class >= 1):
         raise ValueError(f"Invalid per_class {per_class!r}: give a whole number of images of each class, from 1.")
     if augment and data.train.x.dim() != 4:
         raise ValueError(f"Invalid augment True: it is for images [N, C, H, W], not {tuple(data.train.x.shape)}.")
-    if type(draws) is not int or draws < 1 or per_class % draws:
+    if not (number(draws, Integral) and draws >= 1) or per_class % draws:
         raise ValueError(f"Invalid draws {draws!r}: give a number that divides the {per_class} images of each class.")
     order = torch.randperm(len(data.train.y), generator=generator)
     labels = data.train.y[order]
@@ -207,8 +208,10 @@ def spectrum(theta: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor
     theta: symmetric [N, N], see `ntk`.
     direction: v, N numbers in any shape, such as one-hot labels Y or ∂L/∂Z.
 
-    Returns two tensors [N].
+    Returns two tensors [N]. Raises ValueError: NaN or infinity in the kernel.
     """
+    if not theta.isfinite().all():
+        raise ValueError("NaN or infinity in the kernel: check the model's weights.")
     eigenvalues, u = torch.linalg.eigh(theta)
     return eigenvalues.flip(0), (u.T @ direction.flatten().to(u)).square().flip(0)
 
@@ -231,7 +234,8 @@ def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     Of a model that comes in training mode the modules that were put into evaluation mode stay in it, such as a frozen
     batch norm: what is scored is what `training.fit` trains. What is in half precision is in float32 there.
     """
-    M.check_values(M.chosen(model))
+    M.check_values(layers := M.chosen(model))
+    M.check_real(layers)
     net = M.bake(M.unwrapped(model)).requires_grad_(False)._apply(_wide)
     if not model.training:
         net.train()
@@ -240,7 +244,7 @@ def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def _gradient(net, w, x, y, T, create_graph=False):
-    if not (M.is_number(T) and T > 0):
+    if not (M.is_number(T) and 0 < T < math.inf):
         raise ValueError(f"Invalid temperature {T!r}: give a number above 0.")
     with torch.enable_grad():
         z = outputs(net, x)
@@ -303,6 +307,8 @@ def _drawn(batches):
     """The chunks as a list: a DataLoader may draw others each time it is asked, in another order, augmented anew."""
     if isinstance(batches, list | tuple):
         return batches
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"Invalid batches of type {type(batches).__name__}: give a list of chunks [(x, y), ...].")
     if (drawing := iter(batches)) is batches:
         raise ValueError("Invalid batches: a generator can be read only once; give a list of chunks (x, y).")
     return list(drawing)

@@ -51,7 +51,7 @@ def count(model: nn.Module, input_shape: tuple[int, ...] | torch.Tensor | Sequen
             except Exception as error:  # whatever a model raises
                 errors.append(error)
     why = said(errors[0] if like.is_meta else errors[len(errors) // 2]).rstrip(".")
-    given = "an example" if isinstance(tree_leaves(input_shape)[0], torch.Tensor) else input_shape
+    given = "an example" if any(isinstance(t, torch.Tensor) for t in tree_leaves(input_shape)) else input_shape
     raise ValueError(
         f"Invalid input_shape {given}: give the shape of one example, without the batch, that fits, or one example, a "
         f"tensor with a batch of one ({why})."
@@ -74,7 +74,7 @@ def _examples(given, dtype, device):
     except (RuntimeError, TypeError) as error:
         why = said(error).rstrip(".")
         raise ValueError(
-            f"Invalid input_shape {given}: give the shape of one example, without the batch, that fits ({why})."
+            f"Invalid input_shape {given!r:.60}: give the shape of one example, without the batch, that fits ({why})."
         ) from error
 
 

@@ -302,6 +302,13 @@ def check_values(layers: dict[str, nn.Module]) -> None:
             raise ValueError(f"Layer {name!r} is on the meta device and has no values: materialise the model first.")
 
 
+def check_real(layers: dict[str, nn.Module]) -> None:
+    """Raise ValueError for a layer of complex weights: they have magnitudes, and no order or gate of their own."""
+    for name, layer in layers.items():
+        if original(layer).is_complex():
+            raise ValueError(f"Layer {name!r} has complex weights, which only magnitudes can rank: leave it out.")
+
+
 def read(model: nn.Module) -> dict[str, torch.Tensor]:
     """The masks on the model, as boolean copies: `{layer: BoolTensor}` for the layers that carry one."""
     return {name: mask_of(module).mask.bool() for name, module in masked(model).items()}

@@ -7,9 +7,12 @@ method of masks that were chosen before the training and stay: LTH, GraSP, SNIP,
 """
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lottery import masks as M
@@ -18,11 +21,33 @@ if TYPE_CHECKING:
     from lottery.training import Recipe, Step
 
 
+def own_numbers(fields: Any) -> None:
+    """Turn numpy's numbers in a dataclass's fields into Python's, in place: they are equal, but JSON and repr differ.
+
+    Also those in tuples. Called at the head of `__post_init__`, of frozen dataclasses as well.
+    """
+    for name, value in list(vars(fields).items()):
+        if (own := _own(value)) is not value:
+            object.__setattr__(fields, name, own)
+
+
+def _own(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        own = tuple(map(_own, value))
+        return value if all(map(operator.is_, own, value)) else own
+    return value
+
+
 @dataclass(frozen=True)
 class Method:
     """Masks that stay. A further method overrides what it does differently, in the file of its paper."""
 
     carries = False  # whether a training that goes on from a parent of this method takes over its optimiser's state
+
+    def __post_init__(self):
+        own_numbers(self)
 
     def attach(self, model: torch.nn.Module) -> torch.nn.Module:
         """Parametrise the model, in place, before the optimiser is built. Here: masks of ones, if it has no masks."""
@@ -94,12 +119,21 @@ def need(fields: Any, name: str, ok: Any, rule: str) -> None:
         raise ValueError(f"Invalid {name} {getattr(fields, name)!r}: {rule}.")
 
 
+def shares(density: Any) -> bool:
+    """Whether a field holds a density, 0 < density <= 1, or one for each of some layers, ((layer, density), ...)."""
+    given = density if isinstance(density, tuple) else ((None, density),)
+    pairs = given and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given)
+    return bool(pairs and len({name for name, _ in given}) == len(given)) and all(
+        number(d) and 0 < d <= 1 for _, d in given
+    )
+
+
 def whole(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless an argument of this name is a whole number from `least` on."""
-    if type(value) is not int or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"Invalid {name} {value!r}: give a whole number from {least}.")
 
 
-def number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    """Whether a field holds a finite number of this kind, and no boolean; `and` then says in which range."""
+def number(value: Any, kind: type | tuple[type, ...] = (int, float, np.integer, np.floating)) -> bool:
+    """Whether a value is a finite number of this kind, and no boolean; `and` then says in which range."""
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf

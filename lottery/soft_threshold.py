@@ -29,6 +29,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -165,6 +166,7 @@ class STR(Method):
     density: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name, known in (("g", G), ("granularity", GRANULARITIES), ("decay", DECAYS)):
             need(self, name, getattr(self, name) in list(known), f"give {' or '.join(map(repr, known))}")
         need(self, "s_init", number(self.s_init), "give a finite number, far below 0 for a dense start")
@@ -424,7 +426,7 @@ def reach(
             M.is_number(tolerance) and 0 <= tolerance < 1,
             "a difference in density, 0 <= tolerance < 1",
         ),
-        ("trials", trials, type(trials) is int and trials >= 1, "a whole number from 1"),
+        ("trials", trials, number(trials, Integral) and trials >= 1, "a whole number from 1"),
     ):
         if not ok:
             raise ValueError(f"Invalid {name} {value}: give {rule}.")

@@ -147,6 +147,7 @@ class _Drawn(Method):
     rate: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self):
+        super().__post_init__()
         need(self, "rate", number(self.rate) and self.rate > 0, "give a number above 0")
 
     def gate(self, weight: torch.Tensor) -> Drawn:
@@ -154,8 +155,11 @@ class _Drawn(Method):
         raise NotImplementedError
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Put gates on `layers`, anew where there are some. Raises ValueError: nothing prunable, unknown names."""
-        found = M.chosen(model, self.layers)
+        """Put gates on `layers`, anew where there are some.
+
+        Raises ValueError: nothing prunable, unknown names, complex weights.
+        """
+        M.check_real(found := M.chosen(model, self.layers))
         gates = {name: self.gate(M.original(layer).detach()) for name, layer in found.items()}
         for name, new in gates.items():
             M.check_free({name: found[name]}, type(new))

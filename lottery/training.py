@@ -27,7 +27,7 @@ from lottery import masks as M
 from lottery import perceptron, tensorfile
 from lottery.batches import Batches, normaliser, take  # noqa: F401 (the last two: where callers look for them)
 from lottery.data import Data, Split, check_seed
-from lottery.methods import NOTHING, Method, need, number
+from lottery.methods import NOTHING, Method, need, number, own_numbers
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -73,6 +73,7 @@ class Recipe:
     smooth_readings: bool = False
 
     def __post_init__(self):
+        own_numbers(self)
         need(self, "optimizer", self.optimizer in ("adam", "sgd"), "give 'adam' or 'sgd'")
         need(self, "test_readings", self.test_readings in ("all", "log"), "give 'all' or 'log'")
         need(self, "inputs", self.inputs in ("unit", "standard"), "give 'unit' or 'standard'")

@@ -4,12 +4,14 @@ import copy
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from lottery import baselines, models
 from lottery import masks as M
@@ -361,3 +363,15 @@ def test_synflow_refuses_what_is_not_linear_before_the_first_round(net, named):
     text = "SynFlow needs a network that is linear for positive inputs, with ReLU and the like"
     with pytest.raises(ValueError, match=f"^{text}.*{re.escape(named.removeprefix('and the like'))}$"):
         baselines.synflow(net, shape, 0.5)
+
+
+def test_synflow_of_a_bias_that_torch_has_pruned():
+    net, plain = mlp(), mlp()
+    prune.l1_unstructured(net[0], "bias", 0.5)
+    found = baselines.synflow(net, (5,), 0.3), baselines.synflow(plain, (np.int64(5),), 0.3)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in ("0", "2", "4"))
+
+
+def test_densities_of_numpy():
+    assert baselines.erk(mlp(), np.float32(0.25)) == baselines.erk(mlp(), 0.25)
+    assert all(type(d) is float for d in baselines.erk(mlp(), np.float32(0.25)).values())

@@ -878,3 +878,13 @@ def test_a_search_that_keeps_nothing_says_so_when_its_ticket_is_wanted():
 def test_the_papers_network_takes_gates_everywhere():
     net = cs.attach(models.create("lenet_300_100", seed=0), 0.1)
     assert cs.penalty(net).item() == pytest.approx(266_200, rel=1e-6)
+
+
+def test_beta_may_be_larger_than_its_type_holds():
+    """It then is as large as that can be: H(s), but for s = 0."""
+    model = cs.attach(small(dtype=torch.float32), 0.5)
+    cs.set_beta(model, 1e300)
+    hard = cs.attach(small(dtype=torch.float32), 0.5)
+    cs.set_beta(hard, 1e6)
+    x = batch()[0].float()
+    assert torch.equal(model.eval()(x), hard.eval()(x))

@@ -488,3 +488,8 @@ def test_dense_gradient_of_half_precision_is_that_of_its_float32_copy(dtype):
     for name, exact in dynamic.dense_gradient(mlp().to(dtype).float(), x.float(), y).items():
         assert torch.equal(g[name], exact)
     assert trained(sparse(net), SGD, RigL(every=3)).status == "finished"
+
+
+def test_a_budget_names_a_layer_once():
+    with pytest.raises(ValueError, match=message("Invalid density (('0', 0.1), ('0', 0.2)): give a fraction")):
+        GMP((("0", 0.1), ("0", 0.2)))

@@ -4,6 +4,7 @@ import copy
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +13,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
-from lottery import baselines, data, dynamic, grasp, models
+from lottery import baselines, cs, data, dynamic, grasp, lth, models, stochastic
 from lottery import masks as M
 
 
@@ -691,3 +693,38 @@ def test_augmented_batches_of_other_images_than_squares():
     table = data.from_tensors(torch.ones(8, 5), torch.arange(8) % 2, 0, 0)
     with pytest.raises(ValueError, match=message("Invalid augment True: it is for images [N, C, H, W], not (8, 5).")):
         grasp.class_balanced(table, 2, augment=True)
+
+
+def test_arguments_of_another_kind_are_told_in_one_line():
+    with pytest.raises(ValueError, match=message("Invalid temperature inf: give a number above 0.")):
+        grasp.scores(mlp(), [batch()], float("inf"))
+    with pytest.raises(ValueError, match=message("Invalid batches of type NoneType: give a list of chunks")):
+        grasp.scores(mlp(), None)
+    with pytest.raises(ValueError, match=message("NaN or infinity in the kernel: check the model's weights.")):
+        grasp.spectrum(torch.full((2, 2), float("nan")), torch.ones(2))
+    digits = data.load("digits")
+    one, other = (grasp.class_balanced(digits, n, torch.Generator().manual_seed(0)) for n in (3, np.int64(3)))
+    assert torch.equal(one[0][0], other[0][0])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda net: grasp.scores(net, [batch()]),
+        lambda net: baselines.snip_scores(net, [batch()]),
+        lambda net: baselines.synflow(net, (5,), 0.5),
+        lambda net: cs.attach(net),
+        lambda net: stochastic.L0().attach(net),
+    ],
+)
+def test_complex_weights_have_magnitudes_alone(use):
+    net = nn.Sequential(nn.Linear(5, 4, dtype=torch.complex64), nn.Linear(4, 3, dtype=torch.complex64))
+    with pytest.raises(
+        ValueError, match=message("Layer '0' has complex weights, which only magnitudes can rank: leave")
+    ):
+        use(net)
+    assert not any(parametrize.is_parametrized(layer) for layer in net)
+    kept = lth.prune(net, 0.5)["0"]
+    assert net[0].weight[kept].abs().min() >= net[0].weight[~kept].abs().max()
+    M.attach(net, {"0": kept})
+    assert torch.equal(net[0].weight != 0, kept)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -325,3 +326,9 @@ def test_wrappers_are_looked_through(tmp_path):
     compiled = torch.compile(inner, backend="eager")
     assert macs.count(compiled, (4,)) == {"_orig_mod.0": 12, "_orig_mod.1.module": 6}
     assert compiled(torch.zeros(1, 4)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("shape", [(), "8", np.ones((1, 8)), None])
+def test_a_shape_of_another_kind_is_told_in_one_line(shape):
+    with pytest.raises(ValueError, match=r"^Invalid input_shape .*: give the shape of one example, without the batch"):
+        macs.count(nn.Sequential(nn.Linear(8, 3)), shape)

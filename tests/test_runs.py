@@ -241,3 +241,43 @@ def test_level_root_and_spec():
 def test_bad_runs_are_told_in_one_line(options, text):
     with pytest.raises(ValueError, match=f"{message(text)}$"):
         Run(**options)
+
+
+def test_numbers_of_numpy_name_the_same_run():
+    """They become Python's own: equal, and of the same words."""
+    ours = Run(
+        model="conv2", seed=3, valid=100, rate=0.5, options=(("width", 3),), train_fraction=0.5,
+        density=(("fc3", 0.25),),
+        recipe=Recipe("sgd", lr=0.5, iterations=300, milestones=(5, 9), momentum=0.5, nesterov=True),
+        method=STR(-5.0, layers=("fc3",)),
+    )  # fmt: skip
+    numpys = Run(
+        model=np.str_("conv2"), seed=np.int64(3), valid=np.int32(100), rate=np.float32(0.5),
+        options=(("width", np.int64(3)),), train_fraction=np.float16(0.5), density=(("fc3", np.float32(0.25)),),
+        recipe=Recipe("sgd", lr=np.float32(0.5), iterations=np.int64(300), milestones=(np.int64(5), 9),
+                      momentum=np.float64(0.5), nesterov=np.bool_(True)),
+        method=STR(np.float32(-5.0), layers=("fc3",)),
+    )  # fmt: skip
+    assert numpys == ours
+    assert hash(numpys) == hash(ours)
+    assert numpys.key == ours.key
+    assert json.dumps(numpys.spec()) == json.dumps(ours.spec())
+    assert repr(numpys) == repr(ours)
+    assert repr(numpys.recipe) == repr(ours.recipe)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"recipe": {}}, "Invalid recipe of type dict: give a lottery.training.Recipe."),
+        ({"parent": "a1b2"}, "Invalid parent of type str: give a Run, or None."),
+        ({"valid": -3}, "Invalid valid -3: give a whole number from 0."),
+        ({"valid": 5.0}, "Invalid valid 5.0: give a whole number from 0."),
+        ({"density": True}, "Invalid density True: give a fraction of weights to keep, 0 < density <= 1."),
+        ({"density": (0.5,)}, "Invalid density (0.5,): give a fraction of weights to keep, 0 < density <= 1."),
+        ({"density": (("fc1", 0.5), ("fc1", 0.2))}, "Invalid density (('fc1', 0.5), ('fc1', 0.2)): give a fraction"),
+    ],
+)
+def test_fields_of_another_kind_are_refused(bad, text):
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        Run(**bad)

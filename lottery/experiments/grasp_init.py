@@ -66,6 +66,7 @@ class Pruning(Measurement):
     versions = ("grasp", "baselines")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.criterion not in CRITERIA:
             raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
         for name, least in (("seed", 0), ("batch", 0), ("images", 0), ("kernel", 0), ("chunks", 1)):

@@ -43,7 +43,7 @@ from typing import Any
 from lottery import data, models
 from lottery.experiments import PAPERS
 from lottery.experiments.runs import Measurement, Run, chosen
-from lottery.methods import whole
+from lottery.methods import own_numbers, whole
 
 COUNTS = {"trials": 1_000, "rounds": 1_000, "draws": 1_000}  # more would take hours to list, before any training
 NEAR = 0.06  # printed densities are rounded: how far off the x of a claim may be, as a ratio
@@ -67,6 +67,7 @@ class Trials:
     """The base of every Setting: `seeds` are those of its trials, seed … seed + trials − 1."""
 
     def __post_init__(self):
+        own_numbers(self)
         whole("trials", self.trials)
         whole("seed", self.seed, 0)
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lottery import data, masks, models
-from lottery.methods import NOTHING, Method, whole
+from lottery.methods import NOTHING, Method, own_numbers, shares, whole
 from lottery.training import Recipe
 
 SCHEMA = 1
@@ -87,6 +87,11 @@ class Run:
     shuffled: bool = False
 
     def __post_init__(self):
+        own_numbers(self)
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"Invalid recipe of type {type(self.recipe).__name__}: give a lottery.training.Recipe.")
+        if not isinstance(self.parent, Run | None):
+            raise ValueError(f"Invalid parent of type {type(self.parent).__name__}: give a Run, or None.")
         if self.init not in INITS:
             raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
         known_names = (("model", models.MODELS), ("dataset", data.SETS), ("scope", ("layer", "global")))
@@ -98,6 +103,8 @@ class Run:
             whole(name, value := getattr(self, name), 0)
             if value >= 2**63:
                 raise ValueError(f"Invalid {name} {value}: give a whole number below 2**63.")
+        if self.valid is not None:
+            whole("valid", self.valid, 0)
         for name in ("options", "score"):
             pairs = getattr(self, name)
             if not (isinstance(pairs, tuple) and list(pairs) == sorted(dict(pairs).items())):
@@ -139,8 +146,7 @@ class Run:
     def _check_criterion(self):
         if self.density is None and self.criterion != "magnitude" and not self.budget:
             raise ValueError(f"Invalid criterion {self.criterion!r} without density: give the fraction to keep.")
-        each = dict(self.density).values() if isinstance(self.density, tuple) else [self.density]
-        if self.density is not None and not all(isinstance(d, int | float) and 0 < d <= 1 for d in each):
+        if self.density is not None and not shares(self.density):
             raise ValueError(f"Invalid density {self.density!r}: give a fraction of weights to keep, 0 < density <= 1.")
         known, given = CRITERIA[self.criterion], self.score_options
         for name, value in self.score:
@@ -230,6 +236,9 @@ class Measurement:
     parent = None
     trained = ()
     work = 1
+
+    def __post_init__(self):
+        own_numbers(self)
 
     @property
     def kind(self) -> tuple[str, str, str, int]:
