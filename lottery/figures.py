@@ -239,8 +239,9 @@ def value(table: "pd.DataFrame", arm: str, level: int, column: str = "mean") -> 
 
 
 def near(levels: Collection[int], wanted: Iterable[int]) -> list[int]:
-    """Those of the wanted levels that there are, or the last one."""
-    return [level for level in wanted if level in set(levels)] or [max(levels)]
+    """Those of the wanted levels that there are; where that is none but 0, the dense network, the last one as well."""
+    found = [level for level in wanted if level in set(levels)]
+    return found if any(found) or max(levels) in found else [*found, max(levels)]
 
 
 def compared(

@@ -4,6 +4,7 @@ Chapters, tables and the scorecard take their words from here, so that one thing
 """
 
 import re
+from collections.abc import Iterable
 
 PAPERS = {  # in the order of the book
     "lth": "Lottery tickets",
@@ -77,11 +78,16 @@ SETS = {
     "har2": "HAR-2",
     "har2_part": "a part of UCI HAR",
 }
-LAYERS = {  # of LeNet-300-100, and of residual networks what `layer` has no pattern for
+LAYERS = {  # of LeNet-300-100 and Conv-2 to Conv-6, and of residual networks what `layer` has no pattern for
     "fc1": "first layer",
     "fc2": "second layer",
     "fc3": "output layer",
     "conv1": "first convolution",
+    "conv2": "second convolution",
+    "conv3": "third convolution",
+    "conv4": "fourth convolution",
+    "conv5": "fifth convolution",
+    "conv6": "sixth convolution",
     "fc": "output layer",
 }
 SCALES = {
@@ -108,6 +114,15 @@ def layer(name: str) -> str:
     stage, block, number = found.groups()
     block = f", block {int(block) + 1}" if int(block) else ""
     return f"stage {stage}{block}, " + (f"convolution {number}" if number else "shortcut")
+
+
+def layers(some: Iterable[str]) -> dict[str, str]:
+    """`{layer: its words}` of a whole network; behind convolutions "first layer" is "first fully connected layer"."""
+    found = {name: layer(name) for name in some}
+    if any(name.startswith("conv") for name in found):
+        for name in found.keys() & {"fc1", "fc2"}:
+            found[name] = found[name].replace("layer", "fully connected layer")
+    return found
 
 
 def trials(n: int) -> str:

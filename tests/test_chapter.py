@@ -747,3 +747,17 @@ def test_names_are_words():
     assert names.net("vgg19-c10") == "VGG-19, CIFAR-10"
     assert names.net("resnet8", "cifar10_16") == "ResNet-8, CIFAR-10 at 16×16 pixels"
     assert names.net("new") == names.arm("new") == "new"
+    conv = names.layers(["conv1", "conv2", "fc1", "fc2", "fc3"])
+    assert list(conv.values())[1:4] == [
+        "second convolution",
+        "first fully connected layer",
+        "second fully connected layer",
+    ]
+    assert list(names.layers(["fc1", "fc3"]).values()) == ["first layer", "output layer"]
+
+
+def test_a_figure_of_few_rounds_shows_its_last_ticket():
+    assert figures.near([0, 1, 2], [0, 3, 7]) == [0, 2]
+    assert figures.near([0, 1, 2], [3, 7]) == [2]
+    assert figures.near([0, 3, 4], [0, 3, 7]) == [0, 3]
+    assert figures.near([0], [0, 3]) == figures.near([0], [3]) == [0]
