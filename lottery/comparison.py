@@ -125,7 +125,7 @@ def at(frame: "pd.DataFrame", method: str, density: float, quantity: str = "test
         elif part["x"].notna().all():
             found.update((seed, v) for x, v in zip(part["x"], values, strict=True) if x == density)
         else:
-            values = np.log(values) if quantity == "macs" else values
+            values = np.log(np.maximum(values, 1)) if quantity == "macs" else values  # one may have lost all
             if (value := compare.at_density(density, list(part["density"]), list(values))) is not None:
                 found[seed] = np.exp(value) if quantity == "macs" else value
     return found

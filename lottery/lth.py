@@ -97,7 +97,7 @@ def _keep(survivors, rate, where):
     if not (M.is_number(rate) and 0 <= rate < 1):
         raise ValueError(f"Invalid rate {rate!r}: give the fraction of surviving weights to remove, 0 <= rate < 1.")
     k = survivors - round(float(rate) * survivors)
-    if k < 1:
+    if k < 1 and rate > 0:  # a searched mask may be empty in a layer, and 0 removes nothing of it
         raise ValueError(f"Rate {rate} leaves none of the {survivors} weights of {where}: lower the rate.")
     return k
 
