@@ -144,7 +144,7 @@ def load(
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(SETS)}.")
     facts = SETS[name]
     valid = held_out(name, valid)
-    if isinstance(valid, bool) or not isinstance(valid, int) or not 0 <= valid < facts.n_train:
+    if isinstance(valid, bool) or not isinstance(valid, Integral) or not 0 <= valid < facts.n_train:
         raise ValueError(f"Invalid valid {valid!r}: give a number of images, 0 <= valid < {facts.n_train}.")
     if balanced and valid % facts.classes:
         raise ValueError(f"Invalid valid {valid} with balanced=True: give a multiple of the {facts.classes} classes.")
@@ -152,7 +152,7 @@ def load(
 
     arrays, fingerprint = _arrays(name, root)
     x, y = arrays["train_x"], arrays["train_y"]
-    first, rest = _split(y, valid, facts.classes if balanced else None, split_seed)
+    first, rest = _split(y, int(valid), facts.classes if balanced else None, split_seed)
     return Data(
         name, Split(x[rest], y[rest]), Split(x[first], y[first]), Split(arrays["test_x"], arrays["test_y"]),
         fingerprint, facts.classes, tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist()),
@@ -220,8 +220,7 @@ def from_tensors(
     seed, x, y = check_seed(seed, numpy=True), _examples(x, tokens), _labels(y)
     if not (classes is None or (isinstance(classes, Integral) and classes >= 1)):
         raise ValueError(f"Invalid classes {classes!r}: give their number, at least 1, or None.")
-    if len(x) != len(y):
-        raise ValueError(f"Invalid y: {len(y)} labels for {len(x)} examples.")
+    _check_pairs(x, y, "y")
     apart = {"valid": valid, "test": test}
     given = {part: _pairs(value, part) for part, value in apart.items() if not isinstance(value, Real | None)}
     number = {part: _number(value, len(y), part) for part, value in apart.items() if part not in given}
@@ -235,6 +234,7 @@ def from_tensors(
         splits[part], order = Split(x[order[:n]], y[order[:n]]), order[n:]
     for part, (own_x, own_y) in given.items():
         splits[part] = Split(_examples(own_x, tokens), _labels(own_y))
+        _check_pairs(splits[part].x, splits[part].y, part)
         if splits[part].x.shape[1:] != x.shape[1:] or splits[part].x.dtype != x.dtype:
             raise ValueError(
                 f"Invalid {part}: {splits[part].x.dtype} examples of shape {tuple(splits[part].x.shape[1:])}, those of "
@@ -326,7 +326,10 @@ def _as_tensor(what, values, rule):
     """Values of any kind as a tensor; numpy knows tables, and lists of arrays."""
     try:
         values = values if isinstance(values, Tensor | np.ndarray) else np.array(values)
-        return torch.as_tensor(values).detach().cpu()
+        if np.ma.is_masked(values):
+            raise ValueError(f"{np.ma.count_masked(values)} values are missing")
+        values = torch.as_tensor(values).detach().cpu()
+        return values.dequantize() if values.is_quantized else values.to_dense()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"Invalid {what}: give {rule} ({_last_line(error)}).") from None
 
@@ -335,7 +338,7 @@ def _examples(x, tokens):
     """One's own x as a tensor that trainings take."""
     x = _as_tensor("x", x, "numbers: a tensor or an array [N, …]")
     if tokens:
-        if x.is_floating_point() or x.dim() < 2:
+        if x.is_floating_point() or x.dim() < 2 or not x.numel():
             raise ValueError(f"Invalid x with tokens=True: {x.dtype} {tuple(x.shape)}; give integers [N, L].")
         return x.long().contiguous()
     if x.dim() < 2 or not x.numel():
@@ -359,18 +362,24 @@ def _labels(y):
     y = _as_tensor("y", y, "class numbers [N]")
     if y.dim() == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.dim() != 1 or y.is_complex() or (y.is_floating_point() and not (y == y.round()).all()):
+    if y.dim() != 1 or y.is_complex() or (y.is_floating_point() and not (y == y.long()).all()):
         raise ValueError(
             f"Invalid y, {y.dtype} of shape {tuple(y.shape)}: give class numbers [N]; for one-hot rows y.argmax(1)."
         )
     return y.long()
 
 
+def _check_pairs(x, y, what):
+    if len(x) != len(y):
+        raise ValueError(f"Invalid {what}: {len(y)} labels for {len(x)} examples.")
+
+
 def _number(value, n, what):
     """A number of examples from a share or a number."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < n:
+    share = isinstance(value, Real) and value < 1
+    if isinstance(value, bool) or not (share or isinstance(value, Integral)) or not 0 <= value < n:
         raise ValueError(f"Invalid {what} {value!r}: give a share below 1, a number below {n}, or a pair (x, y).")
-    return round(value * n) if value < 1 and not isinstance(value, Integral) else int(value)
+    return round(value * n) if share and not isinstance(value, Integral) else int(value)
 
 
 def _is_xy(data):
@@ -382,8 +391,9 @@ def _is_xy(data):
 
 
 def _is_many(data):
-    """Whether data may be gone through example by example, as a mapping of splits or columns may not."""
-    return not isinstance(data, Mapping) and (hasattr(data, "__getitem__") or hasattr(data, "__iter__"))
+    """Whether data may be gone through one by one, as a mapping of splits or columns, or a single number, may not."""
+    single = isinstance(data, Mapping) or getattr(data, "ndim", 1) == 0
+    return not single and (hasattr(data, "__getitem__") or hasattr(data, "__iter__"))
 
 
 def _pairs(dataset, what="dataset"):

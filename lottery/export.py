@@ -5,6 +5,7 @@ onnxscript and onnxruntime, come with `pip install ".[onnx]"`.
 """
 
 import copy
+import math
 import statistics
 import time
 import warnings
@@ -16,7 +17,8 @@ from torch import nn
 
 from lottery import masks as M
 from lottery.data import Data
-from lottery.files import path_of
+from lottery.files import in_folder
+from lottery.methods import whole
 
 
 class Inputs(nn.Module):
@@ -46,9 +48,12 @@ def runtime() -> ModuleType:
 
 
 def onnx(model: nn.Module, x: torch.Tensor, path: Path | str) -> Path:
-    """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch."""
-    ort = runtime()
-    model, path = copy.deepcopy(model).cpu().eval(), path_of(path)
+    """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch.
+
+    Raises FileNotFoundError: no such folder; as `Pruned.export`.
+    """
+    ort, path = runtime(), in_folder(path)
+    model = copy.deepcopy(model).cpu().eval()
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own
@@ -93,7 +98,8 @@ class SparseLinear(nn.Module):
         return self.csr.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = (self.csr @ x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], -1)
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        y = (self.csr @ flat.mT).mT.reshape(*x.shape[:-1], self.shape[0])
         return y if self.bias is None else y + self.bias
 
 
@@ -103,18 +109,22 @@ def sparse(model: nn.Module, below: float = 0.5) -> nn.Module:
     Half precision stays, and so do convolutions: PyTorch has no sparse products of these on the CPU. Its 2:4 sparsity,
     on some GPUs, asks for two zeros in each four weights of a row, which none of the book's methods makes.
     """
-    net = M.bake(copy.deepcopy(model).eval())
-    for name, layer in list(net.named_modules()):
+    net, made = M.bake(copy.deepcopy(model).eval()), {}
+    for name, layer in list(net.named_modules(remove_duplicate=False)):
         wide = type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.float64)
-        if name and wide and M.density({name: layer.weight.detach() != 0}) <= below:
+        if wide and M.density({name: layer.weight.detach() != 0}) <= below:
+            made[layer] = made.get(layer) or SparseLinear(layer)  # one that has several names stays one
             parent, _, child = name.rpartition(".")
-            setattr(net.get_submodule(parent), child, SparseLinear(layer))
+            if not name:
+                return made[layer]
+            setattr(net.get_submodule(parent), child, made[layer])
     return net
 
 
 @torch.no_grad()
 def seconds(models: dict[str, nn.Module], x: torch.Tensor, repeats: int = 21) -> dict[str, float]:
     """Median time of a forward pass of each model on x, measured in turn: whether zeros are worth anything here."""
+    whole("repeats", repeats)
     times = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():

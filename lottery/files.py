@@ -30,6 +30,13 @@ def path_of(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def in_folder(path: Path | str) -> Path:
+    """`path_of` what is going to be written. Raises FileNotFoundError where its folder is not there."""
+    if not (folder := (path := path_of(path)).absolute().parent).is_dir():
+        raise FileNotFoundError(f"No folder {folder}: make it first, or name another file.")
+    return path
+
+
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A fresh name beside `path`, on the same file system, gone afterwards. Raises CannotWrite, from its body too."""

@@ -439,7 +439,12 @@ def weights_of(theta: dict[str, torch.Tensor], layers: Collection[str]) -> dict[
 
 
 def original(module: nn.Module) -> torch.Tensor | None:
-    """The trainable tensor behind a module's `weight`, or None: weight_norm has several, some hooks make it anew."""
+    """The trainable tensor behind a module's `weight`, or None.
+
+    weight_norm has several, some hooks make it anew, and a scripted module's cannot be parametrised.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     if parametrize.is_parametrized(module, "weight"):
         return getattr(module.parametrizations.weight, "original", None)
     return module._parameters.get("weight", module._buffers.get("weight"))

@@ -86,13 +86,20 @@ def prune(
         options: of the method: see its function in this module, such as `rounds` of `lth`.
 
     Raises ValueError, before any training: an unknown method, option or layer, a density out of range or above that of
-    masks on the model, a model or data that cannot be trained. After one, `Diverged`, a ValueError, or a ValueError
-    where no value that a search tried has left a weight. Warns (UserWarning) of layers that have lost all weights.
+    masks on the model, NaN in the model, a model or data that cannot be trained. After one, `Diverged`, a ValueError,
+    or a ValueError where no value that a search tried has left a weight. Warns (UserWarning) of layers that have lost
+    all weights.
     """
     options, seed = check_options(method, options), data.check_seed(seed)
     training.check_tensors(model)
     if method in ("dnw", "cs", "str", "l0") and M.read(model):
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
+    for name, function in (("train", train), ("loss", loss), ("score", score)):
+        if not (function is None or callable(function)):
+            raise ValueError(f"Invalid {name} {function!r}: give a function, or None.")
+    for name, p in model.named_parameters():
+        if p.isnan().any():
+            raise ValueError(f"Invalid model: NaN in {name!r}; give one that has not diverged.")
     examples = data.of(examples)
     if not len(examples.train):
         raise ValueError("Invalid data: there is nothing to train on.")
@@ -284,7 +291,10 @@ class _Job:
     def measure(self, net):
         """The score of a network: its accuracy on the test split."""
         if self.own_score:
-            return float(self.own_score(net))
+            try:
+                return float(self.own_score(net))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Invalid score: it has to give a number ({said(error)}).") from error
         split = next((s for s in (self.data.test, self.data.valid) if len(s)), self.data.train)
         like = next(net.parameters())
         correct = training.evaluate(net, split, normaliser(self.data, self.recipe, like))[1]
@@ -607,16 +617,16 @@ def _checked(model, examples, skip, recipe):
         raise ValueError(f"The model cannot be copied ({said(error)}).") from error
     training.own_memory(net)
     found = M.prunable(net)
-    patterns = [skip] if isinstance(skip, str) else [str(name) for name in skip or ()]
+    names = () if skip is None else [skip] if isinstance(skip, str | int) else skip
+    patterns = [str(name) for name in names]
     for pattern in patterns:
         if not fnmatch.filter(found, pattern):
             raise ValueError(f"Unknown layer {pattern!r} in skip: the model has {', '.join(found)}.")
     left = {name: "skipped" for name in found if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
     left |= {n: "frozen" for n, layer in found.items() if n not in left and not M.original(layer).requires_grad}
+    modules = dict(net.named_modules())
     for name in M.unprunable(net):
-        owner = net.get_submodule(
-            name.rpartition(".")[0].split(".parametrizations")[0].removesuffix("parametrizations")
-        )
+        owner = modules[name.rpartition(".")[0].split(".parametrizations")[0].removesuffix("parametrizations")]
         made = "its weight is made of other tensors"
         left[name] = made if isinstance(owner, M.PRUNABLE) else f"{type(owner).__name__}: no Linear or Conv weight"
     layers = {name: layer for name, layer in found.items() if name not in left}
@@ -760,7 +770,8 @@ class Pruned:
         The data's normalisation is part of the file, so that it is fed uint8 pixels, floats or token numbers as
         `data.train.x` holds them. The batch may be of any size.
 
-        Raises ImportError without onnxscript and onnxruntime; RuntimeError when onnxruntime computes something else.
+        Raises ImportError without onnxscript and onnxruntime; FileNotFoundError without the folder; RuntimeError when
+        onnxruntime computes something else.
         """
         inputs = export.Inputs(self.data, self.model, self.recipe.inputs)
         return export.onnx(nn.Sequential(inputs, self.model), self.data.train.x[:4], path)
@@ -774,7 +785,8 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     of DataParallel, DistributedDataParallel and compiled models (`module.`, `_orig_mod.`); and of models with masks on.
     What the model has and no state dict holds, non-persistent buffers, may be left out.
 
-    Raises ValueError: a name or shape that does not fit, a file that holds no state dict, a model with gates or
+    Raises ValueError, before anything changes: a name or shape that does not fit, a mask of other numbers than zeros
+    and ones, a file that holds no state dict, a model with gates or
     thresholds on, or with the factor of a CS ticket, which are not all in a state dict.
     """
     for name, layer in M.prunable(model).items():
@@ -794,12 +806,16 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     for name, t in state.items():
         is_mask, found = _meaning(name, state, known)
         (masks if is_mask else values)[found] = t
-    layers = {M.weight_name(name): name for name in M.prunable(model)}
+    weights = {name: M.original(layer) for name, layer in M.prunable(model).items()}
+    layers = {M.weight_name(name): name for name in weights}
     for name, mask in masks.items():
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"Invalid mask of {name!r} in the checkpoint: it is not of zeros and ones.")
         if name in values and name not in layers:  # a bias that was pruned too
             values[name] = values[name] * mask
-    M.restore(model, values)
     attached = {layers[name]: mask.bool() for name, mask in masks.items() if name in layers}
+    M.check_masks(attached, weights, "masks", "model", complete=False)
+    M.restore(model, values)
     return M.attach(model, attached) if attached else model
 
 

@@ -19,7 +19,7 @@ import torch
 
 from lottery import masks as M
 from lottery import models, tensorfile
-from lottery.files import path_of
+from lottery.files import in_folder, path_of
 
 if TYPE_CHECKING:
     from lottery.experiments import Store
@@ -99,11 +99,10 @@ def save(ticket: Ticket, path: Path | str) -> None:
 
     Raises FileNotFoundError: no such folder; `files.CannotWrite`.
     """
-    path = path_of(path)
-    if not (folder := path.absolute().parent).is_dir():
-        raise FileNotFoundError(f"No folder {folder}: make it first, or name another file.")
-    tensors = {f"theta/{name}": t.contiguous() for name, t in ticket.theta.items()}
-    tensors |= {f"mask/{name}": t.contiguous() for name, t in ticket.masks.items()}
+    path = in_folder(path)
+    named = {f"theta/{name}": t for name, t in ticket.theta.items()}
+    named |= {f"mask/{name}": t for name, t in ticket.masks.items()}
+    tensors = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in named.items()}
     tensorfile.write(path, tensors, {"spec": ticket.spec, "bitwise": ticket.bitwise})
 
 

@@ -59,3 +59,25 @@ def test_half_precision_stays_dense(dtype):
     model = M.attach(net().to(dtype), {"0": torch.rand(30, 20) < 0.1, "2": torch.rand(4, 30) < 0.3})
     fast, x = export.sparse(model), torch.randn(5, 20, dtype=dtype)
     assert torch.equal(fast(x), model(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 20), (0, 7, 20), (3, 0, 20), (20,)])
+def test_a_sparse_layer_takes_what_a_dense_one_takes(shape):
+    model = M.attach(nn.Linear(20, 30), {"": torch.rand(30, 20) < 0.1})
+    fast, x = export.sparse(model), torch.randn(shape)
+    assert type(fast) is export.SparseLinear
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_layer_of_several_names_is_sparse_under_each():
+    layer = nn.Linear(20, 20)
+    model = M.attach(nn.Sequential(layer, nn.ReLU(), layer), {"0": torch.rand(20, 20) < 0.1})
+    fast, x = export.sparse(model), torch.randn(5, 20)
+    assert fast[0] is fast[2]
+    assert type(fast[0]) is export.SparseLinear
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_seconds_need_a_repeat():
+    with pytest.raises(ValueError, match=r"^Invalid repeats 0: give a whole number from 1\.$"):
+        export.seconds({"net": net()}, torch.randn(1, 20), 0)

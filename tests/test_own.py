@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from small_training import convnet, images, mlp
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import lottery
 from lottery import (
@@ -857,3 +858,61 @@ def test_options_of_a_method():
 def test_plot():
     figure = pruned().plot()
     assert [bar.get_width() for bar in figure.axes[0].patches] == list(pruned().layers["density"][::-1])
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"train": 3}, "Invalid train 3: give a function, or None."),
+        ({"loss": "mse"}, "Invalid loss 'mse': give a function, or None."),
+        ({"score": "accuracy"}, "Invalid score 'accuracy': give a function, or None."),
+        ({"score": lambda net: None}, "Invalid score: it has to give a number (float() argument must be"),
+    ],
+)
+def test_functions_of_another_kind_are_refused_before_any_training(given, text):
+    with pytest.raises(ValueError, match=message(text)):
+        pruned("lth", **given)
+
+
+def test_a_model_that_has_diverged_is_refused_before_any_training():
+    net = mlp()
+    net[1].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=message("Invalid model: NaN in '1.weight'; give one that has not diverged.")):
+        pruned("magnitude", net, train=never)
+
+
+def test_a_layer_to_skip_may_be_a_number():
+    net = mlp()
+    assert pruned("random", net, skip=1).left == pruned("random", net, skip="1").left == {"1": "skipped"}
+    assert pruned("random", net, skip=None).left == {}
+
+
+def test_the_given_model_stays_whole_where_a_bias_is_parametrised():
+    net = mlp()
+    parametrize.register_parametrization(net[1], "bias", nn.Tanh())
+    x = images().train.x.double()
+    before = net(x)
+    pruned("random", net)
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(ValueError, match=message("Nothing prunable in RecursiveScriptModule (1.weight: Recursive")):
+        pruned("random", torch.jit.script(mlp()))
+
+
+@pytest.mark.parametrize("spoil", [lambda mask: mask[:3], lambda mask: mask * 0.5, lambda mask: mask * torch.nan])
+def test_a_bad_mask_in_a_checkpoint_is_refused_before_anything_changes(spoil):
+    source, net = mlp(1), mlp(2)
+    prune.l1_unstructured(source[1], "weight", 0.5)
+    state, before = source.state_dict(), copy.deepcopy(net.state_dict())
+    state["1.weight_mask"] = spoil(state["1.weight_mask"])
+    with pytest.raises(ValueError, match=message("Invalid mask ")):
+        own.load(net, state)
+    assert same(net.state_dict(), before)
+
+
+def test_a_model_is_exported_into_a_folder_that_is_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=message(f"No folder {tmp_path / 'none'}: make it first, or name ")):
+        pruned("random").export(tmp_path / "none" / "model.onnx")

@@ -440,3 +440,32 @@ def test_parquet_files_that_do_not_belong_together(tmp_path):
     with pytest.raises(ValueError, match=message(f"Unreadable parquet {tmp_path / 'train-1.parquet'}: ")) as told:
         data.from_parquet(tmp_path)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"valid": (torch.rand(5, 4), torch.zeros(4))}, "Invalid valid: 4 labels for 5 examples."),
+        ({"test": (torch.rand(3, 4), torch.zeros(4))}, "Invalid test: 4 labels for 3 examples."),
+        ({"valid": 1.5}, "Invalid valid 1.5: give a share below 1, a number below 30, or a pair (x, y)."),
+        ({"valid": 1.0}, "Invalid valid 1.0: give a share below 1, a number below 30, or a pair (x, y)."),
+        ({"valid": torch.tensor(0.1)}, "Invalid valid tensor(0.1000): give (x, y), or a dataset of such pairs."),
+        ({"y": torch.full((30,), torch.inf)}, "Invalid y, torch.float32 of shape (30,): give class numbers [N]"),
+        ({"x": np.ma.masked_greater(np.arange(60.0).reshape(30, 2), 50)}, "Invalid x: give numbers: a tensor or an"),
+        ({"x": torch.zeros(30, 0, dtype=torch.int64), "tokens": True}, "Invalid x with tokens=True: torch.int64 "),
+    ],
+)
+def test_what_does_not_fit_together_is_told_in_one_line(given, text):
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        data.from_tensors(**{"x": torch.rand(30, 4), "y": torch.arange(30) % 3, **given})
+
+
+def test_sparse_examples_are_what_they_stand_for():
+    x, y = torch.rand(30, 4) * (torch.rand(30, 4) > 0.5), torch.arange(30) % 3
+    sparse, dense = data.of((x.to_sparse(), y)), data.of((x, y))
+    assert torch.equal(sparse.train.x, dense.train.x)
+    assert sparse.fingerprint == dense.fingerprint
+
+
+def test_a_number_of_validation_images_may_be_numpys():
+    assert len(data.load("digits", valid=np.int64(3)).valid) == 3

@@ -328,3 +328,13 @@ def test_a_buffer_of_infinities_comes_back(tmp_path):
         tickets.save(replace(ticket, theta=ticket.theta | {name: t}), path)
         with pytest.raises(ValueError, match="is no ticket"):
             tickets.load(path, Causal())
+
+
+def test_tensors_of_a_ticket_may_share_memory(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    theta = M.state(net)
+    theta |= {"1.weight": theta["0.weight"]}
+    ones = torch.ones(4, 4, dtype=torch.bool)
+    tickets.save(tickets.Ticket(theta, {"0": ones, "1": ones}, {"own": "Sequential"}), tmp_path / "t.safetensors")
+    again = tickets.load(tmp_path / "t.safetensors", net)
+    assert torch.equal(again.theta["1.weight"], theta["0.weight"])
