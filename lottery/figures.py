@@ -277,17 +277,19 @@ def at_steps(
 ) -> "pd.DataFrame":
     """What learning curves draw, as rows of a table: their means over trials after some shares of the training.
 
-    arms: [(arm, level)]. The readings are those of the trained length: a column says its iteration.
+    arms: [(arm, level)]. The readings are those that all have, a rewound network from where it starts: a column says
+    its iteration.
     """
     import pandas as pd
 
+    parts = {(arm, level): frame[(frame["arm"] == arm) & (frame["level"] == level)] for arm, level in arms}
+    common = sorted(set.intersection(*(set(part["step"].iloc[0]) for part in parts.values())))
+    picks = [common[max(0, round(share * len(common)) - 1)] for share in shares]
     rows = []
-    for arm, level in arms:
-        part = frame[(frame["arm"] == arm) & (frame["level"] == level)]
-        curve, steps = factor * np.array(part[quantity].to_list(), dtype=float).mean(0), part["step"].iloc[0]
-        picks = [max(0, round(share * len(steps)) - 1) for share in shares]
+    for (arm, level), part in parts.items():
+        curve, steps = factor * np.array(part[quantity].to_list(), dtype=float).mean(0), list(part["step"].iloc[0])
         row = {"network": names.arm(arm) if level else "dense network", "weights left, %": 100 * part["density"].mean()}
-        rows.append(row | {f"iteration {steps[i]:,}": float(curve[i]) for i in picks})
+        rows.append(row | {f"iteration {step:,}": float(curve[steps.index(step)]) for step in picks})
     return pd.DataFrame(rows)
 
 

@@ -565,6 +565,21 @@ def small_frame():
     return pd.DataFrame(rows, columns=columns).assign(last_test_acc=0.5)
 
 
+def test_learning_curves_are_compared_where_all_have_been_read():
+    rows = [("imp", 0, 1.0, [10, 20, 30, 40], [0.1, 0.2, 0.3, 0.4]), ("imp", 3, 0.5, [30, 40], [0.5, 0.6])]
+    frame = pd.DataFrame(rows, columns=["arm", "level", "density", "step", "test_acc"])
+    found = figures.at_steps(frame, "test_acc", [("imp", 0), ("imp", 3)])
+    assert list(found.columns) == ["network", "weights left, %", "iteration 30", "iteration 40"]
+    assert found[["iteration 30", "iteration 40"]].to_numpy().tolist() == [[30, 40], [50, 60]]
+    alone = figures.at_steps(frame, "test_acc", [("imp", 0)], shares=(0.25, 1.0))
+    assert list(alone.columns)[2:] == ["iteration 10", "iteration 40"]
+
+
+def test_a_ticket_that_starts_elsewhere_is_called_so():
+    assert lth.called({"init": "rewind"}) == {"imp": "ticket, init rewind"}
+    assert lth.called({"init": "reset", "lr": 0.1}) == {}
+
+
 def test_repeated_draws_of_a_trial_are_averaged_first():
     table = figures.per_trial(small_frame(), "test_acc")
     reinit = table[table["arm"] == "reinit"]

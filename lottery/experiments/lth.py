@@ -578,6 +578,12 @@ def override(at: Setting, **given: Any) -> Setting:
     return dataclasses.replace(at, nets={"lenet": _changed(at.nets["lenet"], given)}) if given else at
 
 
+def called(changed: dict[str, Any]) -> dict[str, str]:
+    """What arms are called where their experiment is another: a ticket that starts elsewhere than at θ₀."""
+    init = changed.get("init", "reset")
+    return {} if init == "reset" else {"imp": f"ticket, init {init}"}
+
+
 def _changed(at, given):
     for name in ("iterations", "rounds"):
         if name in given:
