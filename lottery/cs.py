@@ -47,15 +47,15 @@ from lottery.methods import Method, densities, need, number, whole
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
 
-class Gate(nn.Module):
+class Gate(M.Parametrization):
     """The parametrization w ↦ c·σ(βs) ⊙ w with c = 1/σ(s0), or c = 1 with `scale=False`.
 
     Parameter `s`: shape, dtype and device of `weight`, starts at s0. Buffer `beta`: scalar, the inverse temperature,
-    starts at 1; written in place, so that a compiled model sees it change. s0 and c are in no state, which
-    therefore goes back on gates of the same s0 and scale only.
+    starts at 1; written in place, so that a compiled model sees it change. s0 and c are in a state dict, but not in a
+    `masks.state`, which therefore goes back on gates of the same s0 and scale only.
     """
 
-    prunes = True
+    prunes, numbers = True, ("s0", "scale", "c")
 
     def __init__(self, weight: torch.Tensor, s0: float = 0.0, scale: bool = True):
         super().__init__()
@@ -82,10 +82,10 @@ class Gate(nn.Module):
         return weight
 
 
-class Scale(nn.Module):
+class Scale(M.Parametrization):
     """The parametrization w ↦ c·w that stays on a ticket: its retraining sees the c of the search."""
 
-    prunes = False
+    prunes, numbers = False, ("c",)
 
     def __init__(self, c: float):
         super().__init__()
@@ -311,8 +311,8 @@ def read(model: nn.Module) -> dict[str, torch.Tensor]:
 def harden(model: nn.Module) -> dict[str, torch.Tensor]:
     """Replace the gates by their hard masks H(s), in place, and return these: `lottery.masks` masks from now on.
 
-    The effective weight becomes c·H(s) ⊙ w; the parameters w are the same objects with the same values. c is in no
-    state: call `lottery.masks.bake` before you save the network, or put it back with `Ticket(s0).attach(model)`.
+    The effective weight becomes c·H(s) ⊙ w; the parameters w are the same objects with the same values. c is in a state
+    dict, but not in a `masks.state`: put it back with `Ticket(s0).attach(model)`, or call `lottery.masks.bake` first.
 
     Warns of layer collapse, naming the layers.
     """

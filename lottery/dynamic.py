@@ -144,10 +144,10 @@ class GMP(Method):
             M.warn_of_collapse(self.masks(model))
 
 
-class TopK(nn.Module):
+class TopK(M.Parametrization):
     """The parametrization w ↦ w on the k largest |w|, 0 elsewhere; backward the identity: straight through."""
 
-    prunes = True
+    prunes, numbers = True, ("k",)
 
     def __init__(self, k: int):
         super().__init__()

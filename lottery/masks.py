@@ -7,6 +7,7 @@ keeps its value where the mask is zero and receives no gradient there.
 """
 
 import copy
+import json
 import re
 import warnings
 from collections import Counter
@@ -22,6 +23,25 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Parametrization(nn.Module):
+    """What is put on a weight and computes with `numbers` that are no tensors: a state dict carries these as well.
+
+    There they are one tensor `_extra_state`, the bytes of JSON, so that every file format of tensors takes it; loading
+    sets them, so that a model has the forward of the one that was saved, whatever it was attached with.
+    """
+
+    numbers: tuple[str, ...] = ()
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The numbers as a uint8 tensor."""
+        said = json.dumps({name: getattr(self, name) for name in self.numbers})
+        return torch.tensor(list(said.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take over the numbers of another one."""
+        self.__dict__.update(json.loads(bytes(state.tolist())))
 
 
 class Mask(nn.Module):
@@ -373,7 +393,8 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers under canonical names: `fc1.weight`, with or without masks on.
 
     The weight is the tensor behind the mask, so that θ₀ read once serves every mask. Masks are not part of it: see
-    `read`. Nor are a parametrization's numbers that are no tensors, such as Continuous Sparsification's factor c.
+    `read`. Nor are a parametrization's numbers that are no tensors, such as Continuous Sparsification's factor c; they
+    are in a state dict.
     """
     return {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
 

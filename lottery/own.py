@@ -786,15 +786,15 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     What the model has and no state dict holds, non-persistent buffers, may be left out.
 
     Raises ValueError, before anything changes: a name or shape that does not fit, a mask of other numbers than zeros
-    and ones, a file that holds no state dict, a model with gates or
-    thresholds on, or with the factor of a CS ticket, which are not all in a state dict.
+    and ones, a file that holds no state dict, a model with gates or thresholds on, or with the factor of a CS ticket.
     """
     for name, layer in M.prunable(model).items():
         chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
         if soft := [type(p).__name__ for p in chain if hasattr(p, "prunes") and not isinstance(p, M.Mask)]:
             raise ValueError(
-                f"Layer {name!r} carries a {soft[0]}, of which a state dict does not hold every number: load into a "
-                "plain model what lottery.masks.bake has made plain before it was saved."
+                f"Layer {name!r} carries a {soft[0]}, of which a state dict does not hold every number unless it was "
+                "saved from such a model: use model.load_state_dict, which asks for them, or load into a plain model "
+                "what lottery.masks.bake has made plain before it was saved."
             )
     training.own_memory(model)
     own, stored = M.tensors(model), model.state_dict(keep_vars=True)

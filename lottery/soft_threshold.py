@@ -51,7 +51,7 @@ FROZEN = -1e30  # an s that no decay brings back: g is exactly 0
 ONSET = -10.0  # sigmoid(−10) = exp(−10) = 4.5e-5: below, no weight is pruned to speak of
 
 
-class SoftThreshold(nn.Module):
+class SoftThreshold(M.Parametrization):
     """The parametrization w ↦ sign(w) · relu(|w| − g(s)), with trainable `s`.
 
     s_init: a number, or a tensor that broadcasts with the weight.
@@ -61,7 +61,7 @@ class SoftThreshold(nn.Module):
     the weights pass bit for bit, is relied upon.
     """
 
-    prunes = True
+    prunes, numbers = True, ("g",)
 
     def __init__(self, s_init: float | torch.Tensor, g: str = "sigmoid"):
         super().__init__()

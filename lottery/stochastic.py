@@ -45,7 +45,7 @@ VERSION = 1  # raise when a result of this file changes beyond the tolerance in 
 EPSILON = 1e-6  # u stays this far from 0 and 1, as in the authors' code of L0
 
 
-class Drawn(nn.Module):
+class Drawn(M.Parametrization):
     """A parametrization w ↦ m ⊙ w whose m is drawn before each training step, and is fixed in evaluation.
 
     logits: the parameter that m depends on, of the weight's shape. The noise is no part of the state: a training that
@@ -77,6 +77,8 @@ class Drawn(nn.Module):
 
 class HardConcrete(Drawn):
     """The parametrization w ↦ z ⊙ w with hard concrete gates z in [0, 1]; parameter `log_alpha`."""
+
+    numbers = ("beta", "gamma", "zeta")
 
     def __init__(
         self, weight: torch.Tensor, drop: float = 0.5, beta: float = 2 / 3, gamma: float = -0.1, zeta: float = 1.1
@@ -110,6 +112,8 @@ class Bernoulli(Drawn):
 
     rescale: times the layer's size over the number of ones, the paper's dynamic weight rescaling.
     """
+
+    numbers = ("rescale",)
 
     def __init__(self, weight: torch.Tensor, s0: float = 0.0, rescale: bool = False):
         super().__init__()

@@ -1026,7 +1026,12 @@ def test_scores_are_dense_tensors_of_real_numbers(scores):
 
 
 def test_a_density_is_that_of_masks():
-    with pytest.raises(ValueError, match=message("Invalid mask for layer '0.weight': torch.float32 of shape (6, 8), ")):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "Invalid mask for layer '0.weight': torch.float32 of shape (6, 8), needs torch.bool of shape (6, 8)."
+        ),
+    ):
         M.density(three().state_dict())
     with pytest.raises(ValueError, match=message("Invalid masks, a NoneType: give {layer name: mask}.")):
         M.density(None)

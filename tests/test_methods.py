@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import message
 from torch import nn
 
-from lottery import cs, data, experiments, methods, models, soft_threshold, training
+from lottery import cs, data, dynamic, experiments, methods, models, soft_threshold, stochastic, training
 from lottery import masks as M
 from lottery.batches import Batches
 from lottery.experiments import Run, Store, load, work
@@ -375,3 +376,47 @@ def test_without_a_compiler_a_sweep_trains_all_the_same(tmp_path, monkeypatch):
         experiments.run([run], store=Store(tmp_path), compiled=True, progress=False)
     [row] = load([run], Store(tmp_path)).to_dict("records")
     assert json.loads(row["certificate"])["compile"] is False
+
+
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (lambda net: cs.attach(net, -1.0), lambda net: cs.attach(net, 0.5)),
+        (lambda net: cs.attach(net, -1.0), lambda net: cs.attach(net, -1.0, scale=False)),
+        (lambda net: cs.Ticket(-1.0).attach(M.attach(net)), lambda net: cs.Ticket(0.5).attach(M.attach(net))),
+        (lambda net: soft_threshold.attach(net, -2.0, "exp"), lambda net: soft_threshold.attach(net, -5.0)),
+        (lambda net: dynamic.DNW(0.5).attach(net), lambda net: dynamic.DNW(0.2).attach(net)),
+        (lambda net: stochastic.L0(zeta=1.5).attach(net), lambda net: stochastic.L0().attach(net)),
+        (
+            lambda net: stochastic.Supermask(s0=1.0, rescale=True).attach(net),
+            lambda net: stochastic.Supermask().attach(net),
+        ),
+    ],
+)
+def test_a_state_dict_has_all_that_a_forward_takes(saved, other, tmp_path):
+    """Whatever its model was attached with, and in a file of tensors alone as well; nothing is dropped in silence."""
+    x, net, again = torch.randn(3, 8), saved(mlp()), other(mlp())
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.rand_like(p))
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    again.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    assert torch.equal(again(x), net(x))
+    with pytest.raises(RuntimeError, match="_extra_state"):
+        M.attach(mlp()).load_state_dict(net.state_dict())
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def test_a_hardened_search_keeps_its_factor_in_a_state_dict():
+    net, x = cs.attach(mlp(), -1.0), torch.randn(3, 8)
+    for layer in (net[0], net[2]):
+        nn.init.uniform_(layer.parametrizations.weight[0].s, -1, 1)
+    masks = cs.harden(net)
+    again = cs.Ticket(0.5).attach(M.attach(mlp(), {name: torch.ones_like(m) for name, m in masks.items()}))
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again(x), net(x))
+    assert cs.Ticket(-1.0).param_groups(again, SGD)
