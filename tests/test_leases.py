@@ -64,6 +64,20 @@ def test_the_dead_of_this_machine_are_seen_at_once_and_others_by_their_age(tmp_p
     assert Leases(tmp_path).take(["b"]) == {"b"}
 
 
+def test_a_lease_from_the_future_ages_from_when_it_is_seen(tmp_path):
+    """The clock was set back: its owner elsewhere may be alive or dead, but not hold the run until the clock is there."""
+    path = tmp_path / "a"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "in": "x", "since": "2026-01-01T00:00:00+00:00"}))
+    age(path, -86_400)
+    assert Leases(tmp_path).take(["a"]) == set()
+    assert path.stat().st_mtime < time.time() + leases.EXPIRES
+    age(path, leases.EXPIRES + 1)
+    assert Leases(tmp_path).take(["a"]) == {"a"}
+    assert taken_by_another(tmp_path, ["b"]) == {"b"}
+    age(tmp_path / "b", -86_400)
+    assert Leases(tmp_path).take(["b"]) == {"b"}, "of this machine's dead nobody has to wait for the age"
+
+
 def test_the_living_keep_their_leases_young(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "BEAT", 0.05)
     mine = Leases(tmp_path)

@@ -3,9 +3,10 @@
 A lease is a file `.leases/<key>` that names its owner. The owner touches it every `BEAT` seconds for as long as it
 lives; one that was not touched for `EXPIRES` seconds, or whose owner was a process of this machine that is gone, may be
 taken over. Files are looked at and written under one lock of the folder, so that two takers never both succeed; ages
-are measured against the file system's own clock, so that machines need not agree on the time. What needs it: a file
-system that all of them see, with `flock` (local ones, NFS 4). A process that was asleep for longer than `EXPIRES` may
-come back to find its run trained elsewhere too; the store keeps the first result.
+are measured against the file system's own clock, so that machines need not agree on the time. A lease from the future,
+where that clock was set back, starts to age when it is first seen. What needs it: a file system that all of them see,
+with `flock` (local ones, NFS 4). A process that was asleep for longer than `EXPIRES`, or whose clock went forward by
+more, may come back to find its run trained elsewhere too; the store keeps the first result.
 """
 
 import contextlib
@@ -83,7 +84,12 @@ class Leases:
         except FileNotFoundError:
             return False
         owner = _owner(path)
-        return owner is not None and age < EXPIRES and not _is_dead(owner)
+        if owner is None or _is_dead(owner):
+            return False
+        if age < -EXPIRES:  # the clock was set back since it was touched: it ages from now on, or would live for ever
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return age < EXPIRES
 
 
 def running(folder: Path | str) -> dict[str, dict]:
