@@ -58,10 +58,10 @@ def words(method: str) -> str:
     return f"{WORDS.get(name, name.upper())} {options}".strip()
 
 
-def configuration(net: str, method: str) -> str:
-    """In words how a method is set on a network, as it was chosen by tuning or as its name says."""
+def configuration(net: str, method: str, asked: tuple[str, ...] = ()) -> str:
+    """In words how a method is set on a network, as it was chosen by tuning, a Setting `asked` or as its name says."""
     name, _, options = method.partition("@")
-    config = options or compare.CHOSEN.get(net, {}).get(name, "default")
+    config = options or compare.configuration(net, name, asked)
     return CONFIGURATIONS.get(config, DEFAULTS.get(name, config) if config == "default" else config)
 
 

@@ -58,7 +58,7 @@ def prune(
     survivors = {name: int(m[name].sum()) for name in m}
     k = kept(survivors, _rates(rate, weights, scope))
     found = M.keep({name: w.abs() for name, w in weights.items()}, k, within=m)
-    M.warn_of_collapse(found)
+    M.warn_of_collapse({name: m for name, m in found.items() if survivors[name]})  # not of what was empty
     return found
 
 

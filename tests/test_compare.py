@@ -123,6 +123,7 @@ def test_masks_are_stored_at_one_density_of_lenet():
         ({"methods": []}, "Invalid methods"),
         ({"methods": "imp"}, "Invalid methods 'imp': give a list of names"),
         ({"methods": 5}, "Invalid methods 5"),
+        ({"methods": [3]}, "Unknown method '3'"),
     ],
 )
 def test_a_bad_parameter_is_one_line(given, said):
@@ -137,6 +138,16 @@ def test_a_reader_adds_a_method_and_a_network():
     assert (run.model, run.method.begin, run.method.density) == ("conv2", 0.1, 0.1)
     at = compare.override(SMOKE, densities=[0.3])
     assert only("lenet/imp", 0.3, at=at).parent.density == 0.45
+
+
+def test_a_reader_s_learning_rate_is_every_method_s():
+    """Tuning chose another for some, which are not on equal terms then."""
+    at = compare.override(SMOKE, lr=0.05, methods=["dense", "cs", "gmp@lr=0.01", "gmp", "gmp"])
+    assert at.methods == ("dense", "cs", "gmp@lr=0.01", "gmp")
+    rates = {arm: only(arm, point, at=at).recipe.lr for arm, _, point in compare.cells("lenet", at)}
+    assert rates == {"lenet/dense": 0.05, "lenet/cs": 0.05, "lenet@lr=0.01/gmp": 0.01, "lenet/gmp": 0.05}
+    assert comparison.configuration("lenet", "dense", at.asked) == "default"
+    assert comparison.configuration("lenet", "dense", SMOKE.asked) == "learning rate 0.03"
 
 
 def test_synflow_prunes_the_network_that_is_trained(tmp_path):

@@ -145,6 +145,8 @@ def test_what_a_cell_says_is_displayed(notebook):
 def test_one_cell_of_parameters(notebook):
     tagged = [i for i, cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) <= 1
+    lines = [line for i, cell in code_cells(notebook) if i in tagged for line in cell.source.splitlines()]
+    assert [line for line in lines if line[:1] != "#" and line.count("=") != 1] == []  # papermill reads no other
 
 
 # The comparison

@@ -205,12 +205,17 @@ class Net:
 
 @dataclass(frozen=True)
 class Setting(Trials):
-    """All networks at one scale. methods: those that are compared, each as "method" or "method@options"."""
+    """All networks at one scale.
+
+    methods: those that are compared, each as "method" or "method@options". asked: what of the recipe a reader has set
+    for all of them, also for a method that tuning gave another.
+    """
 
     nets: dict[str, Net]
     trials: int = 5
     seed: int = 0
     methods: tuple[str, ...] = tuple(METHODS)
+    asked: tuple[str, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -299,11 +304,17 @@ def seeds(item: str, at: Setting) -> range:
     return range(TUNING_SEED, TUNING_SEED + 1) if item.endswith("-tuning") else at.seeds
 
 
+def configuration(net: str, method: str, asked: tuple[str, ...] = ()) -> str:
+    """The one of CONFIGS that a method has on a network: what tuning chose, unless a reader has set just that."""
+    chosen = CHOSEN.get(net, {}).get(method, "default")
+    return "default" if chosen.partition("=")[0] in asked else chosen
+
+
 def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     """The Run of one arm and trial at a point, a list of one."""
     name, variant, method = parts(arm)
     net, run = at.nets[name], dataclasses.replace(at.nets[name].base, seed=seed)
-    given = options(variant or CHOSEN.get(name, {}).get(method, "default"))
+    given = options(variant or configuration(name, method, at.asked))
     changes = {key: given.pop(key) for key in ("lr", "weight_decay") if key in given}
     run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
     try:
@@ -339,12 +350,14 @@ def override(at: Setting, **given: Any) -> Setting:
     if "methods" in given:
         if not (isinstance(given["methods"], list | tuple) and given["methods"]):
             raise ValueError(f"Invalid methods {given['methods']!r}: give a list of names, such as ['imp', 'gmp'].")
-        given["methods"] = tuple(given["methods"])
+        given["methods"] = tuple(dict.fromkeys(map(str, given["methods"])))
     base = {name: given.pop(name) for name in ("model", "dataset", "train_fraction") if name in given}
     changes = {name: given.pop(name) for name in ("batch_size", "lr") if name in given}
     if (n := given.pop("iterations", None)) is not None:
         whole("iterations", n, 4)
         changes |= {"iterations": n, "milestones": (n // 2, n * 3 // 4)}
+    if changes:
+        given["asked"] = tuple(changes)
     densities = fractions(given.pop("densities")) if "densities" in given else None
     changed = functools.partial(_changed, base=base, changes=changes, densities=densities)
     nets = {name: changed(net) for name, net in at.nets.items()} if base or changes or densities else at.nets
