@@ -129,19 +129,22 @@ def run(
     executor, slots = _executor(where)
     seconds = None if budget is None else _seconds(budget)
     engine.check(device, threads, slots, here=executor is None)
-    before = len(experiments.load(runs, store))
+    before, trained = {r for r in runs if store.get(r)}, set()
     _stoppable()
     try:
-        how = {"device": device, "threads": threads, "compiled": compiled}
+        how = {"device": device, "threads": threads, "compiled": compiled, "report": trained.update}
         experiments.run(runs, executor, budget=seconds, store=store, slots=slots, **how)
     except BrokenExecutor as error:
         if store.failures().keys() & {r.key for r in engine.missing(runs, store)}:  # a run that ends any worker
             raise ValueError(error) from error
         raise
     finally:
-        after = len(experiments.load(runs, store))
-        typer.echo(f"{len(runs)} runs: {before} were stored, {after - before} trained now, {len(runs) - after} left.")
-    if after < len(runs):
+        new = {r for r in runs if store.get(r)} - before
+        left, others = len(runs) - len(before) - len(new), len(new - trained)
+        elsewhere = f", {others} trained by others meanwhile" if others else ""
+        counts = f"{len(before)} were stored, {len(new & trained)} trained now{elsewhere}, {left} left"
+        typer.echo(f"{len(runs)} runs: {counts}.")
+    if left:
         raise typer.Exit(LEFT)
 
 

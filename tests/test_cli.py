@@ -702,3 +702,20 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     done = subprocess.run(words, env=ENV, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_what_another_process_trains_meanwhile_is_not_counted_as_trained_now(tmp_path, one_core, tiny, monkeypatch):
+    runs, train = lth.runs("fig12", "smoke"), engine.execute
+    last = runs[-2:]
+    assert last[0].parent == last[1].parent
+
+    def and_another(group, *how):
+        if group[0] in last:  # while one is trained here, another process trains the other
+            train([r for r in last if r not in group], *how)
+            last.clear()
+        return train(group, *how)
+
+    monkeypatch.setattr(engine, "execute", and_another)
+    told = call("run", "lth", "fig12", "--scale", "smoke", "--results-dir", tmp_path)
+    counts = f"0 were stored, {len(runs) - 1} trained now, 1 trained by others meanwhile, 0 left"
+    assert f"{len(runs)} runs: {counts}." in told.stdout

@@ -65,7 +65,7 @@ def test_the_dead_of_this_machine_are_seen_at_once_and_others_by_their_age(tmp_p
 
 
 def test_a_lease_from_the_future_ages_from_when_it_is_seen(tmp_path):
-    """The clock was set back: its owner elsewhere may be alive or dead, but not hold the run until the clock is there."""
+    """The clock was set back: its owner elsewhere, dead or alive, does not hold the run until it is there again."""
     path = tmp_path / "a"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "in": "x", "since": "2026-01-01T00:00:00+00:00"}))
     age(path, -86_400)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ def run(
     progress: bool = True,
     compiled: bool = False,
     slots: int | None = None,
+    report: Callable[[list[Run | Measurement]], object] | None = None,
 ) -> list[Run | Measurement]:
     """Train what is missing of `runs` and of the parents they need; returns the runs left undone.
 
@@ -65,6 +66,8 @@ def run(
             such a device one run starts alone, and may end later.
         device, threads, compiled: of one training, see `training.fit`. A device has to be where the training is: with
             an executor not here, but with its workers.
+        report: called with what this call has trained, whenever some of it is kept; what another process trains in the
+            same store is not among it.
 
     On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
     A run is kept the moment it ends. What another process is training in the same store is left to it, and trained here
@@ -97,7 +100,9 @@ def run(
         executor = renew() if own else executor
         leases = stack.enter_context(contextlib.closing(Leases(store.leases)))
         how = (device, threads, compiled)
-        sweep = _Sweep(runs, todo, store, executor, renew, slots, leases, _Clock(budget, store, device), how, bar)
+        sweep = _Sweep(
+            runs, todo, store, executor, renew, slots, leases, _Clock(budget, store, device), how, bar, report
+        )
         try:
             sweep.run()
         except KeyboardInterrupt:
@@ -111,7 +116,8 @@ def run(
 class _Sweep:
     """One call of `run`: what is to do, what is under way, what was given up."""
 
-    def __init__(self, runs, todo, store, executor, renew, slots, leases, clock, how, bar):
+    def __init__(self, runs, todo, store, executor, renew, slots, leases, clock, how, bar, report=None):
+        self.report = report or (lambda group: None)
         self.runs, self.todo, self.store, self.executor, self.renew = runs, todo, store, executor, renew
         self.slots, self.suspects = slots, set()  # suspects: during whose training a worker died, not yet trained alone
         self.leases, self.clock, self.how, self.bar = leases, clock, how, bar
@@ -210,6 +216,7 @@ class _Sweep:
             for r in group:
                 self.store.note_failure(r.key, None)
             self.bar.update(len(group))
+            self.report(group)
         self.leases.release([r.key for r in group])
 
     def _arrived(self, r):
@@ -254,6 +261,8 @@ class _Sweep:
             raise
         if n:
             ended = [job for job in self.under_way if not job.cancelled() and not job.exception()]
+            for job in ended:
+                self.report(self.under_way[job])
             kept = sum(len(self.under_way[job]) for job in ended)
             self.bar.write(f"Stopped: {kept} of {n} kept.")
 
