@@ -30,6 +30,15 @@ def test_golden_keys():
     assert only("resnet20/imp", 100 * 0.8**12).key == "fd5bb6b896525629a1b4cb20"
 
 
+def test_a_small_training_set_is_scored_on_fewer_images():
+    """A reader has no parameter for their number, and was refused after the other trainings."""
+    assert cs.gradient(PAPER.nets["resnet20"]) is cs.GRADIENT
+    assert all(cs.gradient(run) is cs.GRADIENT for at in cs.SETTINGS.values() for run in at.nets.values())
+    at = cs.override(cs.setting("smoke"), train_fraction=0.3, batch_size=37, iterations=60)
+    run = cs.trial("resnet20/gradient", at, 0, 0.2)[0]
+    assert run.score_options["per_class"] == 15  # of 31 on average
+
+
 def test_the_recipe_is_that_of_the_authors_code():
     """85 epochs of 352 batches, lr 0.1 divided by 10 after 56 and 71 epochs; a balanced 45,000/5,000 split."""
     run = PAPER.nets["resnet20"]

@@ -178,6 +178,13 @@ def test_bad_parameters_are_told_in_one_line(given, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dataset", ["cifar100", "imagenet"])
+def test_a_batch_of_the_study_has_an_image_of_each_class(dataset):
+    at = grasp.override(grasp.setting("smoke"), dataset=dataset)
+    [run] = grasp.trial("resnet32-c10@batch-400/grasp", at, 0, 90)
+    assert run.score_options["per_class"] == {"cifar100": 4, "imagenet": 1}[dataset]
+
+
 def test_a_temperature_without_a_point_is_the_same():
     assert grasp.override(LAPTOP, temperature=200) == grasp.override(LAPTOP, temperature=200.0)
 

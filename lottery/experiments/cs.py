@@ -48,6 +48,16 @@ L0_RATE = 1000.0  # of the gates, in units of the weights' learning rate; at 1 a
 GRADIENT = (("chunks", 1), ("class_sorted", False), ("per_class", 100), ("reinit_linear", False))
 
 
+def gradient(run: Run) -> tuple[tuple[str, bool | int], ...]:
+    """GRADIENT for a run, with fewer images where its training set may not have as many of each class."""
+    facts = data.SETS[run.dataset]
+    images = run.train_fraction * (facts.n_train - data.held_out(run.dataset, run.valid))
+    each, wanted = int(images / facts.classes), dict(GRADIENT)["per_class"]
+    if each >= (wanted if run.train_fraction == 1 else 2 * wanted):
+        return GRADIENT
+    return tuple((dict(GRADIENT) | {"per_class": max(1, each // 2)}).items())
+
+
 def recipe(epochs: int, per_epoch: int = 352, **changes: Any) -> Recipe:
     """The code's schedule: lr 0.1, divided by 10 after 56/85 and 71/85 of the epochs; read after every epoch."""
     n = epochs * per_epoch
@@ -374,7 +384,7 @@ def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     if control in ("imp", "imp-c"):
         return [(at.magnitude if control == "imp" else at.magnitude_continued)(net, seed, point)]
     if control in ("oneshot", "gradient"):
-        criterion = {"criterion": "snip", "score": GRADIENT} if control == "gradient" else {}
+        criterion = {"criterion": "snip", "score": gradient(at.nets[net])} if control == "gradient" else {}
         return [at.once(net, seed, point, **criterion)]
     layers = at.nets[net].layers
     if control in ("gmp", "l0"):

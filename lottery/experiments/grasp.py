@@ -166,8 +166,8 @@ def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
     if variant in INITS:
         run = dataclasses.replace(run, options=tuple(sorted({**dict(run.options), "init": INITS[variant]}.items())))
     elif variant:
-        images = int(variant.removeprefix("batch-")) // data.SETS[run.dataset].classes
-        score |= {"per_class": images, "chunks": chunks * images // CRITERIA["grasp"]["per_class"]}
+        images = max(1, int(variant.removeprefix("batch-")) // data.SETS[run.dataset].classes)
+        score |= {"per_class": images, "chunks": chunks * images // CRITERIA["grasp"]["per_class"] or min(chunks, 2)}
     if control == "dense":
         return [run]
     density = PAPER.density(point)
