@@ -107,6 +107,11 @@ def arm(name: str) -> str:
     return called.get(last) or ARMS.get(last, name)
 
 
+def printed(name: str) -> str:
+    """The words for an arm as the paper has it, whatever an exploration trains under its name."""
+    return ARMS.get(name.split("/")[-1], name)
+
+
 def layer(name: str) -> str:
     """The words for a layer: "fc1" → "first layer", "layer3.0.conv2" → "stage 3, convolution 2"."""
     if not (found := re.fullmatch(r"layer(\d+)\.(\d+)\.(?:conv(\d+)|downsample\.0)", name)):

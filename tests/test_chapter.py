@@ -232,6 +232,7 @@ def test_an_exploration_calls_things_what_they_are(tmp_path):
         )
         assert "ResNet-32" not in chapter.badge(item)
     assert figures.METHODS["grasp"].label == names.arm("resnet32-c10/grasp") == "SNIP, scored as GraSP is"
+    assert names.printed("resnet32/grasp") == "GraSP"  # the paper's own numbers
     Chapter("grasp", "smoke")  # no exploration, so all is called as in the paper again
     assert figures.METHODS["grasp"].label == "GraSP"
 
