@@ -127,12 +127,15 @@ def clock(folder: Path) -> float:
 
 
 def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] = lambda path: True) -> None:
-    """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds."""
+    """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds.
+
+    Also those from a future as far away, where the clock was set back.
+    """
     if left := [path for path in folder.glob(pattern) if path.is_file() and which(path)]:
         now = clock(folder)
         for path in left:
             with contextlib.suppress(OSError):
-                if now - path.stat().st_mtime > STALE:
+                if abs(now - path.stat().st_mtime) > STALE:
                     path.unlink()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -636,3 +637,35 @@ def test_every_damaged_byte_of_weights_is_seen(tmp_path_factory, data):
         return
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], t) and loaded[name].shape == t.shape for name, t in tensors.items())
+
+
+def test_a_table_of_something_else_with_keys_is_told_of_once(tmp_path, capsys):
+    pq.write_table(pa.table({"key": [1, 2, 3], "value": [4, 5, 6]}), other := tmp_path / "other.parquet")
+    store = Store(tmp_path)
+    assert store.rows() == {}
+    assert store.merge() == 0
+    assert set(capsys.readouterr().err.splitlines()) == {
+        f"{other} is no result: it has no column 'spec'; it is passed over."
+    }
+
+
+@pytest.mark.parametrize("where", ["", ".spool", ".checkpoints"])
+def test_a_file_in_the_place_of_a_folder_is_told_before_any_training(tmp_path, where):
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    name = tmp_path / (where or "file")
+    name.write_text("mine")
+    text = f"^{re.escape(f'Invalid results folder {name}: it is a file; name a folder.')}$"
+    with pytest.raises(NotADirectoryError, match=text):
+        Store(tmp_path if where else name / "below")
+
+
+def test_one_more_store_to_read_may_be_given_alone(tmp_path):
+    assert Store(tmp_path, tmp_path / "a").also == Store(tmp_path, str(tmp_path / "a")).also == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("seconds", [-7200, 7200])
+def test_half_written_files_of_another_clock_are_swept(tmp_path, seconds):
+    (left := tmp_path / ".left.tmp").write_bytes(b"")
+    os.utime(left, (time.time() + seconds,) * 2)
+    Store(tmp_path).sweep()
+    assert not left.exists()

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from multiprocessing import resource_tracker
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +82,8 @@ def run(
     from joblib.externals.loky import cpu_count  # of cores that this process may use: a job of a cluster has a few
 
     own = executor is None
+    if not isinstance(budget, Real | None):
+        raise ValueError(f"Invalid budget {budget!r}: give a number of seconds, or None.")
     check(device, threads, slots, own)
     runs, store = list(runs), store or Store()
     if todo := missing(runs, store):

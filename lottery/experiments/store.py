@@ -82,9 +82,11 @@ class Store:
     def __init__(self, results_dir=None, also=()):
         # Absolute: they are told to workers, which need not be where this process is or will be.
         self.dir = files.path_of(results_dir).absolute() if results_dir else root() / "ours"
+        also = [also] if isinstance(also, str | Path) else also
         self.also = [files.path_of(folder).absolute() for folder in also]
-        if self.dir.exists() and not self.dir.is_dir():
-            raise NotADirectoryError(f"Invalid results folder {self.dir}: it is a file; name a folder.")
+        for folder in (self.dir, *self.dir.parents, *(self.dir / name for name in PARTS)):
+            if folder.exists() and not folder.is_dir():
+                raise NotADirectoryError(f"Invalid results folder {folder}: it is a file; name a folder.")
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
 
     def keys(self) -> KeysView[str]:
@@ -445,9 +447,6 @@ def _table(path, columns=None):
             print(f"{path} is no ordinary file; it is passed over.", file=sys.stderr)
             return schema().empty_table()
         table = _parquet(path, columns)
-        if "key" not in table.column_names:
-            print(f"{path} is no result: it has no column 'key'; it is passed over.", file=sys.stderr)
-            return schema().empty_table()
         for field in (field for field in schema() if columns is None or field.name in columns):
             if field.name not in table.column_names:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
@@ -455,10 +454,17 @@ def _table(path, columns=None):
         return table
     except FileNotFoundError:
         raise
+    except _NoResult as missing:
+        print(f"{path} is no result: it has no column {missing}; it is passed over.", file=sys.stderr)
+        return schema().empty_table()
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         print(f"Damaged result {path}: {why} It is passed over; run it again.", file=sys.stderr)
         return schema().empty_table()
+
+
+class _NoResult(Exception):
+    """A parquet file that has not the columns of the first runs."""
 
 
 def _parquet(path, columns):
@@ -471,6 +477,9 @@ def _parquet(path, columns):
     from pyarrow.parquet import ParquetFile  # `read_table` would import pandas first
 
     with ParquetFile(path) as file:
+        for name in ("key", "spec", "payload_sha"):  # else every row of a table of somebody's would be a damaged run
+            if name not in file.schema_arrow.names:
+                raise _NoResult(repr(name))
         chunks = [chunk for chunk in files.chunks(path) if columns is None or chunk.column in columns]
         size = sum(max(chunk.size, 8 * chunk.values) for chunk in chunks)
         if size * file.metadata.num_rows <= MOST:
