@@ -25,6 +25,7 @@ import os
 import re
 import socket
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -775,12 +776,14 @@ def _eight_bit(image, grey):
 
 def _read_idx(file):
     """The array in one file of MNIST's own format: 0, 0, 8 (bytes), number of sizes, sizes (big-endian), values."""
-    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    start = 4 + 4 * raw[3]
-    sizes = np.frombuffer(raw[4:start], ">u4").tolist()
-    if raw[:3] != b"\0\0\x08" or len(raw) != start + prod(sizes):
-        raise ValueError(f"{file.name} is not a complete IDX file of bytes")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
+    damaged = (gzip.BadGzipFile, EOFError, zlib.error, IndexError, ValueError)  # they do not say in which file
+    with contextlib.suppress(*damaged):
+        raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        start = 4 + 4 * raw[3]
+        sizes = np.frombuffer(raw[4:start], ">u4").tolist()
+        if raw[:3] == b"\0\0\x08" and len(raw) == start + prod(sizes):
+            return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
+    raise ValueError(f"{file.name} is not a complete IDX file of bytes")
 
 
 def _read_cifar(cls, root):

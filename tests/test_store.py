@@ -645,7 +645,7 @@ def test_a_table_of_something_else_with_keys_is_told_of_once(tmp_path, capsys):
     assert store.rows() == {}
     assert store.merge() == 0
     assert set(capsys.readouterr().err.splitlines()) == {
-        f"{other} is no result: it has no column 'spec'; it is passed over."
+        f"{other} is no result: no key in it is that of a run; it is passed over."
     }
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SHARD = 300  # runs in one shard
 MASK_LIMIT = 500_000  # masks of larger networks are not stored with the run
 PARTS = (".spool", ".artifacts", ".checkpoints", ".failures", ".leases")
+KEY = re.compile("[0-9a-f]{24}")
 MOST = 2**28  # bytes that a file of runs may hold when it is unpacked; the largest here hold 4 MB
 
 READING = {"step": "int64", "val_loss": "double", "val_acc": "double", "test_acc": "double", "train_acc": "double"}
@@ -447,6 +448,9 @@ def _table(path, columns=None):
             print(f"{path} is no ordinary file; it is passed over.", file=sys.stderr)
             return schema().empty_table()
         table = _parquet(path, columns)
+        if why := _foreign(table):
+            print(f"{path} is no result: {why}; it is passed over.", file=sys.stderr)
+            return schema().empty_table()
         for field in (field for field in schema() if columns is None or field.name in columns):
             if field.name not in table.column_names:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
@@ -454,17 +458,18 @@ def _table(path, columns=None):
         return table
     except FileNotFoundError:
         raise
-    except _NoResult as missing:
-        print(f"{path} is no result: it has no column {missing}; it is passed over.", file=sys.stderr)
-        return schema().empty_table()
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         print(f"Damaged result {path}: {why} It is passed over; run it again.", file=sys.stderr)
         return schema().empty_table()
 
 
-class _NoResult(Exception):
-    """A parquet file that has not the columns of the first runs."""
+def _foreign(table):
+    """Why a table is nobody's runs, in words, or None: each of its rows would be told of as a damaged one."""
+    if "key" not in table.column_names:
+        return "it has no column 'key'"
+    keys = [str(key) for key in table["key"].to_pylist()]
+    return "no key in it is that of a run" if len(keys) > 1 and not any(map(KEY.fullmatch, keys)) else None
 
 
 def _parquet(path, columns):
@@ -477,9 +482,6 @@ def _parquet(path, columns):
     from pyarrow.parquet import ParquetFile  # `read_table` would import pandas first
 
     with ParquetFile(path) as file:
-        for name in ("key", "spec", "payload_sha"):  # else every row of a table of somebody's would be a damaged run
-            if name not in file.schema_arrow.names:
-                raise _NoResult(repr(name))
         chunks = [chunk for chunk in files.chunks(path) if columns is None or chunk.column in columns]
         size = sum(max(chunk.size, 8 * chunk.values) for chunk in chunks)
         if size * file.metadata.num_rows <= MOST:
@@ -531,7 +533,7 @@ def _name_damaged(key, path, problem):
 
 def _problem(row):
     """What is wrong with a stored row, or None: every accuracy is recomputed from the packed correctness."""
-    if not re.fullmatch("[0-9a-f]{24}", row["key"] or ""):
+    if not KEY.fullmatch(row["key"] or ""):
         return "that is no key."
     for r in ("early_stop", "last"):
         packed, stated, n = row[f"{r}_correct"], row[f"{r}_test_acc"], row["n_test"]
