@@ -643,11 +643,9 @@ def test_damaged_torchvision_files(tmp_path, monkeypatch):
         assert f"Unreadable data in {file.parent}: {file.name} is" in error_of(ValueError, "mnist", root=root, valid=0)
     file.unlink()
     for bad in (b"", b"<html>", gzip.compress(good)[:-9]):
-        (packed := file.with_name(f"{file.name}.gz")).write_bytes(bad)
-        assert f"Unreadable data in {file.parent}: {packed.name} is" in error_of(
-            ValueError, "mnist", root=root, valid=0
-        )
-    packed.unlink()
+        (gz := file.with_name(f"{file.name}.gz")).write_bytes(bad)
+        assert f"Unreadable data in {file.parent}: {gz.name} is" in error_of(ValueError, "mnist", root=root, valid=0)
+    gz.unlink()
     assert "no t10k-labels-idx1-ubyte; complete" in error_of(ValueError, "mnist", root=root, valid=0)
     write_torchvision(root, "cifar10", generate("cifar10"), monkeypatch)
     file = root / "cifar-10-batches-py" / "data_batch_3"
