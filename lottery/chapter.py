@@ -62,6 +62,8 @@ class Chapter:
         self.changed = {name: value for name, value in parameters.items() if value is not None}
         self.exploration = bool(self.changed)
         self.scales = self.module.scales if scale == "best" else (scale,)
+        if scale not in (known := ["best", *self.module.scales]):
+            raise Refused(f"Invalid scale {scale!r}: give one of {', '.join(known)}.")
         if recompute not in RECOMPUTE:
             raise Refused(f"Invalid recompute {recompute!r}: give one of {', '.join(RECOMPUTE)}.")
         if scale == "best" and recompute != "never":

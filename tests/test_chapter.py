@@ -531,6 +531,13 @@ def test_an_exploration_at_all_scales_says_that_training_needs_one():
         Chapter("lth", rate=0.5).scale("fig4")
 
 
+@pytest.mark.parametrize("scale", ["bset", None, ["smoke"]])
+def test_a_scale_that_is_none_is_told_all_that_there_are(scale):
+    text = f"Invalid scale {scale!r}: give one of best, paper, laptop, smoke."
+    with pytest.raises(Refused, match=f"^{re.escape(text)}$"):
+        Chapter("cs", scale=scale)
+
+
 @pytest.mark.parametrize("folder", [5, 1.5, ["results"], True])
 def test_a_results_dir_is_a_path(folder):
     with pytest.raises(Refused, match=rf"^Invalid results_dir {re.escape(repr(folder))}: give the path of a folder"):
