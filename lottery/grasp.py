@@ -234,6 +234,7 @@ def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     Of a model that comes in training mode the modules that were put into evaluation mode stay in it, such as a frozen
     batch norm: what is scored is what `training.fit` trains. What is in half precision is in float32 there.
     """
+    M.check_gradients(model)
     M.check_values(layers := M.chosen(model))
     M.check_real(layers)
     net = M.bake(M.unwrapped(model)).requires_grad_(False)._apply(_wide)

@@ -264,9 +264,10 @@ def put(model: nn.Module, layer: nn.Module, parametrization: nn.Module) -> None:
 
     It acts after those that are there already; an optimiser holds what it trains only if it is built afterwards.
 
-    Raises ValueError: a layer on the meta device.
+    Raises ValueError: a layer on the meta device, inference mode.
     """
     check_values({"weight": layer})
+    check_gradients(layer)
     weight = original(layer)
     for module in list(model.modules()):
         if original(module) is weight:
@@ -320,6 +321,16 @@ def check_values(layers: dict[str, nn.Module]) -> None:
     for name, layer in layers.items():
         if original(layer).is_meta:
             raise ValueError(f"Layer {name!r} is on the meta device and has no values: materialise the model first.")
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise ValueError where autograd sees nothing: within `torch.inference_mode`, or of parameters made there."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Nothing is trained, scored or attached within torch.inference_mode: call this outside of it.")
+    if made := [name for name, p in model.named_parameters() if not is_lazy(p) and p.is_inference()]:
+        raise ValueError(
+            f"Invalid model: {made[0]!r} was made within torch.inference_mode; make the model outside of it."
+        )
 
 
 def check_real(layers: dict[str, nn.Module]) -> None:

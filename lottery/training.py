@@ -259,8 +259,9 @@ def _check_lone(model, recipe, batch, start, stop):
 
 
 def check_tensors(model: torch.nn.Module) -> None:
-    """Raise ValueError for what is no module, or for a parameter or buffer that has no shape yet, or no values."""
+    """Raise ValueError for what is no module, or for a parameter or buffer without shape, values or gradients."""
     M.check_module(model)
+    M.check_gradients(model)
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(p):
             raise ValueError(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lottery import cs, data, lth, models, soft_threshold, training
+from lottery import cs, data, grasp, lth, models, soft_threshold, training
 from lottery import masks as M
 from lottery.batches import Batches, normaliser, take
 from lottery.methods import Method
@@ -1082,3 +1082,21 @@ def test_a_loss_is_one_number_with_a_gradient(digits, loss):
 def test_arguments_of_another_kind_are_refused(digits, bad, text):
     with pytest.raises(ValueError, match="^" + re.escape(text)):
         fit(**{"model": small(), "data": digits, "recipe": SHORT, **bad})
+
+
+def test_inference_mode_is_told_in_one_line(digits):
+    """Unlike `torch.no_grad` it cannot be undone for what was made within."""
+    net = M.bake(small())
+    before = M.state(net)
+    with torch.inference_mode():
+        theirs = copy.deepcopy(net)
+        for f in (lambda: fit(net, digits, SHORT), lambda: M.attach(net), lambda: grasp.ntk(net, digits.train.x[:2])):
+            with pytest.raises(
+                ValueError, match=r"^Nothing is trained, scored or attached within torch.inference_mode"
+            ):
+                f()
+    for f in (lambda: fit(theirs, digits, SHORT), lambda: M.attach(theirs), lambda: cs.attach(theirs)):
+        with pytest.raises(ValueError, match=r"^Invalid model: '.*weight' was made within torch.inference_mode; make"):
+            f()
+    assert same(M.state(net), before)
+    assert lth.prune(theirs, 0.5).keys() == {"1", "3"}
