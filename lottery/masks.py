@@ -271,7 +271,7 @@ def put(model: nn.Module, layer: nn.Module, parametrization: nn.Module) -> None:
     weight = original(layer)
     for module in list(model.modules()):
         if original(module) is weight:
-            if parametrize.is_parametrized(module) and not parametrize.is_parametrized(module, "weight"):
+            if parametrize.is_parametrized(module) and chain_of(module) is None:
                 _own_class(module)
             parametrize.register_parametrization(module, "weight", parametrization)
 
@@ -287,9 +287,14 @@ def _own_class(module):
 
 def on(layer: nn.Module, kind: type) -> nn.Module | None:
     """The parametrization of a class on a layer's weight, the first if there are several; None where there is none."""
-    if not parametrize.is_parametrized(layer, "weight"):
+    return next((p for p in chain_of(layer) or () if isinstance(p, kind)), None)
+
+
+def chain_of(module: nn.Module) -> nn.ModuleList | None:
+    """What is on a module's own weight, in its order, or None: a wrapper may hand on what it has not itself."""
+    if "parametrizations" not in module._modules or "weight" not in module._modules["parametrizations"]:
         return None
-    return next((p for p in layer.parametrizations.weight if isinstance(p, kind)), None)
+    return module._modules["parametrizations"]["weight"]
 
 
 def check_free(layers: dict[str, nn.Module], kind: type, above: tuple[type, ...] = ()) -> None:
@@ -300,7 +305,7 @@ def check_free(layers: dict[str, nn.Module], kind: type, above: tuple[type, ...]
     """
     check_values(layers)
     for name, layer in layers.items():
-        chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+        chain = chain_of(layer) or ()
         others = [type(p).__name__ for p in chain if getattr(p, "prunes", False) and type(p) not in (kind, *above)]
         if others:
             raise ValueError(
@@ -359,7 +364,7 @@ def remaining(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _left(name, module):
-    chain = module.parametrizations.weight if parametrize.is_parametrized(module, "weight") else ()
+    chain = chain_of(module) or ()
     masks = [p.mask != 0 for p in chain if isinstance(p, Mask)]
     if masks and not any(getattr(p, "prunes", True) for p in chain if not isinstance(p, Mask)):
         return torch.stack(masks).all(0)
@@ -374,7 +379,7 @@ def bake(model: nn.Module) -> nn.Module:
 
     A weight that is made of several tensors (weight_norm) stays as it is: it has no mask.
     """
-    on_weight = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
+    on_weight = [module for module in model.modules() if chain_of(module) is not None]
     layers = [module for module in on_weight if original(module) is not None]
     effective = [module.weight.detach().clone() for module in layers]
     for module, weight in zip(layers, effective, strict=True):
@@ -477,14 +482,14 @@ def original(module: nn.Module) -> torch.Tensor | None:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return None
-    if parametrize.is_parametrized(module, "weight"):
-        return getattr(module.parametrizations.weight, "original", None)
+    if (chain := chain_of(module)) is not None:
+        return getattr(chain, "original", None)
     return module._parameters.get("weight", module._buffers.get("weight"))
 
 
 def effective(layer: nn.Module) -> torch.Tensor:
     """The weight that a layer computes with in evaluation, detached. (Read in training mode a spectral norm moves.)"""
-    chain = list(layer.parametrizations.weight) if parametrize.is_parametrized(layer, "weight") else []
+    chain = chain_of(layer) or []
     modes = [p.training for p in chain]
     try:
         for p in chain:
@@ -508,6 +513,10 @@ def unwrapped(model: nn.Module, memo: dict | None = None) -> nn.Module:
         name = "module" if isinstance(module, DataParallel | DistributedDataParallel) else "_orig_mod"  # compile's
         if name in module._modules:
             memo[id(module)] = _Inside(name, copy.deepcopy(module._modules[name], memo))
+        elif hasattr(module, "__deepcopy__") and not hasattr(type(module), "__deepcopy__"):
+            # A wrapper hands this on to a parametrised layer, whose class has it, and a copy would be of that alone.
+            memo[id(module)] = new = type(module).__new__(type(module))
+            new.__dict__.update(copy.deepcopy(module.__dict__, memo))
     return copy.deepcopy(model, memo)
 
 

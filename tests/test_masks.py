@@ -1051,3 +1051,37 @@ def test_a_state_that_the_model_cannot_hold_is_refused_before_anything_changes(b
     with pytest.raises(ValueError, match=message(text)):
         M.restore(net, {name: v + 1 for name, v in theta.items()} | {"2.weight": bad(theta["2.weight"])})
     assert same(M.state(net), theta)
+
+
+class Handing(nn.Module):
+    """A wrapper that hands on whatever it has not itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def test_a_wrapper_that_hands_on_what_it_has_not():
+    torch.manual_seed(0)
+    wrapped, plain = Handing(nn.Linear(8, 3)), nn.Sequential()
+    plain.model, batch = copy.deepcopy(wrapped.model), [(torch.randn(6, 8), torch.arange(6) % 3)]
+    for net in (wrapped, plain):
+        M.attach(net, lth.prune(net, 0.5))
+        soft_threshold.attach(net, -3.0)
+    assert same(M.state(wrapped), M.state(plain))
+    assert same(M.remaining(wrapped), M.remaining(plain))
+    assert len(wrapped.model.parametrizations.weight) == 2
+    assert macs.effective(wrapped, (8,)) == macs.effective(plain, (8,))
+    assert same(grasp.scores(wrapped, batch), grasp.scores(plain, batch))
+    M.bake(wrapped)
+    assert torch.equal(wrapped(batch[0][0]), plain(batch[0][0]))
+    assert type(wrapped) is Handing
