@@ -245,7 +245,7 @@ LENET = Net(
 # L0's λ: one pilot, seed 100, whose weights had eight λ by lot: 13 % at 1e-5, 6 % at 2e-5, 2 % at 4e-5, 0.6 % at 8e-5.
 # STR's λ of 9, of a first grid, left nothing in trial 0, and 2.5 and 4 leave 4.5 and 0.7 %, further apart than WIDEST:
 # 3.1 took the place of 9 once that was known. So did CS's s0 of −0.3 come in: −0.2 and −0.4 leave 6.4 and 1.6 %.
-# Nothing but these densities was looked at.
+# Both by these densities alone.
 RESNET8 = Net(
     grasp.LAPTOP["resnet32-c10"],
     densities=(0.1, 0.05, 0.02),
