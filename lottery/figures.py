@@ -333,6 +333,7 @@ def by_density(
         ax.invert_xaxis()
     ax.set_ylabel(LABEL[quantity])
     if quantity == "step":
+        ax.yaxis.get_major_locator().set_params(integer=True)
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
     return table
 
@@ -345,7 +346,10 @@ def density_axis(ax: "Axes", density: Collection[float], ticks: Sequence[float] 
     """Log axis of densities in %, dense on the left."""
     ax.set_xscale("log")
     ax.set_xlim(115, 0.87 * min(density))
-    ax.set_xticks([t for t in ticks if t >= 0.9 * min(density)], minor=False)
+    shown = [t for t in ticks if t >= 0.9 * min(density)]
+    if len(shown) < 2:  # 100 alone says nothing of what else is drawn
+        shown.append(float(f"{min(density):.3g}"))
+    ax.set_xticks(shown, minor=False)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     ax.minorticks_off()
     ax.set_xlabel(DENSITY)

@@ -573,6 +573,16 @@ def small_frame():
     return pd.DataFrame(rows, columns=columns).assign(last_test_acc=0.5)
 
 
+def test_an_axis_of_dense_networks_names_them():
+    import matplotlib.pyplot as plt
+
+    fig, [ax, other] = figures.panels(2)
+    figures.density_axis(ax, [100, 64.14], figures.LTH_TICKS)
+    figures.density_axis(other, [100, 21.1], figures.LTH_TICKS)
+    assert [list(a.get_xticks()) for a in (ax, other)] == [[100, 64.1], [100, 51.3, 21.1]]
+    plt.close(fig)
+
+
 def test_learning_curves_are_compared_where_all_have_been_read():
     rows = [("imp", 0, 1.0, [10, 20, 30, 40], [0.1, 0.2, 0.3, 0.4]), ("imp", 3, 0.5, [30, 40], [0.5, 0.6])]
     frame = pd.DataFrame(rows, columns=["arm", "level", "density", "step", "test_acc"])
