@@ -40,8 +40,9 @@ class Parametrization(nn.Module):
         return torch.tensor(list(said.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take over the numbers of another one."""
-        self.__dict__.update(json.loads(bytes(state.tolist())))
+        """Take over the numbers of another one, and nothing else that a file may name."""
+        given = json.loads(bytes(state.tolist()))
+        self.__dict__.update({name: given[name] for name in self.numbers if name in given})
 
 
 class Mask(nn.Module):

@@ -406,6 +406,16 @@ def test_a_state_dict_has_all_that_a_forward_takes(saved, other, tmp_path):
         M.attach(mlp()).load_state_dict(net.state_dict())
 
 
+def test_a_state_dict_sets_the_numbers_of_a_parametrization_and_nothing_else():
+    gate = cs.attach(mlp(), -1.0)[0].parametrizations.weight[0]
+    c = gate.c
+    said = b'{"s0": 0.5, "training": false, "forward": 1, "_parameters": {}}'
+    gate.set_extra_state(torch.tensor(list(said), dtype=torch.uint8))
+    assert (gate.s0, gate.scale, gate.c, gate.training) == (0.5, True, c, True)
+    assert "forward" not in vars(gate)
+    assert gate.s.shape == (6, 8)
+
+
 def mlp():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
