@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lottery import masks as M
 from lottery import training
@@ -124,7 +123,7 @@ def attach(model: nn.Module, s0: float = 0.0, layers: Iterable[str] | None = Non
     """
     found = M.chosen(model, layers)
     for name, layer in found.items():
-        if parametrize.is_parametrized(layer, "weight") and not _gate(layer):
+        if M.chain_of(layer) is not None and not _gate(layer):
             raise ValueError(f"Layer {name!r} has another parametrization: call lottery.masks.bake(model) first.")
     M.check_free(found, Gate)
     M.check_real(found)
@@ -437,7 +436,7 @@ def _replace(model, masks):
     new = {id(_gate(layer)): M.Mask(masks[name], like=layer.weight) for name, layer in _gated(model).items()}
     for module in model.modules():
         if gate := _gate(module):
-            chain = module.parametrizations.weight
+            chain = M.chain_of(module)
             chain[list(chain).index(gate)] = new[id(gate)]
             if gate.scale:
                 chain.append(Scale(gate.c))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -107,8 +106,7 @@ class _Counter(TorchDispatchMode):
         for layer in net.modules():
             if (weight := M.original(layer)) is not None and (name := names.get(id(weight))) is not None:
                 self._note(weight, name)
-                if parametrize.is_parametrized(layer, "weight"):
-                    chain = layer.parametrizations.weight
+                if (chain := M.chain_of(layer)) is not None:
                     chain.register_forward_pre_hook(self._enter)
                     chain.register_forward_hook(lambda *hook, name=name: self._leave(hook[2], name))
 

@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_threshold, stochastic, tickets, training
@@ -180,13 +179,7 @@ class Hook:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        recipe: training.Recipe,
-        seed: int,
-        loss: Loss | None,
-        examples: int,
+        self, model: nn.Module, method: Method, recipe: training.Recipe, seed: int, loss: Loss | None, examples: int
     ):
         self.iterations, self._model, self._method, self._seed = recipe.iterations, model, method, seed
         loss = loss or functools.partial(nn.functional.cross_entropy, label_smoothing=recipe.label_smoothing)
@@ -201,11 +194,7 @@ class Hook:
         return self._method.param_groups(self._model, self._step.recipe)
 
     def before_step(
-        self,
-        t: int,
-        optimizer: torch.optim.Optimizer,
-        x: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
+        self, t: int, optimizer: torch.optim.Optimizer, x: torch.Tensor | None = None, y: torch.Tensor | None = None
     ) -> None:
         """To be called before the step that follows t finished ones; (x, y): its minibatch, as the model is fed."""
         self._step.optimizer, self._step.batch = optimizer, (x, y)
@@ -437,9 +426,8 @@ def l0(job: _Job, lam: float | None = None, **fields: Any) -> Masks:
     """
     if lam is None:
         lr, momentum = (job.recipe.lr_at(t) for t in range(job.recipe.iterations)), job.recipe.momentum
-        lam = (
-            0.5 * 2.4 / (0.15 * sum(lr) / (1 - momentum))
-        )  # log α from 0 to log(−γ/ζ) = −2.4, at a slope of 0.14 to 0.2
+        # log α from 0 to log(−γ/ζ) = −2.4, at a slope of 0.14 to 0.2
+        lam = 0.5 * 2.4 / (0.15 * sum(lr) / (1 - momentum))
     method = stochastic.L0(tuple(job.layers), lam, **fields)
     job.train(method.attach(M.bake(job.net)), method)
     open_ = M.density(method.masks(job.net))
@@ -789,7 +777,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     and ones, a file that holds no state dict, a model with gates or thresholds on, or with the factor of a CS ticket.
     """
     for name, layer in M.prunable(model).items():
-        chain = layer.parametrizations.weight if parametrize.is_parametrized(layer, "weight") else ()
+        chain = M.chain_of(layer) or ()
         if soft := [type(p).__name__ for p in chain if hasattr(p, "prunes") and not isinstance(p, M.Mask)]:
             raise ValueError(
                 f"Layer {name!r} carries a {soft[0]}, of which a state dict does not hold every number unless it was "
