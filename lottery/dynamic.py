@@ -40,7 +40,7 @@ from torch import nn
 
 from lottery import baselines, grasp
 from lottery import masks as M
-from lottery.methods import Method, densities, need, number, shares
+from lottery.methods import Method, densities, forget, need, number, shares
 
 if TYPE_CHECKING:
     from lottery.training import Recipe, Step
@@ -312,9 +312,7 @@ def rewire(layer: nn.Module, score: torch.Tensor, share: float, optimizer: torch
     new = grown & ~active
     with torch.no_grad():
         weight.masked_fill_(new, 0)
-    for moment in optimizer.state.get(weight, {}).values():
-        if isinstance(moment, torch.Tensor) and moment.shape == weight.shape:
-            moment.masked_fill_(new, 0)
+    forget(optimizer.state, weight, new)
     mask.copy_(kept | grown)
 
 

@@ -8,6 +8,7 @@ method of masks that were chosen before the training and stay: LTH, GraSP, SNIP,
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,13 @@ def shares(density: Any) -> bool:
     return bool(pairs and len({name for name, _ in given}) == len(given)) and all(
         number(d) and 0 < d <= 1 for _, d in given
     )
+
+
+def forget(memory: Mapping, parameter: torch.Tensor, gone: torch.Tensor) -> None:
+    """Momentum, and Adam's moments, of some entries of a parameter become 0; memory: the optimiser's `state`."""
+    for moment in memory.get(parameter, {}).values():
+        if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+            moment.masked_fill_(gone, 0)
 
 
 def whole(name: str, value: Any, least: int = 1) -> None:

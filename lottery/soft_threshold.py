@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from lottery import masks as M
-from lottery.methods import Method, densities, need, number
+from lottery.methods import Method, densities, forget, need, number
 
 if TYPE_CHECKING:
     from lottery.training import Recipe, Step
@@ -83,11 +83,7 @@ class SoftThreshold(M.Parametrization):
 
 
 def attach(
-    model: nn.Module,
-    s_init: float,
-    g: str = "sigmoid",
-    granularity: str = "layer",
-    layers: Iterable[str] | None = None,
+    model: nn.Module, s_init: float, g: str = "sigmoid", granularity: str = "layer", layers: Iterable[str] | None = None
 ) -> nn.Module:
     """Put soft thresholds on the model, in place. Build the optimiser afterwards: it has to hold s.
 
@@ -121,7 +117,7 @@ def attach(
     new = {n: SoftThreshold(w.new_full(_shape(w, granularity), float(s_init)), g) for n, w in like.items()}
 
     on = {name: p for name, layer in chosen.items() if (p := _threshold(layer))}
-    uses = Counter(id(p) for layer in M.prunable(model).values() if (p := _threshold(layer)))
+    uses = Counter(id(_threshold(layer)) for layer in _thresholded(model).values())
     shared = next(iter(on.values()), next(iter(new.values())))
     for name, p in on.items():
         sharing = p is shared if granularity == "global" else uses[id(p)] == 1
@@ -144,6 +140,11 @@ def _shape(weight, granularity):
 def _threshold(module):
     """The SoftThreshold on a layer's weight, or None."""
     return M.on(module, SoftThreshold)
+
+
+def _thresholded(model):
+    """`{layer: module}` of those that carry a threshold."""
+    return {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
 
 
 @dataclass(frozen=True)
@@ -188,12 +189,11 @@ class STR(Method):
 
     def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Of the layers that carry a threshold."""
-        layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
-        return {name: M.effective(layer) != 0 for name, layer in layers.items()}
+        return {name: M.effective(layer) != 0 for name, layer in _thresholded(model).items()}
 
     def reading(self, model: nn.Module) -> dict[str, float]:
         """The densities, and of each layer the mean s and the mean threshold (figures 1 to 3)."""
-        on = {name: p for name, layer in M.prunable(model).items() if (p := _threshold(layer))}
+        on = {name: _threshold(layer) for name, layer in _thresholded(model).items()}
         s = {f"s/{name}": p.s.mean().item() for name, p in on.items()}
         return densities(self.masks(model)) | s | {f"threshold/{n}": p.threshold().mean().item() for n, p in on.items()}
 
@@ -208,7 +208,7 @@ class STR(Method):
 
 def thresholds(model: nn.Module) -> dict[str, torch.Tensor]:
     """α = g(s) of the layers that carry a threshold, detached: `{layer: tensor}`, a scalar or of the shape of s."""
-    return {n: p.threshold().detach() for n, module in M.prunable(model).items() if (p := _threshold(module))}
+    return {name: _threshold(layer).threshold().detach() for name, layer in _thresholded(model).items()}
 
 
 def freeze(model: nn.Module, density: float | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -221,7 +221,7 @@ def freeze(model: nn.Module, density: float | None = None, optimizer: torch.opti
         it is reached exactly but for a weight or less a layer. Where no more than that is left, all of it stays.
     optimizer: its momentum of pruned weights and of s becomes 0.
     """
-    layers = {name: layer for name, layer in M.prunable(model).items() if _threshold(layer)}
+    layers = _thresholded(model)
     now = M.density({name: M.effective(layer) != 0 for name, layer in layers.items()})
     share = min(1.0, density / now) if density is not None and now else 1.0
     memory = {} if optimizer is None else optimizer.state
@@ -235,9 +235,7 @@ def freeze(model: nn.Module, density: float | None = None, optimizer: torch.opti
             M.original(layer).copy_(w * keep)
             s.fill_(FROZEN)
         for parameter, gone in ((M.original(layer), ~keep), (s, torch.ones_like(s, dtype=torch.bool))):
-            for moment in memory.get(parameter, {}).values():
-                if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
-                    moment.masked_fill_(gone, 0)
+            forget(memory, parameter, gone)
 
 
 def param_groups(model: nn.Module, recipe: "Recipe", decay: str = "all") -> list[dict[str, Any]]:
@@ -257,7 +255,7 @@ def param_groups(model: nn.Module, recipe: "Recipe", decay: str = "all") -> list
     trainable = [p for p in model.parameters() if p.requires_grad]
     rest, s = [p for p in trainable if id(p) not in s], [p for p in trainable if id(p) in s]
     if decay == "thresholded":
-        own = {id(M.original(layer)) for layer in M.prunable(model).values() if _threshold(layer)}
+        own = {id(M.original(layer)) for layer in _thresholded(model).values()}
         rest, s = [p for p in rest if id(p) not in own], [*s, *(p for p in rest if id(p) in own)]
     none = {"thresholded": rest, "weights": s}.get(decay)
     return [{"params": p, "weight_decay": 0.0 if p is none else recipe.weight_decay} for p in (rest, s)]
@@ -406,37 +404,20 @@ def reach(
 
     Raises ValueError: an argument out of its range, before any training; `train` returns something else.
     """
-    for name, value, ok, rule in (
-        (
-            "density",
-            density,
-            M.is_number(density) and 0 < density < 1,
-            "a fraction of weights to keep, 0 < density < 1",
-        ),
-        (
-            "weight_decay",
-            weight_decay,
-            M.is_number(weight_decay) and 0 < weight_decay < math.inf,
-            "a finite number above 0",
-        ),
-        ("s_init", s_init, M.is_number(s_init) and -math.inf < s_init < 0, "a finite number below 0"),
-        (
-            "tolerance",
-            tolerance,
-            M.is_number(tolerance) and 0 <= tolerance < 1,
-            "a difference in density, 0 <= tolerance < 1",
-        ),
-        ("trials", trials, number(trials, Integral) and trials >= 1, "a whole number from 1"),
+    for name, value, within, rule in (
+        ("density", density, lambda v: 0 < v < 1, "a fraction of weights to keep, 0 < density < 1"),
+        ("weight_decay", weight_decay, lambda v: 0 < v < math.inf, "a finite number above 0"),
+        ("s_init", s_init, lambda v: -math.inf < v < 0, "a finite number below 0"),
+        ("tolerance", tolerance, lambda v: 0 <= v < 1, "a difference in density, 0 <= tolerance < 1"),
+        ("trials", trials, lambda v: number(v, Integral) and v >= 1, "a whole number from 1"),
     ):
-        if not ok:
+        if not (M.is_number(value) and within(value)):
             raise ValueError(f"Invalid {name} {value}: give {rule}.")
     result, points, y = Reach(density, tolerance), _points(weight_decay, s_init), None
     while len(result.trials) < trials and not result.found:
         try:
             point = points.send(y)
-        except (
-            StopIteration
-        ):  # both brackets have closed without a density inside the tolerance, or have left all sense
+        except StopIteration:  # both brackets have closed without such a density, or have left all sense
             break
         try:
             trained = train(*point)
