@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lottery import baselines, models
+from lottery import models
 from lottery.claims import WIDEST
 from lottery.cs import CS, Ticket
-from lottery.dynamic import DNW, GMP, SET, RigL
+from lottery.dynamic import BUDGETS, DNW, GMP, SET, RigL
 from lottery.experiments import grasp, soft_threshold
 from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import Run, fractions
@@ -54,10 +54,9 @@ def shared(run: Run, density: float, share: str) -> float | tuple[tuple[str, flo
 
 @functools.cache
 def _shared(model, dataset, options, density, share):
-    if share not in ("uniform", "erk"):
+    if share not in BUDGETS:
         raise ValueError(f"Invalid share {share!r}: give 'global', 'uniform' or 'erk'.")
-    budget = {"uniform": baselines.uniform, "erk": baselines.erk}[share]
-    return tuple(budget(models.on_set(model, dataset, options), density).items())
+    return tuple(BUDGETS[share](models.on_set(model, dataset, options), density).items())
 
 
 def at_initialisation(criterion: str) -> Callable[..., Run]:
@@ -101,9 +100,7 @@ def rewired(kind: type[SET]) -> Callable[..., Run]:
     """SET and RigL, from random masks at ERK densities."""
 
     def method(net, run, density, share="erk", **options):
-        return dataclasses.replace(
-            run, method=kind(**options), criterion="random", density=shared(run, density, share)
-        )  # fmt: skip
+        return dataclasses.replace(run, method=kind(**options), criterion="random", density=shared(run, density, share))
 
     return method
 
@@ -118,9 +115,7 @@ def cs(net: "Net", run: Run, s0: float, **options: Any) -> Run:
 def str_(net: "Net", run: Run, decay: float, **options: Any) -> Run:
     """λ is `decay` · 10⁻⁵ of the paper's training, scaled to this recipe; s starts at −3200."""
     decay = soft_threshold.weight_decay(decay * 1e-5, run.recipe)
-    return dataclasses.replace(
-        run, recipe=dataclasses.replace(run.recipe, weight_decay=decay), method=STR(**options)
-    )  # fmt: skip
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, weight_decay=decay), method=STR(**options))
 
 
 def l0(net: "Net", run: Run, lam: float, rate: float = 1000.0, **options: Any) -> Run:

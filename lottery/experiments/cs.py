@@ -168,9 +168,7 @@ class Setting(Trials):
     def _alone(self, net, seed, rounds, variant, **start):
         searched = self.search(net, seed, rounds, variant)
         method = Ticket(s0=searched.method.s0, scale=searched.method.scale)
-        return dataclasses.replace(
-            searched, parent=searched, method=method, recipe=self.nets[net].recipe, **start
-        )  # fmt: skip
+        return dataclasses.replace(searched, parent=searched, method=method, recipe=self.nets[net].recipe, **start)
 
     @functools.cache  # noqa: B019
     def magnitude(self, net: str, seed: int, level: int) -> Run:
@@ -189,9 +187,7 @@ class Setting(Trials):
         return dataclasses.replace(before, parent=before, init="continue")
 
     def _rewound(self, run):
-        return dataclasses.replace(
-            run, parent=run, init="rewind", rewind_to=self.rewind_to, rewind_schedule="restart"
-        )  # fmt: skip
+        return dataclasses.replace(run, parent=run, init="rewind", rewind_to=self.rewind_to, rewind_schedule="restart")
 
     def once(self, net: str, seed: int, density: float, **criterion: Any) -> Run:
         """The dense network pruned once, fine-tuned."""
@@ -245,9 +241,7 @@ VARIANTS = RULES | SWITCHES | STUDIES
 # started from eight s0 by lot: 4 % from −0.2, 13 % from −0.1, 44 % from 0, 58 % from 0.02, 80 % from 0.05. L0, in
 # another whose weights had eight λ by lot: 62 % at 3e-7, 50 % at 1e-6, 28 % at 3e-6, 9 % at 1e-5, 3 % at 3e-5.
 STAND_IN = dense("resnet8", "cifar10_16", recipe(30, precision="bfloat16"), shortcut="plain")
-TINY = dense(
-    "resnet8", "digits", recipe(3, 17, batch_size=64, augment="none"), valid=290, width=4, shortcut="plain"
-)  # fmt: skip
+TINY = dense("resnet8", "digits", recipe(3, 17, batch_size=64, augment="none"), valid=290, width=4, shortcut="plain")
 SETTINGS = {  # highest scale first
     "paper": Setting(
         {

@@ -15,7 +15,7 @@ from lottery import data, names
 from lottery.experiments import grasp_init
 from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import CRITERIA, Run, fractions
-from lottery.methods import whole
+from lottery.methods import need, whole
 from lottery.training import Recipe
 
 GUESSED = (
@@ -68,8 +68,7 @@ class Setting(Trials):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
+        need(self, "criterion", self.criterion in CRITERIA, f"give one of {', '.join(CRITERIA)}")
 
 
 NETS = {

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lottery import baselines, data, grasp, models
 from lottery import masks as M
 from lottery.experiments.runs import Measurement
-from lottery.methods import whole
+from lottery.methods import need, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,8 +67,7 @@ class Pruning(Measurement):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"Invalid criterion {self.criterion!r}: give one of {', '.join(CRITERIA)}.")
+        need(self, "criterion", self.criterion in CRITERIA, f"give one of {', '.join(CRITERIA)}")
         for name, least in (("seed", 0), ("batch", 0), ("images", 0), ("kernel", 0), ("chunks", 1)):
             whole(name, getattr(self, name), least)
 

@@ -19,7 +19,7 @@ from lottery import masks, models
 from lottery.experiments.instability import Instability
 from lottery.experiments.papers import Paper, Trials
 from lottery.experiments.runs import INITS, Run, rates
-from lottery.methods import whole
+from lottery.methods import need, whole
 from lottery.training import Recipe
 
 NETWORKS = {"lenet": "lenet_300_100", "resnet18": "resnet20"}  # by the paper's names; its "Resnet-18" has 20 layers
@@ -54,10 +54,9 @@ class Net:
     def __post_init__(self):
         for name in ("rounds", "draws", "random_draws", "sweep_rounds", "far_rounds"):
             whole(name, getattr(self, name))
-        if any(p is not None and not 0 < p < 1 for p in self.one_shot):
-            raise ValueError(f"Invalid one_shot {self.one_shot}: give fractions to remove, 0 < p < 1.")
-        if self.init not in INITS:
-            raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
+        shares = all(p is None or 0 < p < 1 for p in self.one_shot)
+        need(self, "one_shot", shares, "give fractions to remove, 0 < p < 1")
+        need(self, "init", self.init in INITS, f"give one of {', '.join(INITS)}")
         if (self.init == "rewind") != (self.base.rewind_to > 0):
             raise ValueError(f"Invalid rewind_to {self.base.rewind_to} with init {self.init!r}: they go together.")
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lottery import data, masks, models
-from lottery.methods import NOTHING, Method, own_numbers, shares, whole
+from lottery.methods import NOTHING, Method, need, own_numbers, shares, whole
 from lottery.training import Recipe
 
 SCHEMA = 1
@@ -92,11 +92,8 @@ class Run:
             raise ValueError(f"Invalid recipe of type {type(self.recipe).__name__}: give a lottery.training.Recipe.")
         if not isinstance(self.parent, Run | None):
             raise ValueError(f"Invalid parent of type {type(self.parent).__name__}: give a Run, or None.")
-        if self.init not in INITS:
-            raise ValueError(f"Invalid init {self.init!r}: give one of {', '.join(INITS)}.")
-        known_names = (("model", models.MODELS), ("dataset", data.SETS), ("scope", ("layer", "global")))
-        known_names += (("budget", BUDGETS),)
-        for name, known in (*known_names, ("criterion", CRITERIA)):
+        known_names = {"init": INITS, "model": models.MODELS, "dataset": data.SETS, "scope": ("layer", "global")}
+        for name, known in (known_names | {"budget": BUDGETS, "criterion": CRITERIA}).items():
             if (value := getattr(self, name)) not in list(known):
                 raise ValueError(f"Invalid {name} {value!r}: give one of {', '.join(known)}.")
         for name in ("seed", "draw", "rewind_to", "split_seed"):
@@ -110,19 +107,16 @@ class Run:
             if not (isinstance(pairs, tuple) and list(pairs) == sorted(dict(pairs).items())):
                 raise ValueError(f"Invalid {name} {pairs!r}: give a tuple of (name, value), sorted by name.")
         self._check_criterion()
-        if not isinstance(self.method, Method):
-            raise ValueError(f"Invalid method {self.method!r}: give one, such as lottery.cs.CS(s0=0.0).")
+        need(self, "method", isinstance(self.method, Method), "give one, such as lottery.cs.CS(s0=0.0)")
         for name in ("balanced", "shuffled"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"Invalid {name} {value!r}: give True or False.")
+            need(self, name, isinstance(getattr(self, name), bool), "give True or False")
         if self.shuffled and (self.parent is None or self.goes_on):
             raise ValueError("Invalid shuffled True: there is no mask yet, or one that is still learned.")
         if not (self.layers is None or (isinstance(self.layers, tuple) and self.layers)):
             raise ValueError(f"Invalid layers {self.layers!r}: give a tuple of layer names, or None for all.")
         if self.budget and (self.parent is None or self.init != "reset"):
             raise ValueError(f"Invalid budget {self.budget!r}: it is taken from a parent, with init 'reset'.")
-        if self.rewind_schedule not in ("continue", "restart"):
-            raise ValueError(f"Invalid rewind_schedule {self.rewind_schedule!r}: give 'continue' or 'restart'.")
+        need(self, "rewind_schedule", self.rewind_schedule in ("continue", "restart"), "give 'continue' or 'restart'")
         if not 0 <= self.rewind_to < self.recipe.iterations:
             raise ValueError(f"Invalid rewind_to {self.rewind_to}: give 0 <= iteration < {self.recipe.iterations}.")
         for name in ("rate", "rate_conv", "rate_output"):
