@@ -51,7 +51,6 @@ def main(
 
 def kind_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Every error is one line on stderr and exit status 2, or LEFT where only workers are gone; never a traceback."""
-    import functools
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
@@ -501,12 +500,7 @@ def _declare():
         for scale in module.scales:
             for item in module.items:
                 runs = module.runs(item, scale)
-                line = {
-                    "paper": paper,
-                    "item": item,
-                    "scale": scale,
-                    "iterations": sum(r.work for r in runs),
-                }
+                line = {"paper": paper, "item": item, "scale": scale, "iterations": sum(r.work for r in runs)}
                 graph, todo = {}, [*runs]
                 while todo:
                     if (r := todo.pop()).key not in graph:

@@ -122,11 +122,7 @@ def held_out(name: str, valid: int | None = None) -> int:
 
 
 def load(
-    name: str,
-    root: Path | str | None = None,
-    valid: int | None = None,
-    balanced: bool = False,
-    split_seed: int = 0,
+    name: str, root: Path | str | None = None, valid: int | None = None, balanced: bool = False, split_seed: int = 0
 ) -> Data:
     """Load mnist, cifar10, cifar100, fashion_mnist, digits, cifar10_16, or one of `lottery.elsewhere`.
 

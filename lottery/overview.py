@@ -162,11 +162,8 @@ def _block(item, claims):
 def _mark(row):
     filling = {"exact": "full", "full": "full", "reduced": "reduced"}.get(row["evidence"], "standin")
     outline, sign = _SHAPES[kind(row)]
-    return (
-        f'<g class="{kind(row)} {filling}"><path d="{outline}"/>'
-        + (f'<path class="sign" d="{sign}"/>' if sign else "")
-        + "</g>"
-    )
+    drawn = f'<path class="sign" d="{sign}"/>' if sign else ""
+    return f'<g class="{kind(row)} {filling}"><path d="{outline}"/>{drawn}</g>'
 
 
 def _legend():
@@ -212,9 +209,7 @@ def page(card: dict, figures: Iterable[str] = ()) -> str:
 def _form(rows):
     papers = {paper: names.PAPERS.get(paper, paper) for paper in dict.fromkeys(row["paper"] for row in rows)}
     verdicts = sorted({word(row) for row in rows if row["claim"]})
-    evidence = [
-        e for e in ("exact", "full", "reduced", "stand-in", "none") if any(row["evidence"] == e for row in rows)
-    ]
+    evidence = [e for e in scorecard.EVIDENCE if any(row["evidence"] == e for row in rows)]
 
     def select(name, options):
         said = "".join(f'<option value="{escape(v)}">{escape(text)}</option>' for v, text in options)

@@ -306,13 +306,9 @@ def _accuracy(stored, row):
 def _loss(stored, row, steps):
     """The largest relative difference of the first losses, or of what was measured; None where there are none."""
     losses = bool(row.get("train_loss"))
-    a, b = (_steps(r) if losses else _measured(r) for r in (stored, row))
+    a, b = (json.loads(r.get("train_loss") or "{}") if losses else _measured(r) for r in (stored, row))
     pairs = [(a[t], b[t]) for t in a.keys() & b.keys() if not losses or int(t) <= steps]
     return max((abs(x - y) / max(abs(x), 1e-12) for x, y in pairs), default=None)
-
-
-def _steps(row):
-    return json.loads(row.get("train_loss") or "{}")
 
 
 def _measured(row):

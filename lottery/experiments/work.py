@@ -139,8 +139,7 @@ def fit_alike(
     model: torch.nn.Module, images: data.Data, recipe: training.Recipe, seed: int, **how: Any
 ) -> training.History:
     """`training.fit`; dropout draws from torch's own generator, so that is given the seed for as long."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with grasp.same_rng(next(model.parameters())):
         torch.manual_seed(seed % 2**63)
         return training.fit(model, images, recipe, seed=seed, **how)
 
@@ -250,7 +249,9 @@ def initialise(r: Run, images: data.Data, store: Store, device: torch.device | s
         if r.parent or r.density or (r.layers and not learns_masks):
             M.attach(model, m)
         r.method.attach(model)
-        _restore(model, _values(r, m, create, source, images, device, torch.Generator().manual_seed(fresh)))
+        theta = _values(r, m, create, source, images, device, torch.Generator().manual_seed(fresh))
+        own = M.state(model)  # under its own method's parametrizations, which may be others than θ's
+        M.restore(model, {name: theta.get(name, t) for name, t in own.items()})
     hashes = {"theta0": tickets.digest(M.state(model)), "parent_weights": parent_sha}
     model, opt = model.to(device), None
     if r.method.carries:
@@ -300,12 +301,6 @@ def _values(r, m, create, source, images, device, generator):
     return theta_0
 
 
-def _restore(model, theta):
-    """Copy what the model has of a state of the same network under other parametrizations."""
-    own = M.state(model)
-    M.restore(model, {name: theta.get(name, t) for name, t in own.items()})
-
-
 APART = ("mask", "learned", "optimizer")  # what an artifact holds beside `masks.state`, by prefix
 
 
@@ -353,11 +348,7 @@ def pruned(
 
 
 def scores(
-    r: Run,
-    model: torch.nn.Module,
-    images: data.Data,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
+    r: Run, model: torch.nn.Module, images: data.Data, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """`{layer: tensor}` on the CPU by the run's criterion. SNIP scores the copy and the batch that GraSP scores."""
     if r.criterion == "magnitude":
