@@ -68,7 +68,8 @@ def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> di
         g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, T))
         _check_gradients(g)
         Hg = _sum(batches, w, lambda x, y: _times_hessian(g, net, w, x, y, T))
-    found = {name: v.detach() * h for (name, v), h in zip(theta.items(), Hg, strict=True)}
+    theta_Hg = [v.detach() * h for v, h in zip(w, Hg, strict=True)]
+    found = dict(zip(theta, theta_Hg, strict=True))
     if not all(v.isfinite().all() for v in found.values()):
         raise ValueError("NaN or infinity in the scores: check the model's weights and the temperature.")
     if not any(v.any() for v in found.values()):
