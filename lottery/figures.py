@@ -54,7 +54,7 @@ METHODS = _Looks(
         "dense": _look("dense", "black", "x"),
         "imp": _look("imp", "#0072B2", "o"),
         "reinit": _look("reinit", "#D55E00", "s", "--"),
-        "oneshot": _look("oneshot", "#56B4E9", "^", "-."),
+        "oneshot": _look("oneshot", "#009E73", "^", "-."),
         "oneshot-reinit": _look("oneshot-reinit", "#E69F00", "v", ":"),
         "random": _look("random", "#808080", "D", ":"),
         "continued": _look("continued", "#009E73", "<", "-."),
@@ -500,12 +500,12 @@ def badge(fig: "Figure", text: str) -> None:
     fig.badge = text
 
 
-def panels(n: int, height: float = 2.9, width: float | None = None) -> tuple["Figure", np.ndarray]:
-    """n axes, two in a row at most, as an array; the figure is as wide as the book's column where there are two.
+def panels(n: int, height: float = 2.9, width: float | None = None, columns: int = 2) -> tuple["Figure", np.ndarray]:
+    """n axes as an array, `columns` in a row at most; where there are two, the figure is as wide as the book's column.
 
     height: of a row, in inches; width: of one panel, at most half of the column where there are two.
     """
-    columns = min(n, 2)
+    columns = min(n, columns)
     width = min(width or 5.4, WIDTH / columns)
     fig, axes = plt.subplots(
         -(-n // columns), columns, figsize=(width * columns, height * -(-n // columns)), constrained_layout=True
