@@ -86,7 +86,7 @@ class Store:
         also = [also] if isinstance(also, str | Path) else also
         self.also = [files.path_of(folder).absolute() for folder in also]
         for folder in (self.dir, *self.dir.parents, *(self.dir / name for name in PARTS)):
-            if folder.exists() and not folder.is_dir():
+            if folder.is_file():  # the null device is none: who has no home has results in no folder
                 raise NotADirectoryError(f"Invalid results folder {folder}: it is a file; name a folder.")
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
 
