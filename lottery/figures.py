@@ -90,6 +90,7 @@ LABEL = {
     "val_loss": "validation loss",
 }
 DENSITY = "weights remaining (density), %"
+DARK, LIGHT = "#111111", "#fefefe"  # of text on a coloured ground; black and white turn with the page
 WIDTH = 6.9  # inches: the column of the book, so that a point in the figure is a point on the page
 
 
