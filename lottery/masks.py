@@ -234,6 +234,7 @@ def per_layer(
     return value if scope == "global" else dict.fromkeys(layers, value)
 
 
+@torch.no_grad()
 def attach(model: nn.Module, masks: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Put masks on the model, in place; the first call adds the parametrization, later ones copy into it.
 
@@ -260,6 +261,7 @@ def attach(model: nn.Module, masks: dict[str, torch.Tensor] | None = None) -> nn
     return model
 
 
+@torch.no_grad()  # a profiler's thread holds a frame, with all in it, for a moment: PyTorch's keeps the new weight
 def put(model: nn.Module, layer: nn.Module, parametrization: nn.Module) -> None:
     """Put a parametrization on a layer's weight, in place: on every module that shares it, so that they stay tied.
 

@@ -48,6 +48,11 @@ def layers(model: nn.Module) -> list[nn.Linear] | None:
     return linear if chain and _plain_tensors(model, linear) else None
 
 
+def _linear(model):
+    """The `layers` of a model that is known to be of that form."""
+    return list(model)[1::2]
+
+
 def _only_masked(layer):
     """Whether the weight is a parameter, or one under a Mask and nothing else, and the bias a parameter."""
     if not P.is_parametrized(layer):
@@ -150,7 +155,7 @@ def _product(x, weight, bias=None, relu=False):
 def narrow(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     """A copy of a model with `layers` that reads only these inputs, int64 [n]."""
     model = copy.deepcopy(model)
-    first = layers(model)[0]
+    first = _linear(model)[0]
     weight = nn.Parameter(M.original(first)[:, inputs])
     first.in_features = len(inputs)
     if (mask := M.mask_of(first)) is None:
@@ -164,7 +169,7 @@ def narrow(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
 @torch.no_grad()
 def widen(model: nn.Module, narrow: nn.Module, inputs: torch.Tensor) -> None:
     """Copy the parameters of a `narrow` copy back into the model; what reads the other inputs stays as it is."""
-    for layer, trained in zip(layers(model), layers(narrow), strict=True):
+    for layer, trained in zip(_linear(model), _linear(narrow), strict=True):
         weight = M.original(layer)
         if weight.shape == M.original(trained).shape:
             weight.copy_(M.original(trained))
@@ -184,7 +189,7 @@ class Step:
 
     @torch.no_grad()
     def __init__(self, model, recipe, build):
-        self.layers = layers(model)
+        self.layers = _linear(model)
         masks = [_mask(layer) for layer in self.layers]
         few = sum(mask.sum() for mask in masks) < FEW * sum(mask.numel() for mask in masks)
         self.masks = None if few else masks
@@ -236,7 +241,7 @@ class Population:
 
     @torch.no_grad()
     def __init__(self, models, recipe, build):
-        self.layers = [layers(model) for model in models]
+        self.layers = [_linear(model) for model in models]
         alike = list(zip(*self.layers, strict=True))  # [layer][network]
         parts = [torch.stack([getattr(n, of).detach() for n in same]) for same in alike for of in ("weight", "bias")]
         masks = [torch.stack([_mask(layer) for layer in same]) for same in alike]

@@ -541,7 +541,7 @@ def fit(
     data = _on(like.device, data)
     batch = Batches(data, recipe, seeds[0] if alone else seeds, like)
     if by_hand:
-        _check_outputs(perceptron.layers(models[0])[-1].out_features, classes)
+        _check_outputs(models[0][-1].out_features, classes)
     if not alone:
         step = perceptron.Population(models, recipe, _build)
     elif by_hand and like.device.type == "cpu":
@@ -806,6 +806,7 @@ class _Member:
                 M.original(layers[name])[~mask] = values
 
 
+@torch.no_grad()
 def _lit(model, data, recipe):
     """The pixels that are not black in all images, int64 [n], if the others change nothing and are some; else None.
 
@@ -814,7 +815,7 @@ def _lit(model, data, recipe):
     """
     if recipe.inputs != "unit" or recipe.weight_decay or recipe.augment != "none":
         return None
-    if not perceptron.layers(model)[0].weight.isfinite().all():
+    if not model[1].weight.isfinite().all():
         return None
     lit = torch.stack([split.x.flatten(1).any(0) for split in (data.train, data.valid, data.test)]).any(0)
     return None if lit.all() or not lit.any() else lit.nonzero()[:, 0]
