@@ -231,7 +231,7 @@ def override(at: Setting, **given: Any) -> Setting:
 def called(changed: dict[str, Any]) -> dict[str, str]:
     """What arms are called where their experiment is another: the arm "grasp" ranks by any criterion."""
     criterion = changed.get("criterion", "grasp")
-    return {} if criterion == "grasp" else {"grasp": f"{names.arm(criterion)}, scored as GraSP is"}
+    return {} if criterion == "grasp" else {"grasp": f"{names.arm(criterion).partition(' at ')[0]}, scored as GraSP is"}
 
 
 def changed(run: Run, base: dict[str, Any], changes: dict[str, Any]) -> Run:
