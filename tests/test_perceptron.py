@@ -321,12 +321,16 @@ def test_a_profiler_that_keeps_frames_changes_nothing(digits):
         history = fit(model, digits, Recipe(iterations=10, eval_every=5), seed=3)
         return history.val_loss, history.train_loss, M.state(model)
 
-    frames, (val_loss, train_loss, state) = [], trained()
+    model, frames, (val_loss, train_loss, state) = small(), [], trained()
     sys.setprofile(lambda frame, *_: frames.append(frame))
     try:
+        seen = [perceptron.layers(model) is not None for _ in range(3)]
         found = trained()
     finally:
         sys.setprofile(None)
+    assert seen == [True, True, True]
+    with torch.no_grad():
+        assert perceptron.layers(model)
     assert (val_loss, train_loss) == found[:2]
     assert all(torch.equal(t, found[2][name]) for name, t in state.items())
 
