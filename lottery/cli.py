@@ -172,18 +172,18 @@ def _progress(store, paper, scale):
     from lottery.experiments import leases, pace
 
     stored, failed, paces = store.columns("status"), store.failures(), pace.paces(store)
-    running, items, declared = leases.running(store.leases), [], _declared()
+    running, items, (declared, graph) = leases.running(store.leases), [], _declared()
     for what, asked in (("paper", paper), ("scale", scale)):
-        known = list(dict.fromkeys(line[what] for line, *_ in declared))
+        known = list(dict.fromkeys(line[what] for line, _ in declared))
         if asked not in (None, *known):
             raise ValueError(f"Unknown {what} {asked!r}: choose from {', '.join(known)}.")
         declared = [one for one in declared if asked in (None, one[0][what])]
     weights = functools.cache(lambda key: store.artifact(key).exists())
-    for line, runs, graph in declared:
+    for line, runs in declared:
         found = [stored[key][0] for key in runs if key in stored]
         todo = pace.missing(
             runs,
-            lambda key, graph=graph: [(p, graph[key][3]) for p in graph[key][2]],
+            lambda key: [(p, graph[key][3]) for p in graph[key][2]],
             lambda key, by_weights: key not in stored or (by_weights and not weights(key)),
         )
         left = [pace.expected(paces, tuple(graph[key][0]), graph[key][1]) for key in todo]
@@ -469,7 +469,7 @@ def _stored(results_dir):
 
 
 def _declared():
-    """[{paper, item, scale, iterations}, keys of its runs, what they and their parents are] of all that is declared.
+    """[{paper, item, scale, iterations}, keys of its runs] of all that is declared, and what they and their parents are.
 
     What one is, by its key: kind, work, the keys of what it starts from, and whether from their weights.
 
@@ -494,20 +494,20 @@ def _declared():
 def _declare():
     from lottery.experiments import engine, papers
 
-    declared = []
+    declared, graph = [], {}
     for paper in PAPERS:
         module = papers.paper(paper)
         for scale in module.scales:
             for item in module.items:
                 runs = module.runs(item, scale)
                 line = {"paper": paper, "item": item, "scale": scale, "iterations": sum(r.work for r in runs)}
-                graph, todo = {}, [*runs]
+                todo = [*runs]
                 while todo:
                     if (r := todo.pop()).key not in graph:
                         todo += (starts := engine.needs(r))
                         graph[r.key] = r.kind, r.work, [p.key for p in starts], not getattr(r, "budget", None)
-                declared.append((line, [r.key for r in runs], graph))
-    return declared
+                declared.append((line, [r.key for r in runs]))
+    return declared, graph
 
 
 def _asked(paper, items, scale, trials):

@@ -163,7 +163,7 @@ WORDS = [*PLAIN.split(), "\x00", "é" * 300, "a" * 5000, "", " ", "\udc80", "\n"
 
 def words(folder):
     """Random command lines: an exit status of a refusal has a message, and nothing else but a message."""
-    cli._declared = lambda: []
+    cli._declared = lambda: ([], {})
     experiments.run = lambda runs, *args, **options: runs  # nothing is trained here
     scorecard.scorecard = lambda paper, *args: {"rows": [], "totals": scorecard.totals([])}
 

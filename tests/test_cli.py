@@ -433,8 +433,8 @@ def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", str)
     monkeypatch.setattr(cli, "sys", types.SimpleNamespace(modules={}))
-    monkeypatch.setattr(cli, "_declare", list)
-    assert cli._declared() == []
+    monkeypatch.setattr(cli, "_declare", lambda: ([], {}))
+    assert cli._declared() == ([], {})
     assert not list(tmp_path.iterdir())
 
 
@@ -473,7 +473,7 @@ def test_a_watch_looks_again_until_it_is_interrupted(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(cli, "_declared", list)
+    monkeypatch.setattr(cli, "_declared", lambda: ([], {}))
     told = call("status", "--watch", "--results-dir", tmp_path)
     assert (told.exit_code, told.stderr) == (130, "")
     assert told.stdout == f"0 runs are stored in {tmp_path}.\n" * 2

@@ -30,7 +30,7 @@ def nested(depth=100_000):
 @pytest.fixture
 def status(monkeypatch):
     """`lottery status` of a folder, without the seconds of listing what the papers declare."""
-    monkeypatch.setattr(cli, "_declared", lambda: [])
+    monkeypatch.setattr(cli, "_declared", lambda: ([], {}))
 
     def look(folder):
         told = CliRunner().invoke(cli.app, ["status", "--json", "--results-dir", str(folder)])
