@@ -469,7 +469,7 @@ def _stored(results_dir):
 
 
 def _declared():
-    """[{paper, item, scale, iterations}, keys of its runs] of all that is declared, and what they and their parents are.
+    """[{paper, item, scale, iterations}, keys of its runs] of all that is declared; what these and their parents are.
 
     What one is, by its key: kind, work, the keys of what it starts from, and whether from their weights.
 

@@ -243,6 +243,30 @@ def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path, 
     ]
 
 
+def test_an_interrupt_while_a_run_is_given_to_a_worker_waits_for_it(tmp_path, monkeypatch, capsys):
+    """The thread that renews the leases is given the signal, and its handler runs in the middle of `submit`."""
+
+    class Interrupted(futures.ThreadPoolExecutor):
+        def submit(self, *args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().submit(*args)
+
+    monkeypatch.setattr(engine, "_pool", Interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            experiments.run(seeds(5), store=Store(tmp_path), slots=2, progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(Store(tmp_path).rows()) == {seeds(5)[0].key}
+    assert capsys.readouterr().out.splitlines() == [
+        "Stopping when the training under way has ended; interrupt again to abandon.",
+        "Stopped: 1 of 1 kept.",
+    ]
+
+
 def test_long_chains_go_before_side_branches(tmp_path):
     trunk = [DENSE, child(DENSE), child(child(DENSE))]
     side = [child(DENSE, init="reinit", draw=i) for i in range(3)]

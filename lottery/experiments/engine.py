@@ -171,8 +171,9 @@ class _Sweep:
             if group:
                 self.todo = _without(group, self.todo)
                 keep = [r in self.parents for r in group]
-                job = self._start(execute, group, self.store.dir, self.store.also, keep, *self.how)
-                self.under_way[job] = group
+                with _uninterrupted() if self.renew and self.slots > 1 else contextlib.nullcontext():
+                    job = self._start(execute, group, self.store.dir, self.store.also, keep, *self.how)
+                    self.under_way[job] = group
 
     def _start(self, *call):
         try:
@@ -409,12 +410,24 @@ def processes(n: int) -> "ProcessPoolExecutor":
 
 @contextlib.contextmanager
 def _uninterrupted():
-    """A signal to stop waits until the end; processes that are started meanwhile never see one."""
+    """A signal to stop waits until the end; processes that are started meanwhile never see one.
+
+    They inherit the mask. Here it is not enough: another thread is given the signal, and this one runs its handler.
+    """
+    arrived, handlers = [], {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
+        for stop in STOPS if threading.current_thread() is threading.main_thread() else ():
+            if callable(handler := signal.getsignal(stop)):
+                handlers[stop] = handler
+                signal.signal(stop, lambda number, _: arrived.append(number))
         yield
     finally:
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for stop in dict.fromkeys(arrived):
+            signal.raise_signal(stop)
 
 
 def _worker(parent):
