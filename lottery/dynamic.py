@@ -113,7 +113,12 @@ class GMP(Method):
         return final + (initial - final) * (1 - u) ** 3
 
     def before_step(self, t: int, step: "Step") -> None:
-        """Rank all weights by magnitude, those that are masked now as well, and keep as many as the ramp says."""
+        """Rank all weights by magnitude, those that are masked now as well, and keep as many as the ramp says.
+
+        Raises ValueError: no mask is on the model.
+        """
+        if t == step.start:
+            _attached(self, M.masked(step.model))
         u, iterations = self.ramp(t, step.recipe.iterations), step.recipe.iterations
         moves = t == step.start or self.rank == "step" or u != self.ramp(t - 1, iterations)
         if u is None or not moves:
@@ -127,10 +132,6 @@ class GMP(Method):
             chosen = {name: largest(size[name], k[name]) for name in k}
         for name, mask in chosen.items():
             M.mask_of(layers[name]).mask.copy_(mask)
-
-    def masks(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The masks as they stand. Raises ValueError: there is none."""
-        return _attached(self, super().masks(model))
 
     def reading(self, model: nn.Module) -> dict[str, float]:
         """Density of all layers and of each: it moves."""
