@@ -5,6 +5,7 @@ Everything takes the frame of `networks`, one row for each stored network; what 
 
 import itertools
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,6 +94,8 @@ def networks(chapter: "Chapter", item: str) -> "pd.DataFrame":
     densities = at.nets[compare.ITEMS[item][0]].densities if compare.ITEMS[item][0] in at.nets else ()
     frame.attrs = {"scale": scales[0], "stored": stored, "declared": declared, "densities": densities}
     frame.attrs["trials"] = len(compare.seeds(item, at))
+    methods = {_method(arm) for arm, *_ in compare.cells(item, at)}
+    frame.attrs["pairs"] = math.comb(sum(not m.startswith("dense") for m in methods), 2)
     return frame
 
 
@@ -148,8 +151,8 @@ def summary(frame: "pd.DataFrame", quantity: str = "test") -> list[dict[str, str
 class Pair(NamedTuple):
     """Two methods at one density: difference of their accuracies in points, 95 % interval, trials in common, p.
 
-    word: "above" | "below" after Holm's correction over all pairs, "alike" where the 90 % interval lies within ±margin,
-    else "open".
+    word: "above" | "below" after Holm's correction over all declared pairs, "alike" where the 90 % interval lies within
+    ±margin, else "open".
     """
 
     a: str
@@ -162,15 +165,18 @@ class Pair(NamedTuple):
 
 
 def pairs(frame: "pd.DataFrame", density: float, margin: float) -> list[Pair]:
-    """All pairs of methods at a density that have all declared trials in common; the dense network stays out."""
+    """All pairs of methods at a density that have all declared trials in common; the dense network stays out.
+
+    The others count in Holm's correction with p = 1, or words would change with what is trained of other methods.
+    """
     methods = (m for m in dict.fromkeys(frame["method"]) if not m.startswith("dense"))
     values, tests = {m: at(frame, m, density) for m in methods}, []
     for a, b in itertools.combinations(values, 2):
         d = np.array([values[a][seed] - values[b][seed] for seed in values[a].keys() & values[b].keys()])
         if len(d) >= enough(frame):
             tests.append((a, b, d, min(claims.p_value("direction", sign * d, margin) for sign in (1, -1))))
-    found = []
-    for (a, b, d, p), passed in zip(tests, claims.holm([p for *_, p in tests]), strict=True):
+    found, rest = [], [1.0] * (frame.attrs["pairs"] - len(tests))
+    for (a, b, d, p), passed in zip(tests, claims.holm([p for *_, p in tests] + rest)[: len(tests)], strict=True):
         word = ("above" if d.mean() > 0 else "below") if passed else "open"
         if not passed and claims.same(d, margin).word == "reproduced":
             word = "alike"

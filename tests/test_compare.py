@@ -1,3 +1,4 @@
+import math
 """lottery.experiments.compare: every method on the same network, data, recipe and steps; what is read of the runs."""
 
 import dataclasses
@@ -217,7 +218,7 @@ def frame(densities=(0.1, 0.05), declared=2, **accuracies):
         for seed, accuracy in enumerate(trials)
     ]
     found = pd.DataFrame(rows)
-    found.attrs |= {"densities": densities, "trials": declared}
+    found.attrs |= {"densities": densities, "trials": declared, "pairs": math.comb(len(accuracies), 2)}
     return found
 
 
@@ -272,6 +273,9 @@ def test_holm_asks_more_of_more_pairs():
     assert [p.word for p in alone] == ["above"]
     assert [p.word for p in among if {p.a, p.b} == {"imp", "snip"}] == ["open"]
     assert len(among) == 45
+    early = frame(imp={0.1: a}, snip={0.1: b})  # before any of the others is trained
+    early.attrs["pairs"] = 45
+    assert [p.word for p in comparison.pairs(early, 0.1, 0.1)] == ["open"]
 
 
 def test_when_the_mask_is_found_is_said_by_ranges_and_pairs():
