@@ -541,6 +541,9 @@ class _At:
         densities = _densities(x)
         if out := sum(not all(arms) for arms in cell):
             return f"{densities} is out of reach in {out} of {len(cell)} trials"
+        keys = [[{row["key"] for row in rows} for rows in arms] for arms in cell]
+        if same := sum(len(arms) == 2 and bool(set.intersection(*arms)) for arms in keys):
+            return f"at {densities} both arms rest on one network in {same} of {len(cell)} trials"
         if self._own and (
             lost := sum(any(np.isnan(self.read(row)).any() for arm in arms for row in arm) for arms in cell)
         ):

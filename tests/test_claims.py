@@ -191,6 +191,16 @@ def test_the_best_of_noisy_levels_does_not_beat_dense():
     assert claims.up_to(levels, 1.0).word == "not reproduced"
 
 
+def test_the_best_of_levels_is_not_refuted_while_some_are_not_tested():
+    levels = np.eye(5) * 1.25 - 0.25
+    for kind, some in (("up to", levels), ("best value", levels - 9)):
+        assert claims.judge(kind, some, 1.0, 0.5, named=5).word == "not reproduced"
+        few = claims.judge(kind, some, 1.0, 0.5, named=6)
+        assert (few.word, few.note[:13]) == ("inconclusive", "5 of 6 levels")
+    best = claims.judge("up to", [UP], 2.0, 0.5, named=3)
+    assert (best.word, best.note) == ("reproduced", "1 of 3 levels")
+
+
 def test_holm_steps_down():
     assert claims.holm([0.01, 0.04, 0.03]) == [True, False, False]  # 0.01 ≤ 0.05/3; 0.03 > 0.05/2
     assert claims.holm([0.04, 0.01, 0.02]) == [True, True, True]  # 0.01 ≤ 0.05/3; 0.02 ≤ 0.05/2; 0.04 ≤ 0.05
@@ -262,6 +272,7 @@ def test_the_size_differs_where_the_interval_excludes_the_papers():
     assert say("in all cells: value", 0) == say("value", 0) == "reproduced, size differs"
     assert say("up to", 9) == say("same", 9) == "reproduced"  # neither gives a size
     assert claims.sized(claims.direction(UP, 6.1), "direction", 6.1).word == "partly"
+    assert str(claims.sized(up, "direction", 1.9, 2.83)) == "reproduced (paper's size unknown)"
     # a value within ±m, and yet not the paper's: LEVEL/10 + 0.3 has 95 % [0.104, 0.496], 90 % [0.149, 0.451]
     assert claims.sized(claims.value(LEVEL / 10 + 0.3, 0.5), "value", 0).word == "reproduced, size differs"
 
@@ -317,7 +328,7 @@ def test_two_way_interval_by_hand():
 
 def test_chance():
     # three claims of a direction at 2.5 % each, one of sameness at 5 %
-    assert claims.chance(["direction", "up to", "in all cells: direction", "same"]) == pytest.approx(0.125)
+    assert claims.chance(["direction", "up to", "in all cells: direction", "same"]) == pytest.approx(0.15)
 
 
 # Properties -----------------------------------------------------------------------------------------------------------
@@ -970,6 +981,13 @@ def test_a_cell_may_compare_two_densities():
     row = judged(lab, stored, claim(arm_b="lenet/imp", x="51.1|21.1", delta=3.0))
     assert row["ours"] == pytest.approx(3.0)
     assert scorecard._cells({"x": "51.3|21.1;7.0"}) == [(51.3, 21.1), (7.0, 7.0)]
+
+
+def test_two_arms_that_rest_on_one_network_are_not_compared():
+    lab = Invented()
+    stored = lab.store("paper", better, xs=[21.1])
+    own = judged(lab, stored, claim(arm_b="lenet/imp"))
+    assert own["verdict"] == "not tested (at 21.1 % both arms rest on one network in 5 of 5 trials)"
 
 
 def test_the_cell_shown_is_the_one_that_speaks_most_against_the_claim():
