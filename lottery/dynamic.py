@@ -283,7 +283,8 @@ class RigL(SET):
 
     fraction: α, 0.3. decay: "cosine". every: ΔT, 100. end: T_end as a share of the training, 0.75. As of `SET`.
 
-    The gradient is that of the loss of the iteration's minibatch to all weights of the network as it is masked.
+    The gradient is that of the loss of the iteration's minibatch to all weights of the network as it is masked; under
+    a recipe in bfloat16 it is in float32 (the copy is not under autocast), and it is never compiled.
     """
 
     decay: str = "cosine"

@@ -1,7 +1,7 @@
-import math
 """lottery.experiments.compare: every method on the same network, data, recipe and steps; what is read of the runs."""
 
 import dataclasses
+import math
 from collections import Counter
 
 import numpy as np

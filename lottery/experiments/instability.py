@@ -4,6 +4,10 @@ Both start from the same θ_k and differ in the order of the data and its augmen
 highest test error on the line between their final weights minus the mean of the two at its ends; the authors call a
 network stable below 2 points. Batch norm's statistics are taken anew at every point of the line, from training images,
 and once more as the mean of the two; which of them the authors did is not known to us.
+
+By notes on their paper they read 30 evenly spaced places of the line and average over 3 initialisations with 3 orders
+of the data each; ours reads 11 places, for one pair of copies a trial. Fewer places are more likely to miss the highest
+error, and then the instability comes out lower.
 """
 
 import copy

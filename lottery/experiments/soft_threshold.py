@@ -25,7 +25,7 @@ from lottery.experiments import str_exact
 from lottery.experiments.papers import Paper, Trials, parts
 from lottery.experiments.runs import Run, fields_as
 from lottery.methods import whole
-from lottery.soft_threshold import STR, decay_path
+from lottery.soft_threshold import STR
 from lottery.training import Recipe
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 GUESSED = (
     "last or best epoch",
-    "RigL's and SET's settings, which are those of RigL's paper",
+    "RigL's settings, which are its paper's, and SET's, which are Mocanu's: a constant share once an epoch to the end",
     "the optimiser of FastGRNN with STR, and what else decays there",
     "λ of HAR-2, and of two rows of Google-12 that share one",
 )
 PULL = str_exact.pull()  # Σ lr / (1 − momentum) of the paper's training
-DENSE = 2.0**-15  # λ of everything but STR
+DENSE = 2.0**-15  # λ of everything but STR, scaled as STR's is
 
 
 def recipe(
@@ -343,16 +343,6 @@ def thresholds(row: "dict | pd.Series") -> dict[str, np.ndarray]:
     return {name.partition("/")[2]: v for name, v in found.items() if name.startswith("threshold/")}
 
 
-def onset_beside_law(row: dict) -> float:
-    """Epochs by which the first layer passes s = −10 later than decay alone would take it there."""
-    spec = json.loads(row["spec"])
-    trained = Recipe(**{**spec["recipe"], "milestones": tuple(spec["recipe"]["milestones"])})
-    steps = [0, *row["step"]]
-    law = decay_path(s_init := spec["method"]["s_init"], trained)[steps]
-    s = np.max([v for name, v in numbers(row).items() if name.startswith("s/")], axis=0)
-    return str_exact.crossing([s_init, *s]) - str_exact.crossing(law)
-
-
 def _rise(row):
     each = list(thresholds(row).values())
     alpha = each[len(each) // 2]
@@ -364,19 +354,9 @@ def _half(row):
     return sparsity[len(sparsity) // 2 - 1] - sparsity[-1] / 2
 
 
-def _last(row):
-    alpha = {name: v[-1] for name, v in thresholds(row).items()}
-    return alpha, list(alpha)[-1]
-
-
 def _classifier(row):
-    alpha, fc = _last(row)
-    return math.log(min(v for name, v in alpha.items() if name != fc) / alpha[fc])
-
-
-def _spread(row):
-    alpha, _ = _last(row)
-    return math.log(max(alpha.values()) / min(alpha.values()))
+    *others, fc = (alpha[-1] for alpha in thresholds(row).values())
+    return math.log(min(others) / fc)
 
 
 def _log(x):
@@ -387,11 +367,9 @@ def _log(x):
 READS = {
     "MACs": lambda row: _log(macs_left(row)[0]),
     "MACs per weight": lambda row: _log(np.divide(*macs_left(row)) / (row["density"] or math.inf)),
-    "onset beside the law, epochs": onset_beside_law,
     "threshold in the last third ratio": _rise,
     "sparsity at half time beside half of the last, points": _half,
     "other threshold to the classifier’s ratio": _classifier,
-    "highest to lowest threshold ratio": _spread,
 }
 
 PAPER = Paper(__name__)
