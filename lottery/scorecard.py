@@ -525,6 +525,8 @@ class _At:
             size, error = claim["paper_value"], claim["error"] or 0
             error = self.unit(size + error) - self.unit(size)
             verdict = C.sized(verdict, kind, 0 if kind.endswith("value") else self.unit(size), error)
+        elif kind == "direction" and verdict.word == "not reproduced" and not verdict.note:
+            verdict = replace(verdict, note="its effect, of which the paper prints no size, is below the margin")
         return verdict, d, tested
 
     @property

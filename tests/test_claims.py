@@ -844,7 +844,7 @@ def test_a_difference_of_differences_needs_living_networks_in_both():
     dead = lab.store("paper", lambda name, x, *at: 10 if x == 3.6 else 90, xs=[51.3, 3.6])
     c = claim(arm_a="lenet/imp - lenet/random", arm_b="lenet/imp - lenet/random", x="3.6|51.3")
     assert judged(lab, dead, c)["verdict"] == "not tested (at 3.6 % most networks of both arms guess)"
-    assert judged(lab, dead, c | {"x": "51.3|51.3"})["verdict"] == "not reproduced"
+    assert scorecard.word(judged(lab, dead, c | {"x": "51.3|51.3"})) == "not reproduced"
 
 
 def test_censoring_is_counted_in_each_cell():
@@ -981,6 +981,15 @@ def test_a_cell_may_compare_two_densities():
     row = judged(lab, stored, claim(arm_b="lenet/imp", x="51.1|21.1", delta=3.0))
     assert row["ours"] == pytest.approx(3.0)
     assert scorecard._cells({"x": "51.3|21.1;7.0"}) == [(51.3, 21.1), (7.0, 7.0)]
+
+
+def test_a_negative_word_on_an_effect_without_a_size_says_what_it_means():
+    lab = Invented()
+    equal = lab.store("paper", lambda name, x, trial, draw: 90 + 0.1 * trial, xs=[21.1])
+    row = judged(lab, equal, claim(delta=0.4, margin=0.2))
+    said = "not reproduced (its effect, of which the paper prints no size, is below the margin)"
+    assert (row["verdict"], scorecard.word(row)) == (said, "not reproduced")
+    assert judged(lab, equal, claim(delta=0.4, margin=0.2, paper_value=0.4))["verdict"] == "not reproduced"
 
 
 def test_two_arms_that_rest_on_one_network_are_not_compared():

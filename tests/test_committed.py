@@ -48,8 +48,10 @@ def test_every_committed_row_says_what_it_is(rows):
         assert row["fingerprint"] == scorecard.FINGERPRINTS.get(row["dataset"], row["fingerprint"]), key
         assert datetime.fromisoformat(row["started"]) < now, key
         assert row["status"] in ("finished", "diverged"), key
-        for kept, n in json.loads(row["layers"]).values():
+        layers = json.loads(row["layers"])
+        for kept, n in layers.values():
             assert 0 <= kept <= n, key
+        assert set(spec.get("layers") or layers) == set(layers), key
 
 
 def cut(text):
