@@ -25,6 +25,7 @@ import os
 import re
 import socket
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -792,7 +793,16 @@ def _read_cifar(cls, root):
     return [a for part in (train, test) for a in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
 
 
+_fetching = threading.Lock()  # it changes sys.stdout and the default timeout of all threads
+
+
 def _download(name, root):
+    """Let torchvision fetch the set unless another thread did while this one waited; what _find then finds."""
+    with _fetching:
+        return _find(name, root) or _fetch(name, root)
+
+
+def _fetch(name, root):
     """Let torchvision fetch the set, then move it into the root in one step, so that parallel loads are safe.
 
     Returns what _find then finds.

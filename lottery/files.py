@@ -126,8 +126,10 @@ def clock(folder: Path) -> float:
     return time.time()
 
 
-def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] = lambda path: True) -> None:
-    """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds.
+def sweep(
+    folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] = lambda path: True, times: int = 1
+) -> None:
+    """Remove what killed processes left in a folder: files that nobody has touched for STALE seconds, `times` over.
 
     Also those from a future as far away, where the clock was set back.
     """
@@ -135,7 +137,7 @@ def sweep(folder: Path, pattern: str = ".*.tmp", which: Callable[[Path], bool] =
         now = clock(folder)
         for path in left:
             with contextlib.suppress(OSError):
-                if abs(now - path.stat().st_mtime) > STALE:
+                if abs(now - path.stat().st_mtime) > times * STALE:
                     path.unlink()
 
 

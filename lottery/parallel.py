@@ -266,6 +266,7 @@ def train(
         raise ValueError(f"{r} starts from the middle of another training, which is not kept: not on several devices.")
     if r.valid != 0 or r.train_fraction != 1:
         raise ValueError(f"{r} keeps images back: all of train/ are trained on. Give valid=0 and train_fraction=1.")
+    work.code()  # as it is now, before somebody edits it during the training
     started, device, side = now(), _device(), data.SETS[r.dataset].shape[-1]
     images = {part: Images(folder, part, side) for part in ("train", "val")}
     shown = _read(r, images)

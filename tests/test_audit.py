@@ -1,9 +1,12 @@
 """lottery.experiments.audit: what is drawn, that it is trained from nothing, what counts as having come out again."""
 
+import concurrent.futures as futures
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +254,41 @@ def test_what_is_kept_says_where_and_is_written_whole(stored, monkeypatch, tmp_p
     audit.write(kept, tmp_path / "audit.json")
     assert json.loads((tmp_path / "audit.json").read_text()) == kept
     assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
+
+
+def test_an_interrupted_audit_ends_its_workers_and_leaves_no_folder(stored, monkeypatch, tmp_path):
+    """Interrupted while a worker is given its chain; a worker that is killed removes nothing itself."""
+    store, known, _ = stored
+    ended, started, released = [], threading.Event(), threading.Event()
+
+    class Interrupted(futures.ThreadPoolExecutor):
+        def submit(self, *args):
+            job = super().submit(*args)
+            assert started.wait(30)
+            signal.raise_signal(signal.SIGINT)
+            return job
+
+        def shutdown(self, wait=True, kill_workers=False):
+            ended.append(kill_workers)
+
+    def begun(runs, folder, *args):
+        Path(folder, "weights").write_bytes(b"some")
+        started.set()
+        released.wait(30)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(audit.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(audit.work, "execute", begun)
+    monkeypatch.setattr(engine, "processes", Interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            audit.audit(list(known), known, store, report=lambda _: None)
+        assert ended == [True]
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        signal.signal(signal.SIGINT, before)
+        released.set()
 
 
 AUDIT = """

@@ -198,7 +198,7 @@ def test_what_killed_processes_left_is_swept_when_it_is_old(tmp_path):
     mine.put(fake())
     other = "e" * 24
     gone = [old(tmp_path / name / ".x.tmp") for name in ("", ".spool", ".artifacts", ".checkpoints", ".leases")]
-    gone += [old(mine.checkpoint(DENSE.key))]
+    gone += [old(mine.checkpoint(DENSE.key), 7 * 24 * files.STALE + 10)]
     stay = [old(tmp_path / ".spool/.y.tmp", 60), old(mine.checkpoint(other)), old(tmp_path / "mine.tmp")]
     mine.merge()
     assert not [path for path in gone if path.exists()]

@@ -1,5 +1,6 @@
 """lottery.data on small generated sets in every layout that it reads; on the real sets where LOTTERY_DATA has them."""
 
+import concurrent.futures as futures
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from urllib.error import URLError
@@ -540,6 +542,48 @@ def test_two_downloads_may_end_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
     assert len(load("mnist", tmp_path / "root").train) == 40
+
+
+def test_downloads_in_threads_leave_the_process_as_it_was(tmp_path, monkeypatch):
+    """What is printed is caught and the default timeout set for all threads: one download at a time."""
+    out, first, second, jobs = sys.stdout, threading.Event(), threading.Event(), []
+
+    def mnist(root, download):
+        first.set()
+        second.wait(0.5)  # the other one does not come; if it did it would end last
+        raise RuntimeError("no network")
+
+    def fashion_mnist(root, download):
+        second.set()
+        jobs[0].exception(30)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(sys, "stdout", out)  # put back for the tests that follow, whatever comes of this one
+    monkeypatch.setattr(torchvision.datasets, "MNIST", mnist)
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fashion_mnist)
+    with futures.ThreadPoolExecutor(2) as pool:
+        for name in ("mnist", "fashion_mnist"):
+            jobs.append(pool.submit(load, name, tmp_path / "root"))
+            assert first.wait(30)
+    assert [type(job.exception()) for job in jobs] == [FileNotFoundError] * 2
+    assert sys.stdout is out
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_set_that_two_threads_need_is_downloaded_once(tmp_path, monkeypatch):
+    parts, jobs = generate("mnist"), []
+
+    class FakeMNIST:
+        def __init__(self, root, download):
+            jobs.append(pool.submit(load, "mnist", tmp_path / "root"))
+            futures.wait(jobs, 0.3)  # it looks for the set, finds none, and waits
+            write_idx(Path(root) / "MNIST" / "raw", parts)
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
+    with futures.ThreadPoolExecutor(2) as pool:
+        mine = load("mnist", tmp_path / "root")
+        assert len(jobs) == 1
+        assert jobs[0].result(30).fingerprint == mine.fingerprint
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import re
+import threading
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ from small_runs import (
     equal,
     largest,
     message,
+    seeds,
     theta_0,
     train,
 )
@@ -239,6 +241,16 @@ def test_the_dense_network_of_a_run_from_survivors_is_trained_again_when_its_wei
     train([one, child(one)], tmp_path)
     Store(tmp_path).artifact(DENSE.key).unlink()
     assert train([child(one, init="survivors")], tmp_path) == [DENSE, child(one, init="survivors")]
+
+
+def test_damaged_weights_of_the_dense_network_are_found_before_a_run_from_survivors_is_trained(tmp_path, monkeypatch):
+    one = child(DENSE)
+    train([child(one)], tmp_path)
+    path = Store(tmp_path).artifact(DENSE.key)
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(training, "fit", None)
+    with pytest.raises(store.DamagedWeights, match=message(f"Damaged weights {path}: ")):
+        work.execute([child(one, init="survivors")], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rewind", "restart"])
@@ -478,6 +490,21 @@ def test_certificates_are_complete(trained):
             assert certificate["parent_weights"] is None
 
 
+def test_a_certificate_names_the_code_from_before_the_training(tmp_path, monkeypatch):
+    """Who edits or pulls meanwhile does not change what is loaded."""
+    commits, fit = ["loaded"], training.fit
+    monkeypatch.setattr(work.files, "git", lambda *_: commits[-1])
+    monkeypatch.setattr(training, "fit", lambda *args, **how: commits.append("pulled") or fit(*args, **how))
+    work.code.cache_clear()
+    try:
+        train(seeds(2), tmp_path)
+    finally:
+        work.code.cache_clear()
+    certificates = [json.loads(row["certificate"]) for row in Store(tmp_path).rows().values()]
+    assert [c["code"]["commit"] for c in certificates] == ["loaded"] * 2
+    assert "pulled" in commits
+
+
 def test_children_name_the_weights_they_used(tmp_path):
     train([child(DENSE)], tmp_path)
     opened = Store(tmp_path)
@@ -540,6 +567,28 @@ def test_dropout_in_threads_is_dropout_in_order(tmp_path):
     alone, together = (Store(tmp_path / name) for name in ("alone", "together"))
     for r in runs:
         assert together.get(r)["val_loss"] == alone.get(r)["val_loss"]
+
+
+def test_trainings_side_by_side_leave_the_random_state(tmp_path, monkeypatch):
+    """The one that ends last found what the first one had set."""
+    before, fit, begun, beside, jobs = torch.get_rng_state(), training.fit, threading.Event(), threading.Event(), []
+
+    def held(*args, **how):
+        if not begun.is_set():
+            begun.set()
+            assert beside.wait(30)
+        elif not beside.is_set():
+            beside.set()
+            jobs[0].result(30)
+        return fit(*args, **how)
+
+    monkeypatch.setattr(training, "fit", held)
+    with futures.ThreadPoolExecutor(2) as pool:
+        for r in seeds(2):
+            jobs.append(pool.submit(work.execute, [r], tmp_path))
+            assert begun.wait(30)
+    assert [job.exception() for job in jobs] == [None, None]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_threads_are_given_back_after_an_error(tmp_path):

@@ -298,6 +298,27 @@ def test_layers_are_all_that_is_pruned_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "method",
+    [dynamic.GMP(0.5), dynamic.GMP(0.5, budget="global"), cs.CS(layers=CONVS), soft_threshold.STR(layers=CONVS),
+     stochastic.L0(layers=CONVS)],
+    ids=lambda method: type(method).__name__,
+)  # fmt: skip
+def test_a_method_prunes_the_layers_that_its_run_names(method, tmp_path):
+    run = Run(model="resnet8", dataset="digits", options=(("width", 4),), recipe=SGD, layers=CONVS, method=method)
+    images = work.images_of(run.dataset, run.valid, run.balanced, run.split_seed)
+    given, net = work.prepare(run, images, Store(tmp_path))
+    assert set(given.method.masks(net.model)) == set(CONVS)
+
+
+def test_a_method_that_would_prune_other_layers_than_its_run_names_is_refused(tmp_path):
+    run = Run(model="resnet8", dataset="digits", options=(("width", 4),), recipe=SGD, layers=CONVS)
+    images = work.images_of(run.dataset, run.valid, run.balanced, run.split_seed)
+    for method in (dynamic.DNW(0.5), cs.CS(), cs.CS(layers=CONVS[:2])):
+        with pytest.raises(ValueError, match=rf"^{type(method).__name__} prunes conv1, .*, and not the layers of the Run"):
+            work.prepare(replace(run, method=method), images, Store(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"method": "cs"}, "Invalid method 'cs': give one, such as lottery.cs.CS(s0=0.0)."),

@@ -20,7 +20,7 @@ from small_runs import fake
 
 from lottery import data, parallel, tensorfile
 from lottery.dynamic import GMP
-from lottery.experiments import Store, leases
+from lottery.experiments import Store, leases, work
 from lottery.experiments.runs import Run
 from lottery.methods import NOTHING
 from lottery.soft_threshold import STR
@@ -194,6 +194,18 @@ def test_a_budget_is_the_parents_layer_by_layer(alone, folder, tmp_path):
     }
     told = json.loads(rows[1]["certificate"])
     assert (told["devices"], told["accumulate"], told["flush_denormal"]) == (1, 2, False)
+
+
+def test_a_certificate_names_the_code_from_before_the_training(alone, folder, tmp_path, monkeypatch):
+    commits, begin = ["loaded"], parallel.Loop.run
+    monkeypatch.setattr(work.files, "git", lambda *_: commits[-1])
+    monkeypatch.setattr(parallel.Loop, "run", lambda *args: commits.append("pulled") or begin(*args))
+    work.code.cache_clear()
+    try:
+        parallel.train(runs()[0], folder, Store(tmp_path / "ours"), accumulate=2, workers=0)
+    finally:
+        work.code.cache_clear()
+    assert json.loads(Store(tmp_path / "ours").get(runs()[0])["certificate"])["code"]["commit"] == "loaded"
 
 
 @pytest.mark.parametrize("back", [{"valid": None}, {"valid": 2}, {"train_fraction": 0.5}])

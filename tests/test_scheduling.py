@@ -23,9 +23,9 @@ from small_runs import (
     tree,
 )
 
-from lottery import dynamic, experiments, training
+from lottery import dynamic, experiments, files, training
 from lottery.experiments import Run, Store, engine, grasp_init, load, pace, work
-from lottery.experiments.leases import Leases
+from lottery.experiments.leases import Leases, running
 from lottery.training import Recipe
 
 
@@ -243,28 +243,73 @@ def test_an_interrupt_is_raised_when_the_trainings_under_way_are_kept(tmp_path, 
     ]
 
 
-def test_an_interrupt_while_a_run_is_given_to_a_worker_waits_for_it(tmp_path, monkeypatch, capsys):
-    """The thread that renews the leases is given the signal, and its handler runs in the middle of `submit`."""
+@pytest.mark.parametrize("own", [True, False])
+def test_an_interrupt_while_a_run_is_given_to_a_worker_waits_for_it(tmp_path, monkeypatch, capsys, own):
+    """The thread that renews the leases is given the signal, and its handler runs in the middle of `submit`.
+
+    What a caller's executor starts there is not kept from a signal by which it may be ended.
+    """
+    blocked = []
 
     class Interrupted(futures.ThreadPoolExecutor):
         def submit(self, *args):
+            blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
             os.kill(os.getpid(), signal.SIGINT)
             return super().submit(*args)
 
     monkeypatch.setattr(engine, "_pool", Interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            experiments.run(seeds(5), store=Store(tmp_path), slots=2, progress=False)
+        with contextlib.nullcontext() if own else Interrupted(2) as pool:
+            with pytest.raises(KeyboardInterrupt):
+                experiments.run(seeds(5), pool, store=Store(tmp_path), slots=2, progress=False)
+            stored = set(Store(tmp_path).rows())
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
         signal.signal(signal.SIGINT, before)
-    assert set(Store(tmp_path).rows()) == {seeds(5)[0].key}
+    assert stored == {seeds(5)[0].key}
+    assert blocked == [set(engine.STOPS) if own else set()]
     assert capsys.readouterr().out.splitlines() == [
         "Stopping when the training under way has ended; interrupt again to abandon.",
         "Stopped: 1 of 1 kept.",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_of_a_callers_executor_is_ended_by_a_signal_that_waits_here():
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with engine._uninterrupted(()):
+            if not (pid := os.fork()):
+                with contextlib.suppress(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    os._exit(1)
+                os._exit(0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_what_is_under_way_is_this_processs_until_its_workers_have_ended(tmp_path, monkeypatch):
+    """Whatever ends the sweep: another process would train it at the same time."""
+    held, mine = [], Store(tmp_path)
+
+    class Full(futures.ThreadPoolExecutor):
+        def submit(self, fn, runs, *args):
+            if runs[0].seed == 1:
+                raise files.CannotWrite(28, "", "somewhere")
+            return super().submit(fn, runs, *args)
+
+        def shutdown(self, *args, **options):
+            super().shutdown(*args, **options)
+            held.append(set(running(mine.leases)))
+
+    monkeypatch.setattr(engine, "_pool", Full)
+    with pytest.raises(files.CannotWrite):
+        experiments.run(seeds(3), store=mine, slots=2, progress=False)
+    assert held == [{r.key for r in seeds(2)}]
+    assert not running(mine.leases)
 
 
 def test_long_chains_go_before_side_branches(tmp_path):

@@ -669,3 +669,14 @@ def test_half_written_files_of_another_clock_are_swept(tmp_path, seconds):
     os.utime(left, (time.time() + seconds,) * 2)
     Store(tmp_path).sweep()
     assert not left.exists()
+
+
+def test_the_checkpoint_of_a_stored_run_is_kept_for_a_week(tmp_path):
+    """Its weights may be what is trained again, as in a clone, where they are missing."""
+    (store := Store(tmp_path)).put(fake())
+    (path := store.checkpoint(DENSE.key)).parent.mkdir()
+    path.write_bytes(b"")
+    for days, kept in ((6, True), (8, False)):
+        os.utime(path, (time.time() - days * 86_400,) * 2)
+        Store(tmp_path).sweep()
+        assert path.exists() == kept

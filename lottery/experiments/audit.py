@@ -150,13 +150,17 @@ def audit(
         else:
             tell(r, _outcome(MISS, "its stored row is damaged"))
     left = sorted(chains.values(), key=lambda some: seconds(some, store, prefix))
+    # Theirs lie in this one, as a worker that is killed removes nothing.
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
         while left or under_way:
             while left and len(under_way) < jobs:
                 # The longest first: none is waited for. Each in a process of its own, never this one, whose caches may
                 # know what is to be found out.
                 pool, some = engine.processes(1), left.pop()
-                under_way[pool.submit(_again, some, _settings(some, store, device), prefix)] = pool, some
+                how = _settings(some, store, device)
+                with engine._uninterrupted():  # or nobody ends the pool, and its chain is trained to the last
+                    under_way[pool.submit(_again, some, how, prefix, folder.name)] = pool, some
             for task in wait(under_way, return_when=FIRST_COMPLETED).done:
                 pool, some = under_way.pop(task)
                 pool.shutdown()
@@ -175,6 +179,7 @@ def audit(
     finally:
         for pool, _ in under_way.values():  # interrupted: what is under way would not be kept
             pool.shutdown(wait=False, kill_workers=True)
+        folder.cleanup()
     return found
 
 
@@ -188,10 +193,10 @@ def _settings(runs, store, device):
     return found
 
 
-def _again(runs, settings, prefix):
+def _again(runs, settings, prefix, within=None):
     """[(run, its new row)] of some runs and all they need, parents first. Nothing is read but the data."""
     found = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=within) as folder:
         store, todo = Store(folder), needed(runs)
         parents = {p for r in todo for p in engine.needs(r)}
         for r in todo:

@@ -73,9 +73,10 @@ def run(
     On a GPU up to `TOGETHER` runs of one fully connected network and one recipe train side by side.
     A run is kept the moment it ends. What another process is training in the same store is left to it, and trained here
     only if that one dies. An interrupt waits for the trainings of other processes that are under way and is raised; a
-    second one abandons them. A run that raises stops its own descendants only; it is noted in the store's folder
-    `.failures`, and the first such error is raised at the end. Where nothing can be written, `files.CannotWrite` is
-    raised before anything is trained; where that comes later, as on a full disk, nothing more starts.
+    second one abandons them; an executor of the caller's that trains in `submit` holds both back until its run has
+    ended. A run that raises stops its own descendants only; it is noted in the store's folder `.failures`, and the
+    first such error is raised at the end. Where nothing can be written, `files.CannotWrite` is raised before anything
+    is trained; where that comes later, as on a full disk, nothing more starts.
     Runs whose worker process dies are trained once more, each alone, in new processes; the one of which it dies again
     is a run that raises, `WorkerDied`. An executor of the caller's that is broken raises that at once, and notes none.
     """
@@ -99,9 +100,9 @@ def run(
     slots = 1 if device != "cpu" and own else min(slots, len(todo) or 1)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_bar(len(todo), progress))
+        leases = stack.enter_context(contextlib.closing(Leases(store.leases)))  # until the pool below has ended
         renew = (lambda: stack.enter_context(_pool(slots))) if own else None
         executor = renew() if own else executor
-        leases = stack.enter_context(contextlib.closing(Leases(store.leases)))
         how = (device, threads, compiled)
         sweep = _Sweep(
             runs, todo, store, executor, renew, slots, leases, _Clock(budget, store, device), how, bar, report
@@ -171,7 +172,9 @@ class _Sweep:
             if group:
                 self.todo = _without(group, self.todo)
                 keep = [r in self.parents for r in group]
-                with _uninterrupted() if self.renew and self.slots > 1 else contextlib.nullcontext():
+                # What an executor of the caller's starts meanwhile has to see the SIGTERM by which it may be ended.
+                blocked = STOPS if self.renew else ()
+                with contextlib.nullcontext() if isinstance(self.executor, _Here) else _uninterrupted(blocked):
                     job = self._start(execute, group, self.store.dir, self.store.also, keep, *self.how)
                     self.under_way[job] = group
 
@@ -409,18 +412,22 @@ def processes(n: int) -> "ProcessPoolExecutor":
 
 
 @contextlib.contextmanager
-def _uninterrupted():
-    """A signal to stop waits until the end; processes that are started meanwhile never see one.
+def _uninterrupted(blocked=STOPS):
+    """A signal to stop waits until the end; processes that are started meanwhile never see one that is blocked.
 
     They inherit the mask. Here it is not enough: another thread is given the signal, and this one runs its handler.
     """
-    arrived, handlers = [], {}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    arrived, handlers, here = [], {}, os.getpid()
+
+    def later(number, frame):
+        arrived.append(number) if os.getpid() == here else handlers[number](number, frame)  # as before in a fork
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         for stop in STOPS if threading.current_thread() is threading.main_thread() else ():
             if callable(handler := signal.getsignal(stop)):
                 handlers[stop] = handler
-                signal.signal(stop, lambda number, _: arrived.append(number))
+                signal.signal(stop, later)
         yield
     finally:
         for stop, handler in handlers.items():

@@ -194,7 +194,8 @@ class Store:
         Leases(self.leases).sweep()
         for folder in (self.dir, *(self.dir / name for name in PARTS)):
             files.sweep(folder)
-        files.sweep(self.dir / ".checkpoints", "*.safetensors", lambda path: path.stem in self.keys())
+        # A week: a stored run may be one whose weights are trained again, in every clone for its children's sake.
+        files.sweep(self.dir / ".checkpoints", "*.safetensors", lambda path: path.stem in self.keys(), times=7 * 24)
 
     def find(self, key: str) -> Iterator[dict[str, Any]]:
         """The sound rows of a key, looked for in the files: `row` without reading what else lies in the spool.

@@ -37,16 +37,18 @@ def execute(
     """Train some runs, side by side when there are several, or take a measurement; keep them in the store.
 
     Returns the wall time in seconds. `keep_weights` says for each whether its final weights are kept; none are by
-    default. compiled: as of `training.fit`. The process's own settings, numbers of threads and what it does with
-    denormal numbers, and its warning filters are left as they were.
+    default. compiled: as of `training.fit`. The process's own settings, numbers of threads and what this thread does
+    with denormal numbers, and its warning filters are left as they were; of torch's other threads see `settings_for`.
     """
     store, started, r = Store(results_dir, also), now(), runs[0]
+    code()  # as it is now, before somebody edits it during a training
     with _beside(alone=bool(dict(getattr(r, "options", ())).get("dropout"))), settings_for(threads):
         if isinstance(r, Measurement):
             return _measure(r, store, started, device, threads)
         images = take(images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
         for r in runs:
             check_data(r, images.fingerprint, store)
+        ends = [_ends(r, images, store) if r.init == "survivors" else None for r in runs]
         given, nets = zip(*(prepare(r, images, store, device) for r in runs), strict=True)
         orders = [int(r.key[:15], 16) for r in runs]
         how = {"start": start(r), "method": given[0].method, "compiled": compiled}
@@ -59,11 +61,11 @@ def execute(
         if compiled:  # every network counts as a recompilation; at the eighth torch.compile gives up for good
             torch.compiler.reset()
     keep_weights = keep_weights or [False] * len(runs)
-    for r, net, history, keep in zip(runs, nets, histories, keep_weights, strict=True):
+    for r, net, history, keep, dense in zip(runs, nets, histories, keep_weights, ends, strict=True):
         weights = store.save_artifact(r.key, artifact_of(r, net)) if keep else None
         certificate = certify(algorithms_of(r), started, history.wall_s, kept.conditions)
         certificate |= {"group": [r.key for r in runs], "weights": weights, **net.hashes, **kept.said()}
-        moves = _moves(r, images, net.model, store) if r.init == "survivors" else None
+        moves = json.dumps(tickets.moves(*dense, M.read(net.model))) if dense else None
         store.put({**row_of(r, images, net.model, history, certificate), "moves": moves})
         store.checkpoint(r.key).unlink(missing_ok=True)
     return sum(history.wall_s for history in histories)
@@ -73,7 +75,7 @@ class _Beside:
     """Trainings of one process, in its threads: side by side, but one with dropout alone.
 
     Dropout draws from torch's own generator, of which a process has one, and every other training puts it back on its
-    way to where it was.
+    way to where it was. Side by side they put it back to where another one was: so the last one does it for all.
     """
 
     def __init__(self):
@@ -83,12 +85,16 @@ class _Beside:
     def __call__(self, alone):
         with self.changed:
             self.changed.wait_for(lambda: self.inside == 0 if alone else self.inside >= 0)
+            if not self.inside:
+                self.state = torch.get_rng_state()
             self.inside += -1 if alone else 1
         try:
             yield
         finally:
             with self.changed:
                 self.inside -= -1 if alone else 1
+                if not self.inside:
+                    torch.set_rng_state(self.state)
                 self.changed.notify_all()
 
 
@@ -148,7 +154,8 @@ def fit_alike(
 def settings_for(threads: int) -> Iterator[None]:
     """So many threads, and denormal numbers flushed to 0; the caller's settings afterwards.
 
-    Adam's moments of weights on rarely lit pixels decay into denormal numbers, on which some CPUs are slow.
+    Adam's moments of weights on rarely lit pixels decay into denormal numbers, on which some CPUs are slow. Each thread
+    flushes or not: this one does, and those of torch's that begin inside do for good; those that began before do not.
     """
     before, flushes = torch.get_num_threads(), bool(torch.tensor(1e-40) * 1 == 0)
     torch.set_num_threads(threads)
@@ -249,6 +256,8 @@ def initialise(r: Run, images: data.Data, store: Store, device: torch.device | s
         if r.parent or r.density or (r.layers and not learns_masks):
             M.attach(model, m)
         r.method.attach(model)
+        if r.layers and set(pruning := r.method.masks(model)) != set(r.layers):
+            raise ValueError(f"{type(r.method).__name__} prunes {', '.join(pruning)}, and not the layers of the Run.")
         theta = _values(r, m, create, source, images, device, torch.Generator().manual_seed(fresh))
         own = M.state(model)  # under its own method's parametrizations, which may be others than θ's
         M.restore(model, {name: theta.get(name, t) for name, t in own.items()})
@@ -318,13 +327,12 @@ def _create(r, images, seed):
     return models.create(r.model, seed=seed, in_shape=shape, classes=images.classes, **dict(r.options))
 
 
-def _moves(r, images, model, store):
-    """`tickets.moves` of the dense training that this run's mask comes from, as JSON.
+def _ends(r, images, store):
+    """θ₀ and θ_J of the dense training that this run's mask comes from, for `tickets.moves`.
 
     One run for each ticket holds it, that with new values from the survivors: nothing else needs dense weights as well.
     """
-    theta_J, _ = store.load_artifact(r.root.key)
-    return json.dumps(tickets.moves(M.state(_create(r, images, r.seed)), theta_J, M.read(model)))
+    return M.state(_create(r, images, r.seed)), store.load_artifact(r.root.key)[0]
 
 
 def pruned(
