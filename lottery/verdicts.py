@@ -173,6 +173,9 @@ def totals(card: dict) -> str:
         f"{chance['tested']} claims were tested on runs. Expected to pass by chance, were none of them true: "
         f"{chance['expected']:.1f}. "
     )
+    exact = [(row["net"], row["quantity"], row["paper_value"]) for row in rows if row["evidence"] == "exact"]
+    if len(exact) > len(set(exact)):
+        end += f"The {len(exact)} exact ones are {len(set(exact))} numbers, since papers print some twice. "
     primary = [
         f"{names.PAPERS.get(paper, escape(paper))} {n['pass']} of {n['tested']} ({n['after_holm']})"
         + f" and {n['mixed']} in part" * (n["mixed"] > 0)

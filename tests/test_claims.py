@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lottery import claims, data, scorecard
+from lottery import claims, data, scorecard, verdicts
 from lottery.experiments import lth
 
 REPORTED = Path(__file__).parents[1] / "results" / "reported"
@@ -1265,6 +1265,9 @@ def test_a_chapter_counts_runs_and_exact_statements_apart_and_shows_primary_clai
         row(None, "none", None),
     ]
     card = {"rows": rows, "totals": scorecard.totals(rows)}
+    again = [rows[0] | {"net": "lenet", "quantity": "weights", "paper_value": v} for v in (1.0, 1.0, 2.0)]
+    twice = verdicts.totals({"rows": again, "totals": scorecard.totals(again)})
+    assert "The 3 exact ones are 2 numbers, since papers print some twice." in twice
     assert [r["title"] for r in scorecard.tested(card)] == ["better", "faster", "weights"]
     assert scorecard.summary(card).splitlines() == [
         "2 claims were tested here, 1 of them primary.",

@@ -314,7 +314,7 @@ def test_a_method_that_would_prune_other_layers_than_its_run_names_is_refused(tm
     run = Run(model="resnet8", dataset="digits", options=(("width", 4),), recipe=SGD, layers=CONVS)
     images = work.images_of(run.dataset, run.valid, run.balanced, run.split_seed)
     for method in (dynamic.DNW(0.5), cs.CS(), cs.CS(layers=CONVS[:2])):
-        with pytest.raises(ValueError, match="^(DNW|CS) prunes conv1, .*, and not the layers of the Run"):
+        with pytest.raises(ValueError, match=r"^(DNW|CS) prunes conv1, .*, and not the layers of the Run"):
             work.prepare(replace(run, method=method), images, Store(tmp_path))
 
 
