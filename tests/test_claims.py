@@ -1061,13 +1061,13 @@ def test_where_only_the_best_epoch_is_printed_the_gate_and_values_read_ours_so()
     value = pair | {"kind": "value", "arm_a": "resnet32-c10/dense", "arm_b": "", "x": "", "reading": "best"}
     value |= {"delta": "", "paper_value": 94.8}
     stored = lab.store("paper", lambda name, x, trial, draw: 90 + (name.endswith("imp")), xs=[21.1])
-    for best, verdicts in (
+    for best, expected in (
         (0.948, ["reproduced", "reproduced"]),  # best is as printed, the last epoch 4.8 points below
         (0.930, ["not tested (baseline off)", "not reproduced"]),
     ):
         rows = {key: row | {"test_acc": [0.5, None, best, 0.9]} for key, row in stored.items()}
         cards = [judged(lab, rows, claim(**c), reported) for c in (pair, value)]
-        assert [card["verdict"] for card in cards] == verdicts
+        assert [card["verdict"] for card in cards] == expected
         assert cards[0]["ours"] == pytest.approx(1.0)  # read at the last epoch
         assert cards[1]["ours"] == pytest.approx(100 * best)
         assert cards[1]["interval_images"] is None  # the images of the best epoch are not kept
