@@ -1,6 +1,8 @@
 """What is committed below results/: every row of every shard is sound, and what is damaged is named."""
 
+import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from datetime import UTC, datetime
@@ -10,9 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lottery import scorecard
+from lottery.batches import take
 from lottery.data import SETS
-from lottery.experiments import Store
+from lottery.dynamic import GMP
+from lottery.experiments import PAPERS, Run, Store, engine, papers, work
 from lottery.experiments.runs import key_of
+from lottery.methods import Method
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -52,6 +57,33 @@ def test_every_committed_row_says_what_it_is(rows):
         for kept, n in layers.values():
             assert 0 <= kept <= n, key
         assert set(spec.get("layers") or layers) == set(layers), key
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LOTTERY_DATA" not in os.environ, reason="needs real data: set LOTTERY_DATA")
+def test_a_training_of_every_kind_begins_today_as_the_stored_one_did(rows):
+    """From the same θ₀ with the same layers pruned: the cheapest part of an audit, on the newest of each kind."""
+    kinds, store = {}, Store(RESULTS / "ours")
+    for paper, scale in itertools.product(PAPERS, ("primary", "laptop")):
+        module = papers.paper(paper)
+        todo = module.runs(None, scale) if scale in module.scales else []
+        while todo:
+            r = todo.pop()
+            todo += engine.needs(r)
+            if isinstance(r, Run) and not r.parent and r.key in rows:
+                how = [getattr(r.method, name, None) for name in ("granularity", "budget")]
+                kind = (paper, type(r.method), r.model, r.dataset, r.options, bool(r.layers), r.density and r.criterion)
+                kind = (*kind, isinstance(r.density, tuple), *how)
+                kinds[kind] = max(kinds.get(kind, r), r, key=lambda r: rows[r.key]["started"])
+    assert len(kinds) > 50
+    for r in kinds.values():
+        images = take(work.images_of(r.dataset, r.valid, r.balanced, r.split_seed), r.train_fraction)
+        given, net = work.prepare(r, images, store)
+        masks, layers = given.method.masks(net.model), json.loads(rows[r.key]["layers"])
+        assert {name: m.numel() for name, m in masks.items()} == {name: n for name, (_, n) in layers.items()}, r
+        if type(r.method).masks is Method.masks and not isinstance(r.method, GMP):  # else they move
+            assert {name: int(m.sum()) for name, m in masks.items()} == {name: k for name, (k, _) in layers.items()}, r
+        assert net.hashes["theta0"] == json.loads(rows[r.key]["certificate"])["theta0"], r
 
 
 def cut(text):
