@@ -208,7 +208,8 @@ def judge(
 
 
 def sized(verdict: Verdict, kind: str, paper: float, error: float = 0.0) -> Verdict:
-    """The verdict, with the remark that the size differs where the interval excludes the paper's.
+    """The verdict, with the remark that the size differs where the interval excludes the paper's, or is not known where
+    the paper's picture does not even tell the sign.
 
     paper, error: the effect that the paper gives and how exactly it is known (of numbers read off a picture the root of
     their squared errors' sum), in the unit of the differences; 0 is the paper's number itself for "a value".
@@ -219,7 +220,7 @@ def sized(verdict: Verdict, kind: str, paper: float, error: float = 0.0) -> Verd
         return verdict
     if outside:
         return replace(verdict, word=verdict.word + SIZE)
-    unread = 0 < abs(paper) <= error  # off the picture not even the sign can be read
+    unread = 0 < abs(paper) <= error
     return replace(verdict, note="; ".join(filter(None, [verdict.note, "paper's size unknown" * unread])))
 
 
@@ -369,7 +370,7 @@ def two_way_interval(d: ArrayLike) -> tuple[float, float]:
 def chance(kinds: Iterable[str]) -> float:
     """How many claims of these kinds are expected to pass by chance, were each on the edge of being false.
 
-    Claims in several cells count as one cell, which is more than they are. "up to": where all trials choose one level
-    it was chosen by what it is then scored on, which passes in up to 5.3 % (simulated with the stored covariances).
+    Claims in several cells count as one cell, which is more than they are. "up to" counts as two-sided: where all
+    trials choose one level, it is scored on what chose it.
     """
     return sum(0.025 if kind.removeprefix(ALL) == "direction" else 0.05 for kind in kinds)

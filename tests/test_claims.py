@@ -196,7 +196,7 @@ def test_the_best_of_levels_is_not_refuted_while_some_are_not_tested():
     for kind, some in (("up to", levels), ("best value", levels - 9)):
         assert claims.judge(kind, some, 1.0, 0.5, named=5).word == "not reproduced"
         few = claims.judge(kind, some, 1.0, 0.5, named=6)
-        assert (few.word, few.note[:13]) == ("inconclusive", "5 of 6 levels")
+        assert (few.word, few.note) == ("inconclusive", "5 of 6 levels" + "; opposite" * (kind == "up to"))
     best = claims.judge("up to", [UP], 2.0, 0.5, named=3)
     assert (best.word, best.note) == ("reproduced", "1 of 3 levels")
 
@@ -327,7 +327,7 @@ def test_two_way_interval_by_hand():
 
 
 def test_chance():
-    # three claims of a direction at 2.5 % each, one of sameness at 5 %
+    # two claims of a direction at 2.5 % each, one of sameness and one of a chosen level at 5 %
     assert claims.chance(["direction", "up to", "in all cells: direction", "same"]) == pytest.approx(0.15)
 
 
@@ -844,7 +844,8 @@ def test_a_difference_of_differences_needs_living_networks_in_both():
     dead = lab.store("paper", lambda name, x, *at: 10 if x == 3.6 else 90, xs=[51.3, 3.6])
     c = claim(arm_a="lenet/imp - lenet/random", arm_b="lenet/imp - lenet/random", x="3.6|51.3")
     assert judged(lab, dead, c)["verdict"] == "not tested (at 3.6 % most networks of both arms guess)"
-    assert scorecard.word(judged(lab, dead, c | {"x": "51.3|51.3"})) == "not reproduced"
+    said = "not reproduced (its effect, of which the paper prints no size, is below the margin)"
+    assert judged(lab, dead, c | {"x": "51.3|51.3"})["verdict"] == said
 
 
 def test_censoring_is_counted_in_each_cell():
