@@ -68,6 +68,41 @@ def test_conv4_is_pairs_of_convolutions_with_a_pool_after_each():
     torch.testing.assert_close(model(x), h @ w["fc3.weight"].T + w["fc3.bias"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (2, 3, 2, 2), (3, 2, 7, 8), (3, 2, 6, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_pool_is_torchs_with_its_gradient_at_the_first_of_equals(dtype, shape, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-1, 3, shape, generator=generator).to(dtype)  # most squares have equals
+    x = x.to(memory_format=memory_format)
+    gradient = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2, generator=generator).to(dtype)
+    found = []
+    for pool in (models.Pool(), torch.compile(models.Pool(), backend="aot_eager"), nn.MaxPool2d(2)):
+        leaf = x.clone().requires_grad_()
+        pooled = pool(leaf)
+        pooled.backward(gradient)
+        found.append((pooled, leaf.grad))
+        assert torch.equal(pool(x), pooled)
+    for pooled, back in found[:2]:
+        assert torch.equal(pooled, found[2][0])
+        assert torch.equal(back, found[2][1])
+
+
+def test_a_compiled_pool_is_what_a_compiled_conv2_trains_with():
+    """Else nothing would tell that it is slow again."""
+    net, graphs = models.create("conv2", in_shape=(3, 8, 8), width=2), []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(net, backend=backend)(torch.randn(2, 3, 8, 8)).sum().backward()
+    [graph] = graphs
+    assert "maximum" in graph
+    assert "max_pool2d" not in graph
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_initialisation_is_gaussian_glorot_with_zero_biases(name):
     for n, p in models.create(name, seed=0).named_parameters():
