@@ -157,6 +157,16 @@ def test_where_no_trial_is_complete_points_may_be_shown_of_which_every_trial_is(
     assert len(Chapter("lth").shown("fig12")[0]) == n
 
 
+def test_a_network_with_fewer_trials_of_its_own_is_complete_with_those(clone, monkeypatch):
+    at = presets()["primary"]
+    nets = {name: replace(net, trials=1) for name, net in at.nets.items()}
+    monkeypatch.setitem(lth.SETTINGS, "primary", replace(at, nets=nets, trials=2))
+    dense = next(r for r in lth.runs("fig12", "primary") if not r.level)
+    train([dense], clone)
+    assert Chapter("lth").shown("fig12")[0] is None
+    assert list(Chapter("lth").shown("fig12", points=True)[0]["level"]) == [0]
+
+
 def test_a_badge_counts_what_diverged(clone, everything):
     runs, store = lth.runs("fig12", "smoke"), Store(clone / "results/ours")
     for r in runs:

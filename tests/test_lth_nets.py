@@ -83,6 +83,8 @@ def test_a_network_has_its_own_number_of_trials_unless_others_are_asked_for():
     assert {r.seed for r in lth.runs("fig5-conv2", "laptop")} == {0, 1, 2}
     assert {r.seed for r in lth.runs("rewinding-resnet18", "laptop")} == set(range(5))
     assert {r.seed for r in lth.runs("fig5-conv2", lth.override(LAPTOP, trials=4))} == set(range(4))
+    assert [*lth.seeds("fig5-conv2", LAPTOP)] == [0, 1, 2]
+    assert [*lth.seeds("fig8", LAPTOP)] == [*lth.seeds("fig5-conv2", PAPER)] == [*range(5)]
     claim = scorecard.runs("lth", ["lth-fig5-conv2-accuracy-4.6"], "laptop")
     assert {r.seed for r in claim} == {0, 1, 2}
 

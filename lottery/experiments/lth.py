@@ -519,6 +519,12 @@ def cells(item: str, at: Setting) -> list[tuple[str, float, float | None]]:
     ]
 
 
+def seeds(item: str, at: Setting) -> range:
+    """The seeds of an item's trials, of which a network may have fewer than the others."""
+    nets = filter(None, (at.net(arm.split("/")[0]) for arm in ITEMS[item]))
+    return range(at.seed, at.seed + min((net.trials or at.trials for net in nets), default=at.trials))
+
+
 def points(arm: str, at: Setting) -> Sequence[float | None]:
     """Where an arm has networks: levels, or fractions p for one-shot pruning."""
     name, control = arm.split("/")
