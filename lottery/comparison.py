@@ -7,12 +7,11 @@ import itertools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lottery import claims, models, names
-from lottery import masks as M
+from lottery import claims, names
 from lottery.experiments import compare
 from lottery.experiments.papers import parts
 from lottery.experiments.soft_threshold import macs_left
@@ -285,15 +284,6 @@ def layers(frame: "pd.DataFrame", density: float) -> dict[str, dict[str, float]]
     return found
 
 
-def masks(row: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """The stored masks of a row, `{layer: bool [weights]}`, or None where they were not kept."""
-    if not row["mask"]:
-        return None
-    net = models.sizes_only(row["model"], row["dataset"], tuple(map(tuple, json.loads(row["spec"])["options"])))
-    shapes = {name: layer.weight.shape for name, layer in M.prunable(net).items()}
-    return {name: m.numpy().ravel() for name, m in unpack_masks(row["mask"], shapes).items()}
-
-
 def overlap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """(share of kept weights that both masks keep, what masks of the same layer densities give by chance)."""
     both = sum(int((a[name] & b[name]).sum()) for name in a)
@@ -313,7 +303,7 @@ def overlaps(frame: "pd.DataFrame", density: float) -> dict[tuple[str, str], tup
         part = part[(part["density"] / density).between(1 / 1.5, 1.5)]
         if len(part) and not method.startswith("dense"):
             nearest = min(part.index, key=lambda i: abs(np.log(part["density"][i] / density)))
-            kept.setdefault(method, {})[seed] = masks(part["row"][nearest])
+            kept.setdefault(method, {})[seed] = {n: m.numpy() for n, m in unpack_masks(part["row"][nearest]).items()}
     found = {}
     for a, b in itertools.combinations_with_replacement(kept, 2):
         if a == b:

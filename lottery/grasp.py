@@ -200,22 +200,6 @@ def ntk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def spectrum(theta: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues λ_i of the kernel, largest first, and (u_iᵀ v)², the energy of a direction v along each u_i.
-
-    With v = ∂L/∂Z the gradient flow is ‖g‖² = Σ λ_i (u_iᵀ v)² (section 4).
-
-    theta: symmetric [N, N], see `ntk`.
-    direction: v, N numbers in any shape, such as one-hot labels Y or ∂L/∂Z.
-
-    Returns two tensors [N]. Raises ValueError: NaN or infinity in the kernel.
-    """
-    if not theta.isfinite().all():
-        raise ValueError("NaN or infinity in the kernel: check the model's weights.")
-    eigenvalues, u = torch.linalg.eigh(theta)
-    return eigenvalues.flip(0), (u.T @ direction.flatten().to(u)).square().flip(0)
-
-
 def summed_gradient(
     model: nn.Module, batches: Batches, temperature: float = 1.0
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -327,7 +327,8 @@ class Pool(nn.MaxPool2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fast = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if fast and x.device.type == "cpu" and x.requires_grad and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        fast = fast and x.device.type == "cpu" and x.requires_grad and x.dim() == 4
+        if fast and x.shape[2] % 2 == x.shape[3] % 2 == 0:
             return _Largest.apply(x)
         return super().forward(x)
 

@@ -20,7 +20,7 @@ ARMS = {
     "oneshot": "ticket pruned in one shot",
     "oneshot-reinit": "one-shot mask, fresh weights",
     "continued": "ticket found by training on",
-    "dm-reinit": "same mask, survivors' values shuffled",
+    "dm-reinit": "same mask, values drawn from the survivors'",
     "prune-at-init": "smallest initial weights removed",
     "lt": "ticket",
     "lt-rewind": "ticket, rewound",

@@ -283,7 +283,7 @@ def train(
     loop.run(kept := work.Kept(r, shown.fingerprint, store, conditions, every))
     [history] = loop.histories(time.perf_counter() - loop.began)
     if dist.get_rank() == 0:
-        certificate = work.certify(work.algorithms_of(r), started, history.wall_s, conditions)
+        certificate = work.certify(work.algorithms_of(given), started, history.wall_s, conditions)
         certificate |= {"group": [r.key], **net.hashes, **kept.said()}
         certificate["weights"] = store.save_artifact(r.key, work.artifact_of(r, net))
         store.put({**work.row_of(r, shown, net.model, history, certificate), "moves": None})

@@ -200,11 +200,6 @@ def note(row: dict) -> str:
     return "; ".join(filter(None, [size.removeprefix(", "), remark.removesuffix(")")]))
 
 
-def anchor(row: dict) -> str:
-    """The permalink of a row: the claim's id, or the paper and item."""
-    return row["claim"] or f"{row['paper']}-{_short(row['item'])}"
-
-
 def text(card: dict) -> str:
     """Lines for a terminal: one a claim that has evidence, then the totals."""
     lines = []
@@ -213,7 +208,7 @@ def text(card: dict) -> str:
             ours = "–" if row["ours"] is None else f"{row['ours']:.4g}"
             ours += " [{:.4g}, {:.4g}]".format(*row["interval"]) if row["interval"] else ""
             paper = "–" if row["paper_value"] is None else f"{row['paper_value']:.6g}"
-            begin = f"{'* '[not row['primary']]} {anchor(row):42} {paper:>8} {ours:26} {row['evidence']:9}"
+            begin = f"{'* '[not row['primary']]} {row['claim']:42} {paper:>8} {ours:26} {row['evidence']:9}"
             lines.append(f"{begin} {said(row)}")
             if more := row["all_trials"]:
                 every = "{:.4g} [{:.4g}, {:.4g}]".format(more["ours"], *more["interval"])

@@ -89,9 +89,9 @@ def stored(row: Mapping[str, Any]) -> Ticket:
     spec = json.loads(row["spec"])
     model = _create(spec, spec["seed"])
     theta = M.state(model)
-    shapes = {name: layer.weight.shape for name, layer in M.prunable(model).items()}
+    masks = {name: m.view(model.get_submodule(name).weight.shape) for name, m in unpack_masks(row).items()}
     bitwise = digest(theta) == json.loads(row["certificate"])["theta0"]
-    return Ticket(theta, unpack_masks(row["mask"], shapes), spec, bitwise)
+    return Ticket(theta, masks, spec, bitwise)
 
 
 def save(ticket: Ticket, path: Path | str) -> None:

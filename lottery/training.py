@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from lottery import masks as M
 from lottery import perceptron, tensorfile
-from lottery.batches import Batches, normaliser, take  # noqa: F401 (the last two: where callers look for them)
+from lottery.batches import Batches
 from lottery.data import Data, Split, check_seed
 from lottery.methods import NOTHING, Method, need, number, own_numbers
 
@@ -327,7 +327,10 @@ class Step:
 
     @property
     def generator(self) -> torch.Generator:
-        """A fresh generator, on the CPU, of the data order's seed and the iteration, apart from that of the order."""
+        """A fresh generator, on the CPU, of the data order's seed and the iteration.
+
+        Apart from that of the order for seeds as large as those of Runs; of seed 0 it begins as some epochs' orders do.
+        """
         [seed] = self.batches.seeds
         return torch.Generator().manual_seed((seed * 1_000_003 + self.t) * 2 + 1 & 0x7FFF_FFFF_FFFF_FFFF)
 

@@ -90,9 +90,9 @@ def end(trained, name):
 
 
 def stored_masks(trained, name):
-    row = Store(trained).get(family()[name])
     shapes = {"fc1": (300, 64), "fc2": (100, 300), "fc3": (10, 100)}
-    return store.unpack_masks(row["mask"], shapes)
+    masks = store.unpack_masks(Store(trained).get(family()[name]))
+    return {layer: m.view(shapes[layer]) for layer, m in masks.items()}
 
 
 def kept(masks):
@@ -363,8 +363,8 @@ def test_the_stored_counts_are_those_of_the_highest_scores(tmp_path):
     expected = {name: [int((v >= threshold).sum()), v.numel()] for name, v in score.items()}
     assert json.loads(row["layers"]) == expected
     assert row["density"] == 0.1
-    stored = store.unpack_masks(row["mask"], {name: v.shape for name, v in score.items()})
-    assert all(torch.equal(m, score[name] >= threshold) for name, m in stored.items())
+    stored = store.unpack_masks(row)
+    assert all(torch.equal(m, score[name].flatten() >= threshold) for name, m in stored.items())
     versions = json.loads(row["certificate"])["versions"]
     assert versions == {"training": training.VERSION, "grasp": grasp_algorithm.VERSION}
 

@@ -445,10 +445,8 @@ def test_tangent_kernel(masked):
     torch.testing.assert_close(kernel, J @ J.T, rtol=1e-10, atol=1e-12)
 
     dZ = (Z.softmax(1) - F.one_hot(y, 3)).detach() / len(y)
-    eigenvalues, energy = grasp.spectrum(kernel, dZ)
-    assert (eigenvalues.diff() <= 0).all()
     flow = grasp.gradient_norm(model, [(x, y)]) ** 2
-    assert float((eigenvalues * energy).sum()) == pytest.approx(flow, rel=1e-9)
+    assert float(dZ.flatten() @ kernel @ dZ.flatten()) == pytest.approx(flow, rel=1e-9)
 
 
 def with_frozen_norm():
@@ -700,8 +698,6 @@ def test_arguments_of_another_kind_are_told_in_one_line():
         grasp.scores(mlp(), [batch()], float("inf"))
     with pytest.raises(ValueError, match=message("Invalid batches of type NoneType: give a list of chunks")):
         grasp.scores(mlp(), None)
-    with pytest.raises(ValueError, match=message("NaN or infinity in the kernel: check the model's weights.")):
-        grasp.spectrum(torch.full((2, 2), float("nan")), torch.ones(2))
     digits = data.load("digits")
     one, other = (grasp.class_balanced(digits, n, torch.Generator().manual_seed(0)) for n in (3, np.int64(3)))
     assert torch.equal(one[0][0], other[0][0])

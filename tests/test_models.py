@@ -69,13 +69,13 @@ def test_conv4_is_pairs_of_convolutions_with_a_pool_after_each():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (2, 3, 2, 2), (3, 2, 7, 8), (3, 2, 6, 5)])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (2, 3, 2, 2), (3, 2, 7, 8), (3, 2, 6, 5), (3, 6, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_pool_is_torchs_with_its_gradient_at_the_first_of_equals(dtype, shape, memory_format):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-1, 3, shape, generator=generator).to(dtype)  # most squares have equals
-    x = x.to(memory_format=memory_format)
-    gradient = torch.randn(*shape[:2], shape[2] // 2, shape[3] // 2, generator=generator).to(dtype)
+    x = x.to(memory_format=memory_format) if x.dim() == 4 else x
+    gradient = torch.randn(*shape[:-2], shape[-2] // 2, shape[-1] // 2, generator=generator).to(dtype)
     found = []
     for pool in (models.Pool(), torch.compile(models.Pool(), backend="aot_eager"), nn.MaxPool2d(2)):
         leaf = x.clone().requires_grad_()

@@ -511,9 +511,11 @@ def test_default_store_is_that_of_the_clone(tmp_path, monkeypatch):
 def test_masks_survive_packing(shapes, seed):
     rng = np.random.default_rng(seed)
     masks = {f"fc{i}": torch.from_numpy(rng.random(shape) < 0.3) for i, shape in enumerate(shapes)}
-    back = store.unpack_masks(store.pack_masks(masks), {name: m.shape for name, m in masks.items()})
-    assert back.keys() == masks.keys()
-    assert all(torch.equal(back[name], masks[name]) for name in masks)
+    layers = json.dumps({name: [int(m.sum()), m.numel()] for name, m in masks.items()})
+    back = store.unpack_masks({"mask": store.pack_masks(masks), "layers": layers})
+    assert list(back) == list(masks)
+    assert all(torch.equal(back[name], masks[name].flatten()) for name in masks)
+    assert store.unpack_masks({"mask": None, "layers": layers}) is None
 
 
 def test_masks_of_large_networks_are_not_stored():

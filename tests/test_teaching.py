@@ -6,6 +6,7 @@
 import csv
 import json
 import os
+import random
 import subprocess
 import sys
 import zipfile
@@ -109,6 +110,18 @@ def test_the_page_has_the_solutions_of_practice_and_of_nothing_else(lab):
             parts = sources.region(c.source, "SOLUTION")
             published = c.cell_type == "code" and sources.is_practice(nb, c)
             assert all((part.strip("\n") in page) == published for part in parts), c.id
+
+
+@pytest.mark.parametrize("page", sorted(TEACHING.glob("*.md")), ids=lambda path: path.stem)
+def test_no_page_beside_the_labs_prints_an_answer_to_a_graded_task(page):
+    """Nor a quoted one, as a student might write it."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    assert "\n> " not in page.read_text(encoding="utf-8")
+    for nb in map(sources.source, sources.LABS):
+        for c in nb.cells:
+            if sources.facts(c).get("points") and sources.facts(c)["solution"]:
+                answer = " ".join(sources.region(c.source, "SOLUTION")[0].split())
+                assert not [part for part in answer.split(". ") if len(part) > 40 and part in text], c.id
 
 
 def test_regions_are_replaced_at_their_indentation():
@@ -432,6 +445,73 @@ def test_a_solution_that_fails_is_no_lack_of_isolation(monkeypatch, tmp_path, ca
 
 def test_folders_inside_others_are_mounted_once():
     assert jail.outermost(["/a/b", "/a", "/c/d", "/usr/local/x"], ["/usr"]) == ["/a", "/c/d"]
+
+
+# Tasks of the labs -------------------------------------------------------------------------------------------------
+
+
+IS_EXACT = """
+def is_exact(count):
+    tried = [
+        torch.nn.Conv2d(3, 4, (3, 1)),
+        torch.nn.Conv2d(3, 4, 3, padding=1, dilation=2),
+        torch.nn.Conv2d(4, 4, (1, 3), stride=(2, 1), padding=(0, 2), groups=2),
+        torch.nn.Conv2d(3, 4, (3, 5), padding="same", bias=False).double(),
+        torch.nn.Conv2d(4, 4, 5, stride=2, padding=2),
+    ]
+    for conv in tried:
+        with torch.no_grad():
+            conv.weight[0] = 0
+        out = conv(conv.weight.new_zeros(1, conv.in_channels, 8, 8))
+        if count(conv, 8) != int(conv.weight.count_nonzero()) * out.shape[2] * out.shape[3]:
+            return False
+    return True
+"""
+
+IS_SOUND = """
+def is_sound(version):
+    draw = torch.Generator().manual_seed(3)
+    for shape in ((2, 3), (30,), (), (0,)):
+        for share in (0.0, 0.7, 1.0):
+            for rate in (0.0, 0.3, 0.7, 1.0):
+                weight = torch.randint(-4, 5, shape, generator=draw) / 4
+                left = torch.rand(shape, generator=draw) < share
+                if not torch.equal(version(weight.clone(), left.clone(), rate), prune(weight, left, rate)):
+                    return False
+    return True
+"""
+
+
+def only(lab, *tasks):
+    """The lab with its parameters, its setup and these tasks, so that nothing is trained."""
+    nb = sources.source(lab)
+    wanted = {"student-seed", "setup", *(f"{task}{end}" for task in tasks for end in ("-given", "", "-check"))}
+    nb.cells = [c for c in nb.cells if sources.facts(c).get("grade_id") in wanted]
+    return nb
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lab", "tasks", "answer"), [("thresholds", ["bugs"], IS_EXACT), ("masks", ["complete", "bugs"], IS_SOUND)]
+)
+def test_a_right_answer_to_find_the_bug_gets_its_points_whatever_layers_and_masks_it_tries(lab, tasks, answer):
+    """Rectangular and dilated layers, three channels; masks of which nothing is left, a rate of 1, empty tensors."""
+    nb = only(lab, *tasks)
+    submission = check.write_into(sources.filled(sources.student(nb, 5), nb), "bugs", answer)
+    got = grade.run(nb, 5, submission, jailed=False)
+    assert got.errors == []
+    assert grade.marks(nb, grade.run(nb, 5), got) == sources.points(nb)
+
+
+def test_which_weight_grasp_removes_from_the_chain_depends_on_the_seed():
+    code = {c.id: sources.unmarked(c.source, "SOLUTION") for c in only("before-training", "trace").cells}
+    removed = []
+    for seed in range(40):
+        names = {"random": random, "student_seed": seed}
+        exec(code["trace-given"] + "\n" + code["trace"], names)
+        assert names["scores"][0] != names["scores"][1]
+        removed.append(names["removed"])
+    assert min(removed.count("w"), removed.count("v")) >= 10
 
 
 # Slides -------------------------------------------------------------------------------------------------------------

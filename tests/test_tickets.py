@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_runs import train
 from torch import nn
 
 from lottery import data, experiments, models, tensorfile, tickets, training
@@ -85,6 +86,18 @@ def test_a_ticket_of_the_store_is_the_initialisation_and_the_mask(ticket, stored
     for name, m in ticket.masks.items():
         size = weights[f"{name}.weight"].abs()
         assert size[m].min() >= size[~m].max()
+
+
+def test_a_ticket_of_a_run_that_prunes_some_layers_has_their_masks(tmp_path):
+    base = lth.setting("smoke").nets["lenet"].base
+    dense = replace(base, layers=("fc1", "fc3"))
+    ticket = replace(dense, parent=dense, rate=0.5, rate_output=0.25)
+    train([dense, ticket], tmp_path)
+    found = tickets.stored(Store(tmp_path).get(ticket))
+    assert {name: (tuple(m.shape), int(m.sum())) for name, m in found.masks.items()} == {
+        "fc1": ((300, 64), 9_600),
+        "fc3": ((10, 100), 750),
+    }
 
 
 def test_the_dense_network_is_the_ticket_of_level_0(stored):

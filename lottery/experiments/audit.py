@@ -218,7 +218,7 @@ def _beginning(r, store, device, threads, compiled):
         how |= {"opt": net.optimizer, "compiled": compiled}
         history = work.fit_alike(net.model, images, r.recipe, seed=int(r.key[:15], 16), **how)
     conditions = work.conditions(device, threads, compiled)
-    certificate = work.certify(work.algorithms_of(r), now(), history.wall_s, conditions)
+    certificate = work.certify(work.algorithms_of(given), now(), history.wall_s, conditions)
     certificate = json.dumps(certificate | {"group": [r.key]})
     losses = {str(t): loss for t, loss in history.train_loss.items()}
     return {"train_loss": json.dumps(losses), "fingerprint": images.fingerprint, "certificate": certificate}

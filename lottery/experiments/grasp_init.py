@@ -41,8 +41,9 @@ class Pruning(Measurement):
 
     model, dataset, options: as of a Run. seed: the trial; draws θ₀, the images and the copy's classifier.
     criterion, density: what is kept; "dense" keeps all.
-    temperature, per_class, chunks, class_sorted, reinit_linear, augment: how the copy is scored, as of a Run. Whatever
-        the chunks, the images are the same. `batch` tells draws of other images apart.
+    temperature, per_class, chunks, class_sorted, reinit_linear, augment: how the copy is scored, as of a Run but that
+        halves which are not sorted by class are drawn by lot, where a Run's chunks have as many images of each class.
+        Whatever the chunks, the images are the same. `batch` tells draws of other images apart.
     images: training images that the gradient norm is measured on, not augmented; 0 measures none.
     kernel: images, one a class in turn, that the tangent kernel is computed on; 0 for none.
     """
@@ -70,6 +71,7 @@ class Pruning(Measurement):
         need(self, "criterion", self.criterion in CRITERIA, f"give one of {', '.join(CRITERIA)}")
         for name, least in (("seed", 0), ("batch", 0), ("images", 0), ("kernel", 0), ("chunks", 1)):
             whole(name, getattr(self, name), least)
+        need(self, "chunks", self.chunks == 1 or self.chunks % 2 == 0, "give 1 or an even number")
 
     def network(self) -> nn.Module:
         return models.on_set(self.model, self.dataset, self.options, self.seed)

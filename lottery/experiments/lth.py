@@ -433,7 +433,7 @@ ITEMS = {
     "fig16": arms(SGD, "imp"),
     "fig17": arms(["lenet", *SGD], "imp", "reinit", "dm-reinit"),
     "fig18": arms(["lenet"], "imp", "reinit", "prune-at-init"),
-    "fig19": arms(["lenet"], "dm-reinit"),  # whose rows hold what is drawn, see work._moves
+    "fig19": arms(["lenet"], "dm-reinit"),  # whose rows hold what is drawn, see tickets.moves
     "fig20": arms(["lenet"], "dm-reinit"),
     "fig21": arms(["lenet"], "imp"),
     "fig22": arms(SGD, "imp"),

@@ -73,7 +73,7 @@ def convolutional(model: str, dataset: str, recipe: Recipe, **options: Any) -> R
 
 def recurrent(dataset: str, epochs: int, per_epoch: int, hidden: int) -> Run:
     """FastGRNN at full rank: lr 0.01, a tenth of it for the last third, batches of 100, as FastGRNN is trained."""
-    n = epochs * per_epoch
+    n = epochs * per_epoch  # per_epoch counts an epoch's last, smaller batch, which is left out: so it is more passes
     given = {"milestones": (round(2 / 3 * n),), "eval_every": max(per_epoch, n // 30)}
     recipe = Recipe(optimizer="sgd", lr=0.01, momentum=0.9, batch_size=100, iterations=n, inputs="standard", **given)
     return Run(model="fastgrnn", dataset=dataset, recipe=recipe, valid=0, options=(("hidden", hidden),))

@@ -16,7 +16,7 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Container, Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -594,13 +594,15 @@ def pack_masks(masks: "dict[str, torch.Tensor]") -> bytes | None:
     return zlib.compress(np.packbits(bits).tobytes(), 9)
 
 
-def unpack_masks(packed: bytes, shapes: Mapping[str, Sequence[int]]) -> "dict[str, torch.Tensor]":
-    """The inverse of `pack_masks`, for `{layer: shape}` in module order: `{layer: BoolTensor}`."""
+def unpack_masks(row: Mapping[str, Any]) -> "dict[str, torch.Tensor] | None":
+    """The masks of a stored row, `{layer: bool [weights]}` of the layers that it prunes; None where none are kept."""
     import torch
 
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    bits = torch.from_numpy(unpack(zlib.decompress(packed), sum(sizes)))
-    return {name: part.view(*shapes[name]) for name, part in zip(shapes, bits.split(sizes), strict=True)}
+    if not row["mask"]:
+        return None
+    sizes = {name: size for name, (_, size) in json.loads(row["layers"]).items()}
+    bits = torch.from_numpy(unpack(zlib.decompress(row["mask"]), sum(sizes.values())))
+    return dict(zip(sizes, bits.split([*sizes.values()]), strict=True))
 
 
 def _digest(row):

@@ -22,7 +22,7 @@ from lottery import masks as M
 from lottery.batches import take
 from lottery.experiments.runs import Measurement, Run, rates
 from lottery.experiments.store import Store, now, pack_masks, versions
-from lottery.methods import NOTHING, Method
+from lottery.methods import Method
 
 
 def execute(
@@ -61,9 +61,9 @@ def execute(
         if compiled:  # every network counts as a recompilation; at the eighth torch.compile gives up for good
             torch.compiler.reset()
     keep_weights = keep_weights or [False] * len(runs)
-    for r, net, history, keep, dense in zip(runs, nets, histories, keep_weights, ends, strict=True):
+    for r, spent, net, history, keep, dense in zip(runs, given, nets, histories, keep_weights, ends, strict=True):
         weights = store.save_artifact(r.key, artifact_of(r, net)) if keep else None
-        certificate = certify(algorithms_of(r), started, history.wall_s, kept.conditions)
+        certificate = certify(algorithms_of(spent), started, history.wall_s, kept.conditions)
         certificate |= {"group": [r.key for r in runs], "weights": weights, **net.hashes, **kept.said()}
         moves = json.dumps(tickets.moves(*dense, M.read(net.model))) if dense else None
         store.put({**row_of(r, images, net.model, history, certificate), "moves": moves})
@@ -303,6 +303,8 @@ def _values(r, m, create, source, images, device, generator):
     if r.init == "noise":
         return lth.add_noise(theta_0, m, r.noise, generator)
     if r.init == "rewind" and r.rewind_to:  # θ_k of the training at the root, with what that one learns beside weights
+        # Without torch.compile, as in all runs that are stored: of a compiled root this is a point near its way, since
+        # the two round differently.
         root = r.root.method.attach(create(seed=r.seed)).to(device)
         order = int(r.root.key[:15], 16)
         fit_alike(root, images, r.root.recipe, seed=order, stop=r.rewind_to, method=r.root.method)
@@ -428,10 +430,10 @@ def _nulls(values):
 
 
 def algorithms_of(r: Run) -> tuple[str, ...]:
-    """The modules with a VERSION that a result depends on."""
+    """The modules with a VERSION that the result of a run with its budget filled in depends on."""
     ranked = {"snip": ("grasp", "baselines"), "grasp": ("grasp",)}.get(r.criterion, ("baselines",))
     ranked = ranked if r.density else ("lth",)
-    method = () if r.method == NOTHING else (type(r.method).__module__.split(".")[-1],)
+    method = (kind.__module__.split(".")[-1] for kind in type(r.method).__mro__)
     return ("training", *ranked, *method)
 
 
