@@ -320,10 +320,10 @@ def _minus(text):
 
 
 OURS = (
-    "*Ours* is the mean over trials with its 95 % interval of the difference, or the factor (×), between what the claim "
-    "says is larger or at least as good and the other, so that of “no better than” it is the control minus the ticket; of "
-    "a claim about several densities at the one with the largest p-value, whose difference need not be the smallest, of "
-    "“up to” at the level that the other trials choose."
+    "*Ours* is the mean over trials with its 95 % interval of the difference, or the factor (×), between what the "
+    "claim says is larger or at least as good and the other, so that of “no better than” it is the control minus the "
+    "ticket; of a claim about several densities at the one with the largest p-value, whose difference need not be the "
+    "smallest, of “up to” at the level that the other trials choose."
 )
 
 
