@@ -521,8 +521,8 @@ def cells(item: str, at: Setting) -> list[tuple[str, float, float | None]]:
 
 def seeds(item: str, at: Setting) -> range:
     """The seeds of an item's trials, of which a network may have fewer than the others."""
-    nets = filter(None, (at.net(arm.split("/")[0]) for arm in ITEMS[item]))
-    return range(at.seed, at.seed + min((net.trials or at.trials for net in nets), default=at.trials))
+    names = {arm.split("/")[0].partition("@")[0] for arm in ITEMS[item]} & at.nets.keys()
+    return range(at.seed, at.seed + min((at.nets[name].trials or at.trials for name in names), default=at.trials))
 
 
 def points(arm: str, at: Setting) -> Sequence[float | None]:
