@@ -83,13 +83,20 @@ def level(level: int, seed: int = 0, scale: str | None = None, store: "Store | N
 
 
 def stored(row: Mapping[str, Any]) -> Ticket:
-    """The ticket of a stored run that started from θ₀, a row of `experiments.load`."""
+    """The ticket of a stored run that started from θ₀, a row of `experiments.load`.
+
+    Raises ValueError: its mask is not kept; those of controls, sweeps and large networks are not.
+    """
     from lottery.experiments.store import unpack_masks
 
+    if not (masks := unpack_masks(row)):
+        raise ValueError(
+            f"No mask is kept of run {row['key']}: take a ticket's whose test accuracy is read at every reading."
+        )
     spec = json.loads(row["spec"])
     model = _create(spec, spec["seed"])
     theta = M.state(model)
-    masks = {name: m.view(model.get_submodule(name).weight.shape) for name, m in unpack_masks(row).items()}
+    masks = {name: m.view(model.get_submodule(name).weight.shape) for name, m in masks.items()}
     bitwise = digest(theta) == json.loads(row["certificate"])["theta0"]
     return Ticket(theta, masks, spec, bitwise)
 

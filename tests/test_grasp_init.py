@@ -192,7 +192,8 @@ def test_relative_is_paired_by_trial_and_network():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("criterion", "synflow"), ("images", -1), ("seed", 0.5), ("chunks", 0), ("kernel", True)]
+    ("field", "value"),
+    [("criterion", "synflow"), ("images", -1), ("seed", 0.5), ("chunks", 0), ("chunks", 3), ("kernel", True)],
 )
 def test_a_bad_field_is_one_line(field, value):
     with pytest.raises(ValueError, match=rf"^Invalid {field} [^\n]*$"):

@@ -88,6 +88,13 @@ def test_a_compiled_pool_is_torchs_with_its_gradient_at_the_first_of_equals(dtyp
         assert torch.equal(back, found[2][1])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_network_with_pools_can_be_scripted_and_exported():
+    net, x = models.create("conv2", seed=0, in_shape=(3, 8, 8), width=2), torch.randn(2, 3, 8, 8)
+    for other in (torch.jit.script(net), torch.export.export(net, (x,)).module()):
+        torch.testing.assert_close(other(x), net(x))
+
+
 def test_a_compiled_pool_is_what_a_compiled_conv2_trains_with():
     """Else nothing would tell that it is slow again."""
     net, graphs = models.create("conv2", in_shape=(3, 8, 8), width=2), []

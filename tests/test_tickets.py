@@ -100,6 +100,13 @@ def test_a_ticket_of_a_run_that_prunes_some_layers_has_their_masks(tmp_path):
     }
 
 
+def test_a_run_whose_mask_is_not_kept_is_told_in_one_line(stored):
+    [run] = lth.setting("smoke").nets["lenet"].imp(0, 1)
+    row = {**Store(stored).get(run), "mask": None}
+    with pytest.raises(ValueError, match=rf"^No mask is kept of run {run.key}: [^\n]*\.$"):
+        tickets.stored(row)
+
+
 def test_the_dense_network_is_the_ticket_of_level_0(stored):
     ticket = tickets.level(0, store=Store(stored), scale="smoke")
     assert ticket.density == 1
