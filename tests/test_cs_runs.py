@@ -131,6 +131,8 @@ def test_pruning_without_rewinding_finds_and_tunes_for_as_long_each():
     pruned = cs.arm("resnet20/pruned", 16.8, 0, "laptop")
     assert [r.method.s0 for r in pruned] == [-0.3, -0.2, -0.1, 0.0]
     assert {(r.init, r.rate) for r in pruned} == {("continue", 0.0)}
+    l0 = cs.arm("resnet20/l0", 16.8, 0, "laptop")
+    assert {(r.init, r.rate, r.level) for r in l0} == {("effective", 0.0, 1)}
 
 
 def test_restart_has_ten_trials_of_which_three_come_first():

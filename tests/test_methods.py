@@ -272,6 +272,32 @@ def test_readings_are_smoothed_on_request_only():
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        stochastic.L0(lam=1e-3, layers=CONVS, rate=1000.0),
+        soft_threshold.STR(-5.0, layers=CONVS),
+        dynamic.GMP(density=0.3, budget="global"),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_effective_weights_are_the_network_that_the_method_trained(tmp_path, method):
+    """In evaluation mode a child starts as what its parent is, although its weights are plain and under a mask."""
+    parent = replace(FIRST, method=method, layers=CONVS)
+    store, images = Store(tmp_path), data.load("digits")
+    row, left = train(parent, tmp_path)
+    child = work.initialise(replace(parent, parent=parent, method=NOTHING, init="effective", rate=0.0), images, store)
+    masks = {name.removeprefix("mask/"): t for name, t in left.items() if name.startswith("mask/")}
+    trained = method.attach(M.attach(network(parent), masks))
+    M.restore(trained, {name: t for name, t in left.items() if name.partition("/")[0] not in work.APART})
+    x = images.test.x.float()
+    with torch.no_grad():
+        assert child.model.eval()(x).equal(trained.eval()(x))
+    assert M.read(child.model).keys() == set(CONVS)
+    assert M.density(M.read(child.model)) == pytest.approx(row["density"], rel=1e-5)
+    assert row["density"] < 1
+
+
 def test_methods_at_their_defaults_have_keys_of_their_own():
     runs = [Run(), Run(method=cs.CS()), Run(method=cs.Ticket()), Run(method=soft_threshold.STR())]
     runs += [Run(method=cs.CS(layers=("fc1",))), Run(method=cs.CS(rule="code")), Run(method=cs.CS(carry=False))]

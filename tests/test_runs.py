@@ -167,7 +167,7 @@ def test_level_root_and_spec():
     [
         (
             {"init": "rest"},
-            "Invalid init 'rest': give one of reset, rewind, reinit, random, continue, survivors, noise.",
+            "Invalid init 'rest': give one of reset, rewind, reinit, random, continue, effective, survivors, noise.",
         ),
         ({"init": "reinit"}, "Invalid init 'reinit' without a parent: a dense network starts from its own θ₀."),
         ({"rewind_schedule": "again"}, "Invalid rewind_schedule 'again': give 'continue' or 'restart'."),

@@ -194,10 +194,10 @@ class Setting(Trials):
         run = self.dense(net, seed)
         return dataclasses.replace(run, parent=run, init="continue", density=density, **criterion)
 
-    def tuned(self, net: str, seed: int, method: Method) -> Run:
+    def tuned(self, net: str, seed: int, method: Method, init: str = "continue") -> Run:
         """A network that a method pruned in one training, fine-tuned."""
         run = self.dense(net, seed)
-        return dataclasses.replace(run, parent=dataclasses.replace(run, method=method), init="continue", rate=0.0)
+        return dataclasses.replace(run, parent=dataclasses.replace(run, method=method), init=init, rate=0.0)
 
     def frozen(self, net: str, seed: int, method: Method, lr: float | None = None) -> Run:
         """Masks on weights that stay at their initial values, trained with the recipe's or another learning rate."""
@@ -381,9 +381,10 @@ def trial(arm: str, at: Setting, seed: int, point: float) -> list[Run]:
         criterion = {"criterion": "snip", "score": gradient(at.nets[net])} if control == "gradient" else {}
         return [at.once(net, seed, point, **criterion)]
     layers = at.nets[net].layers
-    if control in ("gmp", "l0"):
-        method = GMP(density=point, budget="global") if control == "gmp" else L0(lam=point, layers=layers, rate=L0_RATE)
-        return [at.tuned(net, seed, method)]
+    if control == "gmp":
+        return [at.tuned(net, seed, GMP(density=point, budget="global"))]
+    if control == "l0":  # from z ⊙ w: the network that L0 has trained, and not the weights behind its gates
+        return [at.tuned(net, seed, L0(lam=point, layers=layers, rate=L0_RATE), "effective")]
     kind, lr = {"supermask": (Supermask, SUPERMASK_LR), "frozen-cs": (FrozenCS, None)}[control]
     return [at.frozen(net, seed, kind(s0=point, layers=layers), lr)]
 

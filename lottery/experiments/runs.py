@@ -19,7 +19,7 @@ from lottery.training import Recipe
 
 SCHEMA = 1
 BUDGETS = ("", "layers", "total", "erk")
-INITS = ("reset", "rewind", "reinit", "random", "continue", "survivors", "noise")
+INITS = ("reset", "rewind", "reinit", "random", "continue", "effective", "survivors", "noise")
 BATCH = {"chunks": 2, "class_sorted": True, "per_class": 10, "reinit_linear": True}  # as GraSP's authors draw it
 CRITERIA = {"magnitude": {}, "random": {}, "snip": BATCH, "grasp": {**BATCH, "temperature": 200.0}}
 CRITERIA |= {"synflow": {"rounds": 100}}
@@ -36,8 +36,9 @@ class Run:
     rate, rate_conv, rate_output: fraction of survivors removed from Linear, Conv and the last layer
         (None: as Linear). scope: "layer" | "global" (one rate for all).
     init: the survivors' values: "reset" θ₀ | "rewind" θ_k | "reinit" a fresh θ₀′ | "random" a fresh θ₀′ under the
-        mask shuffled layer by layer | "continue" the parent's final weights | "survivors" drawn from the survivors'
-        own θ₀, layer by layer | "noise" θ₀ + N(0, (noise · σ)²), σ of the layer's θ₀.
+        mask shuffled layer by layer | "continue" the parent's final weights | "effective" the same, times what its
+        method multiplies them by in evaluation mode (L0: z ⊙ w) | "survivors" drawn from the survivors' own θ₀,
+        layer by layer | "noise" θ₀ + N(0, (noise · σ)²), σ of the layer's θ₀.
     rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
     shuffled: the mask is shuffled layer by layer, under the values that `init` says.
     draw: tells repetitions of a fresh draw apart.
@@ -211,7 +212,7 @@ class Run:
         return hash(self.key)
 
     def __repr__(self):
-        drawn = self.init not in ("reset", "rewind", "continue")
+        drawn = self.init not in ("reset", "rewind", "continue", "effective")
         what = f"level {self.level}" + (f" {self.init} {self.draw}" if drawn else "")
         what += " shuffled" if self.shuffled else ""
         what += f" {self.criterion} to {self.density}" if self.density else ""

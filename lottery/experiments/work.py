@@ -298,6 +298,8 @@ def _values(r, m, create, source, images, device, generator):
         return M.state(create(seed=int(r.key[15:], 16) % 2**31))
     if r.init == "continue":
         return M.state(source)
+    if r.init == "effective":
+        return M.state(M.bake(source.eval()))
     if r.init == "survivors":
         return lth.from_survivors(theta_0, m, generator)
     if r.init == "noise":
