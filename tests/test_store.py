@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_runs import DENSE, QUICK, edit, fake, seeds, shards, spool, train, tree
+from small_runs import DENSE, QUICK, edit, fake, message, seeds, shards, spool, train, tree
 
 from lottery import files, training
 from lottery.experiments import Run, Store, engine, load, pace, store
@@ -83,6 +83,42 @@ def test_a_result_of_an_older_version_is_stale(tmp_path):
     old = {**store.versions(), "training": training.VERSION - 1}
     Store(tmp_path).put(fake(certificate=json.dumps({"versions": old})))
     assert load([DENSE], Store(tmp_path))["stale"].tolist() == [True]
+
+
+def test_runs_are_taken_out_of_shards_and_spool_and_can_be_stored_anew(tmp_path, capsys):
+    runs = seeds(4)
+    for r in runs[:3]:
+        Store(tmp_path).put(fake(r, wall_s=1.0))
+    Store(tmp_path).merge()
+    Store(tmp_path).put(fake(runs[3], wall_s=1.0))
+    before = load([runs[0]], Store(tmp_path))
+    gone = {runs[1].key, runs[2].key, runs[3].key, "of no run"}
+    assert Store(tmp_path).remove(gone) == 3
+    assert Store(tmp_path).keys() == {runs[0].key}
+    pd.testing.assert_frame_equal(load([runs[0]], Store(tmp_path)), before)
+    assert not spool(tmp_path)
+    left = tree(tmp_path)
+    assert Store(tmp_path).remove(gone) == 0
+    assert tree(tmp_path) == left
+    assert Store(tmp_path).put(fake(runs[1], wall_s=2.0))
+    assert Store(tmp_path).get(runs[1])["wall_s"] == 2.0
+    assert not capsys.readouterr().err
+
+
+def test_no_run_is_taken_out_together_with_a_damaged_one(tmp_path, capsys):
+    one, other = seeds(2)
+    for r in (one, other):
+        Store(tmp_path).put(fake(r))
+    Store(tmp_path).merge()
+    [path] = shards(tmp_path)
+    table = pq.read_table(path).to_pylist()
+    table[0]["density"] = 0.4
+    pq.write_table(pa.Table.from_pylist(table, schema=store.schema()), path)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=message(f"Damaged runs in {path}")):
+        Store(tmp_path).remove({one.key, other.key})
+    assert tree(tmp_path) == before
+    assert "damaged" in capsys.readouterr().err.lower()
 
 
 def test_a_second_finisher_discards_its_copy(tmp_path):

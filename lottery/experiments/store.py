@@ -307,6 +307,26 @@ class Store:
                     files.aside(path, "conflict") if path in other else path.unlink()
         return len(rows)
 
+    def remove(self, keys: Container[str]) -> int:
+        """Take out runs that are known to be wrong, or stale, so that they are trained again; returns how many.
+
+        Nothing else does: a run that is stored is never replaced. What else their shards hold is in new ones before
+        they go. Raises ValueError for a shard with damaged rows, which would go with it, and `files.CannotWrite`.
+        """
+        self.check()
+        gone = 0
+        with files.locked(self.dir / ".lock"):
+            for path in [*self.dir.glob("*.parquet"), *(self.dir / ".spool").glob("*.parquet")]:
+                found = _keys(path, _stamp(path))
+                if not any(key in keys for key in found):
+                    continue
+                if len(rows := read(path)) < len(found):
+                    raise ValueError(f"Damaged runs in {path}, which would go with those to take out: mend it first.")
+                self._pack(left := [row for row in rows if row["key"] not in keys])
+                path.unlink()
+                gone += len(rows) - len(left)
+        return gone
+
     def _pack(self, rows):
         """Write rows as shards. Their names come from nothing that a row could choose but a date."""
         import pyarrow as pa
