@@ -97,6 +97,7 @@ class Data:
 
     `scale`: 255 for uint8; one's own float data are taken in their own units, with a scale of 1.
     `fingerprint` is the sha256 of the decoded pixels and labels before splitting, so it tells the set, not the split.
+    `channels_last`: how images lie in memory when they are fed; False for a network that flattens them by `.view`.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: float = 255.0
+    channels_last: bool = True
 
     def standard(self, x: Tensor) -> Tensor:
         """Examples [B, C, …] with each channel's mean subtracted and divided by its deviation; tokens as they are."""
@@ -402,10 +404,10 @@ def _pairs(dataset, what="dataset"):
         raise ValueError(f"Invalid {what} {dataset!r:.80}: give (x, y), or a dataset of such pairs.")
     batched, xs, ys = isinstance(dataset, torch.utils.data.DataLoader), [], []
     finite = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not batched
-    for example in (dataset[i] for i in range(len(dataset))) if finite else dataset:
+    for i, example in enumerate((dataset[i] for i in range(len(dataset))) if finite else dataset):
         if not (isinstance(example, tuple | list) and len(example) == 2):
             raise ValueError(f"Invalid {what}: give one whose examples are pairs (x, y).")
-        x, y = _tensor(example[0]), _as_tensor("y", example[1], "class numbers")
+        x, y = _tensor(example[0], f"{i} of the {what}"), _as_tensor("y", example[1], "class numbers")
         whole = batched and y.dim()  # of a loader without batches the examples come one by one
         xs.append(x if whole else x[None])
         ys.append(y if whole else y[None])
@@ -418,10 +420,10 @@ def _pairs(dataset, what="dataset"):
     return torch.cat(xs), torch.cat(ys)
 
 
-def _tensor(x):
+def _tensor(x, name):
     """An example as a tensor; a PIL image as of `_pixels`, grey if it has no colours."""
     if hasattr(x, "getbands"):
-        return _pixels(_eight_bit(x, x.mode in ("1", "L", "LA")))
+        return _pixels(_opened(getattr(x, "filename", "") or name, lambda: x, x.mode in ("1", "L", "LA")))
     return _as_tensor("x", x, "tensors, arrays or PIL images")
 
 
@@ -459,25 +461,23 @@ def _images(folder, size, grey, train=None):
         deep = f"{Path(found[0][0]).parent} is a folder too deep; parts are called train, valid and test"
         raise ValueError(f"No images in the folders of {folder}: {deep}.")
     paths, labels = zip(*found, strict=True)
-    return _decoded([Path(path) for path in paths], size, grey), torch.tensor(labels)
+    return _decoded({path: Path(path) for path in paths}, size, grey), torch.tensor(labels)
 
 
 def _decoded(files, size, grey):
-    """Images in files, or in encoded bytes, as uint8 [N, C, H, W]."""
-    from PIL import Image, UnidentifiedImageError
+    """Images `{name: path, or encoded bytes}` as uint8 [N, C, H, W]."""
+    from PIL import Image
 
     if not (size is None or (isinstance(size, Integral) and size >= 1)):
         raise ValueError(f"Invalid size {size!r}: give the side in pixels, a whole number from 1, or None.")
 
-    def decode(file):
-        try:
-            image = _eight_bit(Image.open(io.BytesIO(file) if isinstance(file, bytes) else file), grey)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"Unreadable image: {_last_line(error)}; remove it.") from None
+    def decode(name, file):
+        raw = lambda: io.BytesIO(file.read_bytes() if isinstance(file, Path) else file)  # noqa: E731
+        image = _opened(name, lambda: Image.open(raw()), grey)
         return _pixels(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        images = list(pool.map(decode, files))
+        images = list(pool.map(decode, files, files.values()))
     if len(sizes := {tuple(image.shape[1:]) for image in images}) > 1:
         raise ValueError(f"Images of {len(sizes)} sizes, such as {sorted(sizes)[:2]}: give size=32 to resize them.")
     return torch.stack(images)
@@ -507,7 +507,8 @@ def _table(files, size, grey, train):
     table = pyarrow.concat_tables(tables)
     y = torch.tensor(table[label].to_pylist())
     if image:
-        return _decoded(_encoded(table[image]).to_pylist(), size, grey), y
+        names = [f"{i} of {file}" for file, table in zip(files, tables, strict=True) for i in range(len(table))]
+        return _decoded(dict(zip(names, _encoded(table[image]).to_pylist(), strict=True)), size, grey), y
     return torch.from_numpy(np.stack([table[name].to_numpy() for name in features], 1).astype(np.float32)), y
 
 
@@ -756,6 +757,16 @@ def _decode(shape, images):
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(decode, range(0, len(images), 500)))
     return pixels.transpose(0, 3, 1, 2)
+
+
+def _opened(name, opens, grey):
+    """A Pillow image as of `_eight_bit`; what is wrong with it is told with its name."""
+    try:
+        return _eight_bit(opens(), grey)
+    except Exception as error:  # on damaged bytes Pillow raises whatever it likes
+        why = _last_line(error).partition(" <_io")[0].rstrip(".")  # which is where its bytes are in memory
+        do = "" if isinstance(error, ValueError) else "; remove it"
+        raise ValueError(f"Unreadable image {name}: {why}{do}.") from None
 
 
 def _eight_bit(image, grey):

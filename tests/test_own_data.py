@@ -161,7 +161,7 @@ def test_images_of_a_dataset_are_decoded_as_those_of_a_folder(mode, colour, chan
     image = image.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else image
     pairs = [(image, 0), (image, 1), (image, 0)]
     if isinstance(channels, str):
-        with pytest.raises(ValueError, match=message(channels)):
+        with pytest.raises(ValueError, match=message(f"Unreadable image 0 of the dataset: {channels}")):
             data.of(pairs, valid=0, test=1)
     else:
         own = data.of(pairs, valid=0, test=1)
@@ -353,11 +353,39 @@ def test_bad_folders(tmp_path):
     ):
         data.from_folder(tmp_path)
     (tmp_path / "a" / "big.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=message("Unreadable image: ")):
+    with pytest.raises(ValueError, match=message(f"Unreadable image {tmp_path / 'a' / 'big.png'}: cannot identify")):
         data.from_folder(tmp_path)
     pq.write_table(pa.table({"a": [1]}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=message(f"No column 'label' in {tmp_path / 't.parquet'}: it has a.")):
         data.from_parquet(tmp_path / "t.parquet")
+
+
+@pytest.mark.filterwarnings("error")
+def test_whatever_is_wrong_with_an_image_is_told_with_its_name(tmp_path, monkeypatch):
+    """Pillow raises what is no OSError for a header that is cut, and for more pixels than it takes for sane."""
+    write(tmp_path / "pets")
+    [bad, *_] = sorted((tmp_path / "pets" / "cat").iterdir())
+    whole = bad.read_bytes()
+
+    def refused(bad, given=None, **options):
+        with pytest.raises(ValueError, match=rf"^Unreadable image {re.escape(str(bad))}: [^\n]+\.$"):
+            data.of(given or tmp_path / "pets", **options)
+
+    for damaged in (whole[:20], whole[:40], whole[:16] + b"\0\0\0\0" + whole[20:], b""):
+        bad.write_bytes(damaged)
+        refused(bad)
+    bad.write_bytes(whole)
+    alpha = Image.new("RGBA", (6, 6), (1, 2, 3, 4))
+    alpha.save(bad)
+    refused(bad)
+    with Image.open(bad) as image:
+        refused(bad, [(image, 0), (image, 1)], valid=0, test=1)
+    bad.write_bytes(whole)
+    rows = [{"image": {"bytes": b, "path": "x"}, "label": i % 2} for i, b in enumerate((whole, whole[:40], whole))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    refused(f"1 of {tmp_path / 't.parquet'}", tmp_path / "t.parquet")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    refused(bad)
 
 
 def test_every_part_of_a_folder_is_numbered_as_the_training_part(tmp_path):
