@@ -74,16 +74,30 @@ class Batches:
         self.moves = torch.stack(all_moves).to(self.y.device) if self.augment else None
 
 
+def first_float(model: torch.nn.Module) -> torch.Tensor:
+    """The parameter in whose dtype and on whose device a model is fed: the first of floating-point numbers.
+
+    Raises ValueError: there is none, but of integers, such as quantised weights, or complex ones.
+    """
+    for p in model.parameters():
+        if p.is_floating_point():
+            return p
+    kinds = ", ".join(sorted({str(p.dtype) for p in model.parameters()})) or "none at all"
+    raise ValueError(
+        f"Invalid model: it has no parameter of floating-point numbers ({kinds}), in whose dtype it would be fed."
+    )
+
+
 def normaliser(data: Data, recipe: "Recipe", like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """uint8 [B, C, H, W] → the recipe's inputs, in the dtype and on the device of the tensor `like`.
 
-    They lie in memory with channels last, which is what convolutions are fastest with. Of one's own data, floats in
-    their own units are divided by nothing, and token numbers are fed as they are.
+    They lie in memory with channels last, which is what convolutions are fastest with, unless the data say otherwise.
+    Of one's own data, floats in their own units are divided by nothing, and token numbers are fed as they are.
     """
     if data.train.x.dtype == torch.int64:
         return lambda x: x
-    images = data.train.x.dim() == 4
-    layout = torch.channels_last if images else torch.preserve_format
+    layout = torch.channels_last if data.channels_last else torch.contiguous_format
+    layout = layout if data.train.x.dim() == 4 else torch.preserve_format
     to_float = functools.partial(torch.Tensor.to, dtype=like.dtype, memory_format=layout, copy=True)
     if recipe.inputs == "unit":
         return lambda x: to_float(x).mul_(1 / data.scale)

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from lottery import masks as M
+from lottery import perceptron
+from lottery.batches import first_float
 from lottery.data import Data
-from lottery.files import in_folder
+from lottery.files import in_folder, publish, temporary
 from lottery.methods import whole
 
 
@@ -26,7 +28,7 @@ class Inputs(nn.Module):
 
     def __init__(self, examples: Data, model: nn.Module, inputs: str = "standard"):
         super().__init__()
-        like, x = next(model.parameters()), examples.train.x
+        like, x = first_float(model), examples.train.x
         self.tokens, self.like = x.dtype == torch.int64, like.dtype
         mean, std = (examples.mean, examples.std) if inputs == "standard" else ([0.0], [1.0])
         shape = (-1, *[1] * (x.dim() - 2))
@@ -50,23 +52,27 @@ def runtime() -> ModuleType:
 def onnx(model: nn.Module, x: torch.Tensor, path: Path | str) -> Path:
     """Write a model as ONNX, the first dimension of its input x free, and compare it in onnxruntime with PyTorch.
 
+    The file gets its name when it has been compared; one that is there before stays until then.
+
     Raises FileNotFoundError: no such folder; as `Pruned.export`.
     """
     ort, path = runtime(), in_folder(path)
     model = copy.deepcopy(model).cpu().eval()
     batch = torch.export.Dim("batch", min=1, max=2**16)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's own
-        torch.onnx.export(
-            model, (x,), path, input_names=["x"], output_names=["logits"], dynamic_shapes=({0: batch},),
-            dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
-        ours = model(x)
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    [theirs] = session.run(None, {"x": x.numpy()})
-    if not torch.allclose(torch.from_numpy(theirs).to(ours), ours, rtol=1e-3, atol=1e-4):
-        worst = (torch.from_numpy(theirs).to(ours) - ours).abs().max().item()
-        raise RuntimeError(f"onnxruntime computes logits that differ by up to {worst:.2g}: {path} is not to be used.")
+    with temporary(path) as mine:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter's own
+            torch.onnx.export(
+                model, (x,), mine, input_names=["x"], output_names=["logits"], dynamic_shapes=({0: batch},),
+                dynamo=True, external_data=False, verbose=False,
+            )  # fmt: skip
+            ours = model(x)
+        session = ort.InferenceSession(str(mine), providers=["CPUExecutionProvider"])
+        [theirs] = session.run(None, {"x": x.numpy()})
+        if not torch.allclose(torch.from_numpy(theirs).to(ours), ours, rtol=1e-3, atol=1e-4):
+            worst = (torch.from_numpy(theirs).to(ours) - ours).abs().max().item()
+            raise RuntimeError(f"onnxruntime computes logits that differ by up to {worst:.2g}: {path} is not written.")
+        publish(mine, path)
     return path
 
 
@@ -106,12 +112,14 @@ class SparseLinear(nn.Module):
 def sparse(model: nn.Module, below: float = 0.5) -> nn.Module:
     """A copy for inference whose Linear layers of a density up to `below` are `SparseLinear`; what prunes is baked in.
 
-    Half precision stays, and so do convolutions: PyTorch has no sparse products of these on the CPU. Its 2:4 sparsity,
-    on some GPUs, asks for two zeros in each four weights of a row, which none of the book's methods makes.
+    A layer with hooks or a forward of its own stays, since these would be lost; half precision stays, and so do
+    convolutions: PyTorch has no sparse products of these on the CPU. Its 2:4 sparsity, on some GPUs, asks for two zeros
+    in each four weights of a row, which none of the book's methods makes.
     """
     net, made = M.bake(copy.deepcopy(model).eval()), {}
     for name, layer in list(net.named_modules(remove_duplicate=False)):
-        wide = type(layer) is nn.Linear and layer.weight.dtype in (torch.float32, torch.float64)
+        plain = type(layer) is nn.Linear and layer.weight.numel() and perceptron.plain_call(layer)
+        wide = plain and layer.weight.dtype in (torch.float32, torch.float64)
         if wide and M.density({name: layer.weight.detach() != 0}) <= below:
             made[layer] = made.get(layer) or SparseLinear(layer)  # one that has several names stays one
             parent, _, child = name.rpartition(".")

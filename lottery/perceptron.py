@@ -42,7 +42,7 @@ def layers(model: nn.Module) -> list[nn.Linear] | None:
         and len(linear) == len(between) + 1 > 1
         and all(type(module) is nn.ReLU for module in between)
         and all(P.type_before_parametrizations(layer) is nn.Linear and _only_masked(layer) for layer in linear)
-        and all(_plain_call(module) for module in model.modules())
+        and all(plain_call(module) for module in model.modules())
         and not (_has_any_global_hook() or torch.is_anomaly_enabled())
     )
     return linear if chain and _plain_tensors(model, linear) else None
@@ -63,7 +63,7 @@ def _only_masked(layer):
     return chains.weight[0].mask.shape == chains.weight.original.shape
 
 
-def _plain_call(module):
+def plain_call(module: nn.Module) -> bool:
     """Whether `module(x)` runs the forward that its class came with, and nothing before or after."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     plain = getattr(module.forward, "__func__", None) is FORWARDS.get(P.type_before_parametrizations(module), ())

@@ -78,6 +78,22 @@ def test_a_layer_of_several_names_is_sparse_under_each():
     torch.testing.assert_close(fast(x), model(x))
 
 
+def test_what_is_done_beside_a_layers_forward_is_not_lost():
+    calls = []
+    model = M.attach(net(), {"0": torch.rand(30, 20) < 0.1, "2": torch.rand(4, 30) < 0.3})
+    model[0].register_forward_hook(lambda *given: calls.append(given))
+    model[2].forward = lambda x: torch.ones(len(x), 4)
+    fast, x = export.sparse(model), torch.randn(5, 20)
+    assert torch.equal(fast(x), torch.ones(5, 4))
+    assert len(calls) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_weights_stays_dense():
+    fast = export.sparse(nn.Sequential(nn.Linear(0, 4), nn.ReLU()))
+    assert fast(torch.zeros(2, 0)).shape == (2, 4)
+
+
 def test_seconds_need_a_repeat():
     with pytest.raises(ValueError, match=r"^Invalid repeats 0: give a whole number from 1\.$"):
         export.seconds({"net": net()}, torch.randn(1, 20), 0)
