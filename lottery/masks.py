@@ -64,8 +64,9 @@ class Mask(nn.Module):
 def prunable(model: nn.Module) -> dict[str, nn.Module]:
     """Weights that can be pruned: `{layer name: module}` of Linear and Conv layers, in module order.
 
-    A module or weight tensor that several names share is listed once, under its first name. A weight that is made of
-    other tensors before each forward pass is not listed (`weight_norm`; `spectral_norm`, as a hook).
+    A module or weight tensor that several names share is listed once, under its first name. Not listed are a weight
+    that is made of other tensors before each forward pass (`weight_norm`; `spectral_norm`, as a hook) and one without
+    entries, such as that of `nn.Linear(0, 5)`.
 
     Raises ValueError: what is no module, a layer that is pruned by `torch.nn.utils.prune`, a lazy one that has no
     weight yet, or one whose weight is another parameter as well, which a mask would not reach.
@@ -98,8 +99,9 @@ def chosen(model: nn.Module, layers: Iterable[str] | None = None) -> dict[str, n
     Raises ValueError: there is none, an unknown name.
     """
     if not (found := prunable(model)):
-        made = [name for name, module in model.named_modules() if isinstance(module, PRUNABLE)]
-        why = "the model has no Linear or Conv layer"
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PRUNABLE)}
+        made = [name for name, layer in layers.items() if original(layer) is None]
+        why = f"the weights of {', '.join(layers)} are empty" if layers else "the model has no Linear or Conv layer"
         if made:
             why = f"the weight of {', '.join(made)} is made of other tensors"
         elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -119,7 +121,8 @@ def _layers(model):
     check_module(model)
     found, seen = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, PRUNABLE) and (weight := original(module)) is not None and id(weight) not in seen:
+        weight = original(module) if isinstance(module, PRUNABLE) else None
+        if weight is not None and id(weight) not in seen and (is_lazy(weight) or weight.numel()):
             seen.add(id(weight))
             found[name] = module
     return found
@@ -133,7 +136,7 @@ def masked(model: nn.Module) -> dict[str, nn.Module]:
 def unprunable(model: nn.Module) -> list[str]:
     """Names of the matrix-shaped parameters that `prunable` does not reach (for example `in_proj_weight`)."""
     reached = {id(original(module)) for module in prunable(model).values()}
-    return [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in reached]
+    return [name for name, p in model.named_parameters() if p.dim() > 1 and p.numel() and id(p) not in reached]
 
 
 def top_k(
@@ -377,13 +380,18 @@ def _left(name, module):
     return torch.stack([weight != 0, *masks]).all(0)
 
 
-def bake(model: nn.Module) -> nn.Module:
+def bake(model: nn.Module, foreign: bool = True) -> nn.Module:
     """Turn the effective weights into plain parameters, in place: a model without masks, with the zeros in it.
 
-    A weight that is made of several tensors (weight_norm) stays as it is: it has no mask.
+    foreign: False leaves weights as they are on which there is nothing of this package, such as a `spectral_norm`. A
+    weight that is made of several tensors (weight_norm) stays as it is: it has no mask.
     """
-    on_weight = [module for module in model.modules() if chain_of(module) is not None]
-    layers = [module for module in on_weight if original(module) is not None]
+
+    def bakes(module):
+        chain = chain_of(module)
+        return chain is not None and (foreign or any(hasattr(p, "prunes") for p in chain))
+
+    layers = [module for module in model.modules() if bakes(module) and original(module) is not None]
     effective = [module.weight.detach().clone() for module in layers]
     for module, weight in zip(layers, effective, strict=True):
         _own_class(module)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_threshold, stochastic, tickets, training
 from lottery import masks as M
-from lottery.batches import normaliser
+from lottery.batches import first_float, normaliser
 from lottery.files import path_of, publish, temporary
 from lottery.methods import NOTHING, Method, said, whole
 
@@ -73,13 +73,15 @@ def prune(
     Args:
         model: any module of a batch of examples → logits [B, classes], on its device and in its dtype.
         examples: a `data.Data`, or whatever `data.of` takes: (x, y), a dataset or loader, a folder of images, a parquet
-            file, the name of a set. The test split is what accuracies are of, the validation split if that is empty.
+            file, the name of a set. The test split is what accuracies are of, the validation split if that is empty,
+            the training split if both are; `Pruned.measured` says which.
         method: one of `METHODS`. density: fraction of the weights of the layers that are pruned to keep.
         recipe: of one training; default: SGD with momentum on a cosine, ten epochs.
         skip: names of layers to leave alone, or patterns such as "head*". Frozen layers are left alone anyway.
         train: a training loop of one's own, `train(model, hook)`, which trains the model in place; see `Hook`.
-        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy; beside `train`, what RigL grows by.
-        score: `score(model)` → a number, in the place of the accuracy.
+        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy; beside `train`, what RigL grows by and
+            SNIP scores by.
+        score: `score(model)` → a number, in the place of the accuracy; it gets the model in evaluation mode.
         seed: of the order of examples, of all that a method draws, and of torch's random state for as long, from which
             dropout draws; afterwards that is as it was.
         options: of the method: see its function in this module, such as `rounds` of `lth`.
@@ -91,8 +93,13 @@ def prune(
     """
     options, seed = check_options(method, options), data.check_seed(seed)
     training.check_tensors(model)
-    if method in ("dnw", "cs", "str", "l0") and M.read(model):
+    if method in LEARNED and M.read(model):
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
+    if method == "grasp" and loss:
+        raise ValueError(
+            "Invalid loss with grasp, which scores by the cross-entropy of logits that its temperature divides: leave "
+            "the loss out, or choose another method, such as snip."
+        )
     for name, function in (("train", train), ("loss", loss), ("score", score)):
         if not (function is None or callable(function)):
             raise ValueError(f"Invalid {name} {function!r}: give a function, or None.")
@@ -107,17 +114,26 @@ def prune(
         raise ValueError(f"Invalid recipe of type {type(recipe).__name__}: give a lottery.training.Recipe, or None.")
     if not train and recipe.batch_size > len(examples.train):
         raise ValueError(f"Invalid batch_size {recipe.batch_size}: the training set has {len(examples.train)} images.")
-    net, layers, left = _checked(model, examples, skip, None if score and (train or loss) else recipe)
+    net, layers, left = _checked(model, skip)
+    examples = _fed(net, examples, recipe, check=not (score and (train or loss)))
     if method in ("gmp", "set", "rigl") and (fixed := [name for name in M.masked(net) if name in left]):
         raise ValueError(
             f"Layer {fixed[0]!r} is left alone but carries a mask, which {method} would move: call "
             "lottery.masks.bake(model) first."
         )
-    n = sum(layer.weight.numel() for layer in layers.values())
+    for name, layer in layers.items():
+        if method in LEARNED and (chain := M.chain_of(layer)):
+            raise ValueError(
+                f"Layer {name!r} carries a {type(chain[0]).__name__}, which {method} cannot keep: leave it alone by "
+                "`skip`, or call lottery.masks.bake(model) first, after which its weight is a plain one."
+            )
+    n = sum(M.original(layer).numel() for layer in layers.values())
     k, density = M.kept(n, density), float(density)
     if k == n and method in ("set", "rigl", "str"):
         raise ValueError(f"Invalid density {density}: {method} prunes while it trains; give a fraction below 1.")
     job = _Job(net, examples, recipe, density, list(layers), train, loss, score, seed)
+    if method not in LEARNED:
+        M.attach(net, job.masks_now() | M.read(net))
     if k > (now := sum(int(mask.sum()) for mask in job.masks_now().values())):
         raise ValueError(
             f"Invalid density {density}: the model's masks keep {now} of {n} weights already; lower it, or "
@@ -125,21 +141,22 @@ def prune(
         )
     began = time.perf_counter()
     bar = tqdm(desc=method, unit="training", disable=None if progress else True, leave=False)
-    with bar as job.bar, torch.enable_grad(), grasp.same_rng(next(net.parameters())):
+    with bar as job.bar, torch.enable_grad(), grasp.same_rng(first_float(net)):
         torch.manual_seed(seed % 2**63)
         given = job.measure(net)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Layer collapse")  # of what a search tries on its way; the end is told
             masks = METHODS[method](job, **options)
         M.warn_of_collapse(masks)
-        net = M.bake(job.net.eval())
+        net = M.bake(job.net.eval(), foreign=False)
         measures = {"as given": given, **job.measures, "pruned": job.measure(net)}
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in net.named_modules():
         module.training = modes.get(name, model.training)
     seconds = time.perf_counter() - began
     spec = {"own": type(model).__name__, "method": method, "asked": density, "seed": seed, "data": examples.name}
-    return Pruned(net, masks, job.theta, spec, measures, left, examples, recipe, job.trainings, seconds, job.notes)
+    found = net, masks, job.theta, spec, measures, job.measured[0], left, examples, recipe
+    return Pruned(*found, job.trainings, seconds, job.notes)
 
 
 def check_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +256,6 @@ class _Job:
 
     def __post_init__(self):
         self.theta = M.state(self.net)
-        M.attach(self.net, self.masks_now() | M.read(self.net))
 
     def masks_now(self):
         """Masks of ones on the layers to prune; those that are on the model stay."""
@@ -277,16 +293,24 @@ class _Job:
             raise Diverged(f"The training diverged: lower the learning rate{lr}.")
         return net
 
+    @property
+    def measured(self):
+        """What `measure` gives, in words, and the examples that it is of."""
+        if self.own_score:
+            return "score", None
+        parts = {"test": self.data.test, "validation": self.data.valid, "training": self.data.train}
+        return next((f"{name} accuracy", part) for name, part in parts.items() if len(part))
+
     def measure(self, net):
-        """The score of a network: its accuracy on the test split."""
+        """The score of a network: its accuracy on the test split, or on what there is in its place."""
         if self.own_score:
             try:
-                return float(self.own_score(net))
+                with training.modes_kept(net):
+                    return float(self.own_score(net.eval()))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Invalid score: it has to give a number ({said(error)}).") from error
-        split = next((s for s in (self.data.test, self.data.valid) if len(s)), self.data.train)
-        like = next(net.parameters())
-        correct = training.evaluate(net, split, normaliser(self.data, self.recipe, like))[1]
+        normalise = normaliser(self.data, self.recipe, first_float(net))
+        correct = training.evaluate(net, self.measured[1], normalise)[1]
         return correct.float().mean().item()
 
     def magnitudes(self, net):
@@ -297,12 +321,12 @@ class _Job:
         """A batch balanced over the classes that have examples, for a score, on the network's device, in its dtype."""
         classes, y = self.data.train.y.unique(return_inverse=True)
         per_class = min(per_class, int(y.bincount().min()))
-        like, generator = next(self.net.parameters()), torch.Generator().manual_seed(self.seed)
-        feed = normaliser(self.data, self.recipe, like)
+        device, generator = first_float(self.net).device, torch.Generator().manual_seed(self.seed)
+        feed = normaliser(self.data, self.recipe, first_float(self.net))
         raw = replace(self.data, train=replace(self.data.train, y=y), classes=len(classes))
         raw = replace(raw, mean=(0.0,), std=(1.0,), scale=1.0)  # standardised by nothing, to be fed as in training
         pairs = grasp.class_balanced(raw, per_class, generator)
-        return [(feed(x.to(self.data.train.x.dtype).to(like.device)), classes[y].to(like.device)) for x, y in pairs]
+        return [(feed(x.to(self.data.train.x.dtype).to(device)), classes[y].to(device)) for x, y in pairs]
 
     def pruned_at_once(self, scores):
         """Masks of the highest scores on the network as it was given, then one training."""
@@ -358,8 +382,19 @@ def random(job: _Job) -> Masks:
 
 
 def snip(job: _Job, per_class: int = 10) -> Masks:
-    """SNIP at initialisation, on a batch with so many examples of each class (`baselines.snip_scores`)."""
-    return job.pruned_at_once(baselines.snip_scores(job.net, job.chunks(per_class)))
+    """SNIP at initialisation, on a batch with so many examples of each class (`baselines.snip_scores`).
+
+    Of a `loss` of one's own it takes that loss's gradient.
+    """
+    batches = job.chunks(per_class)
+    if not job.own_loss:
+        return job.pruned_at_once(baselines.snip_scores(job.net, batches))
+    [batch] = batches
+    gradient = dynamic.dense_gradient(job.net, *batch, lambda *pair: training.check_loss(job.own_loss(*pair)))
+    scores = {name: size * gradient[name].abs() for name, size in baselines.magnitude_scores(job.net).items()}
+    if not any(score.any() for score in scores.values()):
+        raise ValueError("All SNIP scores are zero, so no weight ranks above another: has the loss a gradient?")
+    return job.pruned_at_once(scores)
 
 
 def grasp_(job: _Job, per_class: int = 10, temperature: float = 200.0) -> Masks:
@@ -387,7 +422,7 @@ def dnw(job: _Job, budget: str = "uniform") -> Masks:
     dynamic.DNW(job.density, budget)  # refuses an unknown budget
     budgets = dynamic.budgets(job.net, job.density, budget, job.layers)
     method = dynamic.DNW(tuple(budgets.items()))
-    job.train(method.attach(M.bake(job.net)), method)
+    job.train(method.attach(job.net), method)
     masks = {name: mask for name, mask in method.masks(job.net).items() if name in job.layers}
     _settled(job, masks)
     return masks
@@ -429,7 +464,7 @@ def l0(job: _Job, lam: float | None = None, **fields: Any) -> Masks:
         # log α from 0 to log(−γ/ζ) = −2.4, at a slope of 0.14 to 0.2
         lam = 0.5 * 2.4 / (0.15 * sum(lr) / (1 - momentum))
     method = stochastic.L0(tuple(job.layers), lam, **fields)
-    job.train(method.attach(M.bake(job.net)), method)
+    job.train(method.attach(job.net), method)
     open_ = M.density(method.masks(job.net))
     job.notes.append(f"λ = {lam:.4g}, at which {open_:.3g} of the gates ended open")
     masks = M.top_k({name: gate.log_alpha.detach() for name, gate in stochastic.gates(job.net).items()}, job.density)
@@ -447,11 +482,11 @@ def str_(job: _Job, s_init: float = -100.0, trials: int = 10, tolerance: float =
         raise ValueError(
             f"Invalid optimizer {job.recipe.optimizer!r} with str: its thresholds need weight decay by 'sgd'."
         )
-    start, found, failed = M.bake(job.net), {}, []
+    found, failed = {}, []
 
     def train(weight_decay, s_init):
         method = soft_threshold.STR(s_init, layers=tuple(job.layers), **fields)
-        net = method.attach(copy.deepcopy(start))
+        net = method.attach(copy.deepcopy(job.net))
         try:
             job.train(net, method, replace(job.recipe, weight_decay=weight_decay))
         except Diverged as error:
@@ -488,6 +523,9 @@ METHODS = {
     "str": str_,
     "l0": l0,
 }
+
+
+LEARNED = ("dnw", "cs", "str", "l0")  # which go on plain weights, where the others have masks
 
 
 FIELDS = {
@@ -552,7 +590,7 @@ def _sparse(job):
 def _settled(job, masks):
     """The network with what a method has learned in its plain weights, under the masks."""
     with training.modes_kept(job.net):
-        net = M.bake(job.net.eval())
+        net = M.bake(job.net.eval(), foreign=False)
     return M.attach(net, masks)
 
 
@@ -562,11 +600,11 @@ def _search(job, make, name, x, step, trials, tolerance):
     Out in growing steps until two values enclose the density, then halfway between them; where the training diverges,
     halfway back to the closest. Raises Diverged: all of them did; ValueError: none left a weight.
     """
-    start, found, low, high = job.net, {}, None, None
+    found, low, high = {}, None, None
     for trial in range(1, trials + 1):
         method = make(x)
         try:
-            net = job.train(method.attach(M.bake(copy.deepcopy(start))), method)
+            net = job.train(method.attach(copy.deepcopy(job.net)), method)
         except Diverged:
             if trial == trials and not found:
                 raise
@@ -596,12 +634,12 @@ def _check_left(found, job, instead):
         )
 
 
-def _checked(model, examples, skip, recipe):
+def _checked(model, skip):
     """A copy of the model, its layers to prune, and what is left alone, `{name: why}`, unless it is refused."""
     M.prunable(model)  # what cannot be pruned is said before it cannot be copied
     try:
         net = copy.deepcopy(model)
-    except RuntimeError as error:  # a weight that a hook has computed
+    except Exception as error:  # a weight that a hook has computed, a lock, whatever else a model holds
         raise ValueError(f"The model cannot be copied ({said(error)}).") from error
     training.own_memory(net)
     found = M.prunable(net)
@@ -621,23 +659,34 @@ def _checked(model, examples, skip, recipe):
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "it has no Linear or Conv layer"
         raise ValueError(f"Nothing prunable in {type(model).__name__} ({why}).")
-    if recipe:
-        _check_output(net, examples, recipe)
     return net, layers, left
 
 
 @torch.no_grad()
-def _check_output(net, examples, recipe):
-    """Refuse a model whose output on two examples is not [2, classes]."""
-    like = next(net.parameters())
-    x = normaliser(examples, recipe, like)(examples.train.x[:2].to(like.device))
-    try:
-        with training.modes_kept(net):
-            out = net.eval()(x)
-    except Exception as error:  # whatever a model raises
-        shape = tuple(examples.train.x.shape[1:])
-        raise ValueError(f"The model does not take examples of shape {shape}, {like.dtype}: {said(error)}") from error
-    classes = examples.classes
+def _fed(net, examples, recipe, check):
+    """The examples as the model takes them: images are contiguous where it flattens what it has made by `.view`.
+
+    check: refuse a model whose output on two examples is not [2, classes].
+    """
+    given, first = first_float(net), examples.train.x[:2].to(first_float(net).device)
+    for fed in (examples, replace(examples, channels_last=False)):
+        try:
+            with training.modes_kept(net):
+                out = net.eval()(normaliser(fed, recipe, given)(first))
+            break
+        except Exception as error:  # whatever a model raises
+            failed = error
+    else:
+        if not check:  # what a training loop of one's own feeds may be something else
+            return examples
+        kind = f"{tuple(first.shape[1:])}, {given.dtype}"
+        raise ValueError(f"The model does not take examples of shape {kind}: {said(failed)}") from failed
+    if check:
+        _check_output(out, examples.classes)
+    return fed
+
+
+def _check_output(out, classes):
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
         found = f"shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise ValueError(
@@ -651,8 +700,10 @@ class Pruned:
     """What `prune` found.
 
     model: plain, trained, with the zeros in its weights. masks: of the layers that were pruned. theta: the values that
-    the ticket starts from, `masks.state`. spec: method, density asked, seed. measures: the accuracies, or scores. left:
-    what was left alone and why. notes: values that were searched for.
+    the ticket starts from, `masks.state`. spec: method, density asked, seed. measures: the accuracies, or scores.
+    measured: which, "test accuracy", or "validation accuracy" or "training accuracy" where the data have no other part,
+    or "score". left: what was left alone and why; parametrizations of one's own stay on that, those of pruned layers
+    are in their weights. notes: values that were searched for.
     """
 
     model: nn.Module
@@ -660,6 +711,7 @@ class Pruned:
     theta: dict[str, torch.Tensor]
     spec: dict
     measures: dict[str, float]
+    measured: str
     left: dict[str, str]
     data: data.Data
     recipe: training.Recipe
@@ -675,8 +727,8 @@ class Pruned:
     @property
     def example(self) -> torch.Tensor:
         """One example as the model is fed, with a batch of one."""
-        like = next(self.model.parameters())
-        return normaliser(self.data, self.recipe, like)(self.data.train.x[:1].to(like.device))
+        first = self.data.train.x[:1].to(first_float(self.model).device)
+        return normaliser(self.data, self.recipe, first_float(self.model))(first)
 
     @property
     def layers(self) -> "pd.DataFrame":
@@ -710,7 +762,7 @@ class Pruned:
         lines = [
             f"{spec['own']} by {spec['method']}: density {spec['asked']:g} asked, {self.density:.4f} got, "
             f"{kept:,} of {weights:,} weights{found}",
-            "accuracy: " + ", ".join(f"{value:.4f} {name}" for name, value in self.measures.items()),
+            f"{self.measured}: " + ", ".join(f"{value:.4f} {name}" for name, value in self.measures.items()),
             f"trainings: {self.trainings}, on {len(self.data.train):,} examples of {self.data.name}",
         ]
         if (work := table["MACs"].sum()) > 0:
@@ -732,15 +784,19 @@ class Pruned:
     def save(self, folder: Path | str) -> Path:
         """Write `model.safetensors` (plain weights), `ticket.safetensors` (start values and masks), `report.json`.
 
-        Each is written whole or not at all; where the report lies, which comes last, the three belong together. Raises
-        `files.CannotWrite`.
+        Each is written whole or not at all; where the report lies, which comes last, the three belong together. Extra
+        state of a module that is no tensor is in the report, as text. Raises `files.CannotWrite`.
         """
         from safetensors.torch import save
 
         folder, names = path_of(folder), ("model.safetensors", "ticket.safetensors", "report.json")
-        report = self.spec | {"density": self.density, "measures": self.measures, "left alone": self.left}
+        report = self.spec | {"density": self.density, "measured": self.measured, "measures": self.measures}
+        report |= {"left alone": self.left}
         report |= {"layers": json.loads(self.layers.to_json(orient="index"))}
-        once = {id(t): (name, t) for name, t in reversed(self.model.state_dict(keep_vars=True).items())}  # tied ones
+        state = self.model.state_dict(keep_vars=True)
+        if extra := {name: repr(value) for name, value in state.items() if not isinstance(value, torch.Tensor)}:
+            report["extra state"] = extra
+        once = {id(t): (name, t) for name, t in reversed(state.items()) if name not in extra}  # tied ones
         weights = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in once.values()}
         with contextlib.ExitStack() as stack:
             new = [stack.enter_context(temporary(folder / name)) for name in names]
@@ -771,7 +827,7 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     checkpoint: a state dict, or the path of one (PyTorch's, read without pickle's code, or safetensors), perhaps below
     a key "state_dict" or "model". Read are plain ones; those of `torch.nn.utils.prune` (`weight_orig`, `weight_mask`);
     of DataParallel, DistributedDataParallel and compiled models (`module.`, `_orig_mod.`); and of models with masks on.
-    What the model has and no state dict holds, non-persistent buffers, may be left out.
+    What the model has and no state dict holds, non-persistent buffers, may be left out, and so may extra state.
 
     Raises ValueError, before anything changes: a name or shape that does not fit, a mask of other numbers than zeros
     and ones, a file that holds no state dict, a model with gates or thresholds on, or with the factor of a CS ticket.
@@ -786,14 +842,17 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
             )
     training.own_memory(model)
     own, stored = M.tensors(model), model.state_dict(keep_vars=True)
+    extra = {name: name for name in stored if _is_extra(name)}
     names = {id(t): name for name, t in own.items()}
     stored = {name: names[id(t)] for name, t in stored.items() if id(t) in names}  # those that are tied have one name
-    known = {M.canonical(name): own_name for name, own_name in stored.items()} | stored | {name: name for name in own}
+    known = {M.canonical(name): own_name for name, own_name in stored.items()} | stored | extra
+    known |= {name: name for name in own}
     state = _unwrapped(_state_dict(checkpoint), known)
     values, masks = {name: own[name] for name in own.keys() - set(stored.values())}, {}
     for name, t in state.items():
         is_mask, found = _meaning(name, state, known)
         (masks if is_mask else values)[found] = t
+    extra = {name: values.pop(name) for name in extra if name in values}
     weights = {name: M.original(layer) for name, layer in M.prunable(model).items()}
     layers = {M.weight_name(name): name for name in weights}
     for name, mask in masks.items():
@@ -804,7 +863,14 @@ def load(model: nn.Module, checkpoint: dict[str, Any] | Path | str) -> nn.Module
     attached = {layers[name]: mask.bool() for name, mask in masks.items() if name in layers}
     M.check_masks(attached, weights, "masks", "model", complete=False)
     M.restore(model, values)
+    for name, value in extra.items():
+        model.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     return M.attach(model, attached) if attached else model
+
+
+def _is_extra(name):
+    """Whether an entry of a state dict is what a module's `get_extra_state` gave: any value."""
+    return str(name).rpartition(".")[2] == "_extra_state"
 
 
 def _meaning(name, state, known):
@@ -848,6 +914,7 @@ def _state_dict(checkpoint):
     for key in ("state_dict", "model"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
             checkpoint = checkpoint[key]
-    if not (isinstance(checkpoint, dict) and all(isinstance(t, torch.Tensor) for t in checkpoint.values())):
+    tensors = isinstance(checkpoint, dict) and (t for name, t in checkpoint.items() if not _is_extra(name))
+    if not (tensors and all(isinstance(t, torch.Tensor) for t in tensors)):
         raise ValueError("Invalid checkpoint: give a state dict, names and tensors, or the path of one.")
     return checkpoint

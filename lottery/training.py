@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from lottery import masks as M
 from lottery import perceptron, tensorfile
-from lottery.batches import Batches
+from lottery.batches import Batches, first_float
 from lottery.data import Data, Split, check_seed
 from lottery.methods import NOTHING, Method, need, number, own_numbers
 
@@ -174,7 +174,9 @@ class History:
 def optimizer(
     model: torch.nn.Module, recipe: Recipe, groups: list[dict[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser, fused, of a method's parameter groups; default: one of all trainable parameters.
+    """The recipe's optimiser, of a method's parameter groups; default: one of all trainable parameters.
+
+    It is fused, unless there are complex parameters.
 
     Raises ValueError when nothing is trainable, or a trainable parameter is in no group: it cannot move.
     """
@@ -194,11 +196,12 @@ def _parameters(group):
 def _build(groups, recipe):
     device = next(p.device for group in groups for p in group["params"])
     groups = [{**group, "lr": recipe.lr * group.get("rate", 1.0)} for group in groups]
+    fused = not any(p.is_complex() for group in groups for p in group["params"])
     if _captures(device):
         groups = [{**group, "lr": torch.tensor(group["lr"], device=device)} for group in groups]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(groups, fused=True, capturable=_captures(device))
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=True)
+        return torch.optim.Adam(groups, fused=fused, capturable=_captures(device))
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=fused)
 
 
 def can_compile(device: str) -> bool:
@@ -271,6 +274,13 @@ def check_tensors(model: torch.nn.Module) -> None:
             raise ValueError(f"Invalid model: {name!r} is on the meta device, without values; materialise it first.")
 
 
+def check_loss(loss: Any) -> torch.Tensor:
+    """The loss, if it is one number that can be minimised. Raises ValueError."""
+    if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
+        raise ValueError("Invalid loss: it has to be one number, a tensor with a gradient to what is trained.")
+    return loss
+
+
 def own_memory(model: torch.nn.Module) -> None:
     """Give every parameter and buffer that is an expanded view a memory of its own, in place.
 
@@ -310,7 +320,7 @@ class Step:
         classes: int = 0,
     ):
         self.model, self.recipe, self.optimizer, self.method = model, recipe, opt, method
-        self.batches, self.start, self.t, self.dtype = batches, start, start, next(model.parameters()).dtype
+        self.batches, self.start, self.t, self.dtype = batches, start, start, first_float(model).dtype
         self.classes = classes
         self.loss = loss or functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
         self.forward = torch.compile(model, dynamic=False) if compiled else model
@@ -345,8 +355,7 @@ class Step:
         loss = self.loss(logits, y)
         if (penalty := self.method.penalty(self.model)) is not None:
             loss = loss + penalty
-        if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
-            raise ValueError("Invalid loss: it has to be one number, a tensor with a gradient to what is trained.")
+        check_loss(loss)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -530,7 +539,7 @@ def fit(
         check_tensors(each)
         own_memory(each)
         _check_trainable(each)
-    began, like = time.perf_counter(), next(models[0].parameters())
+    began, like = time.perf_counter(), first_float(models[0])
     by_hand = opt is loss is None and type(method) is Method and populations(models, recipe, data.train.x.shape[1:])
     if not alone and not by_hand:
         raise ValueError(f"These {len(models)} models cannot be trained together: see lottery.training.populations.")
@@ -577,7 +586,7 @@ class _Loop:
         self.start, self.stop, self.t, self.lr = start, stop, start, None
         self.loss, self.first_losses, self.batch_loss, self.since = None, {}, 0.0, start
         self.steps, self.test_steps = (set(steps) for steps in recipe.readings(start, stop))
-        self.like, self.began = next(models[0].parameters()), time.perf_counter()
+        self.like, self.began = first_float(models[0]), time.perf_counter()
         self.members = [_Member(each, data, recipe, batch.normalise, method, self.evaluate) for each in models]
         self.under_way = dict(enumerate(self.members))
         tensors = all(isinstance(group["lr"], torch.Tensor) for group in step.optimizer.param_groups)
@@ -784,7 +793,7 @@ class _Member:
     def end(self, done, finite):
         """Everything at the early stop and at the last iteration."""
         self.done, h, final = done, self.history, self.snapshot()
-        with autocast(self.recipe, next(self.model.parameters())):
+        with autocast(self.recipe, first_float(self.model)):
             if self.best is not None:
                 self.put(self.best)
                 h.early_stop = self.reading(self.best_step)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -383,10 +384,198 @@ def test_a_loss_of_ones_own_of_several_outputs():
 
     given = {"loss": lambda out, y: F.cross_entropy(out[0], y) + out[1].mean(), "score": lambda net: 0.5}
     assert pruned("gmp", Two(), **given).measures == {"as given": 0.5, "pruned": 0.5}
+    assert pruned("snip", Two(), **given).measures == {"as given": 0.5, "pruned": 0.5}
     with pytest.raises(
         ValueError, match=message("The model gives a tuple, which cannot be scored: it has to give log")
     ):
-        pruned("snip", Two(), **given)
+        pruned("synflow", Two(), **given)
+
+
+def test_snip_scores_by_the_loss_of_ones_own():
+    def loss(logits, y):
+        return F.mse_loss(logits, F.one_hot(y.flip(0), 5).to(logits))
+
+    found, net = pruned("snip", loss=loss), convnet().float()
+    [batch] = own._Job(net, images(), RECIPE, 0.3, ["0"]).chunks(10)
+    g = dynamic.dense_gradient(net, *batch, loss)
+    by_hand = M.top_k({name: (layer.weight * g[name]).abs().detach() for name, layer in M.prunable(net).items()}, 0.3)
+    assert same(found.masks, by_hand)
+    assert not same(found.masks, pruned("snip").masks)
+    assert same(found.masks, pruned("snip", loss=loss, train=loop(loss)).masks)
+
+
+@pytest.mark.parametrize("value", [lambda out, y: (out.argmax(1) == y).sum(), lambda out, y: out.sum(1)])
+def test_a_loss_that_cannot_be_minimised_is_refused_before_snip_scores(value):
+    with pytest.raises(ValueError, match=message("Invalid loss: it has to be one number, a tensor with a gradient")):
+        pruned("snip", loss=value, train=never)
+
+
+def test_a_score_is_taken_in_evaluation_mode_and_changes_no_mode():
+    """Whatever modes it sets itself: a batch norm that was frozen stays so in every training."""
+    net, seen = convnet().float(), []
+    net[1].eval()
+
+    def score(net):
+        seen.append([module.training for module in net.modules()])
+        net.train()
+        return 0.5
+
+    modes = [module.training for module in net.modules()]
+    found = pruned("lth", net, score=score)
+    assert not any(map(any, seen))
+    assert [module.training for module in found.model.modules()] == modes
+    assert torch.equal(found.model[1].running_mean, net[1].running_mean)
+
+
+@pytest.mark.parametrize("parts", ["train valid test", "train valid", "train"])
+def test_what_is_measured_is_said(parts, tmp_path):
+    """The accuracy is of what there is of test, validation and training set, in that order."""
+    data, parts = images(), parts.split()
+    none = training.Split(data.test.x[:0], data.test.y[:0])
+    data = dataclasses.replace(data, **{part: none for part in ("valid", "test") if part not in parts})
+    found = lottery.prune(convnet().float(), data, "random", 0.3, recipe=RECIPE, progress=False)
+    what = {"test": "test", "valid": "validation", "train": "training"}[parts[-1]] + " accuracy"
+    split = getattr(data, parts[-1])
+    correct = training.evaluate(found.model, split, normaliser(data, RECIPE, found.model[0].weight))[1]
+    assert found.measures["pruned"] == correct.float().mean().item()
+    assert found.measured == json.loads((found.save(tmp_path) / "report.json").read_text())["measured"] == what
+    assert f"\n{what}: " in str(found)
+    scored = pruned("random", score=lambda net: 3.0)
+    assert scored.measured == "score"
+    assert "\nscore: 3.0000 as given, 3.0000 pruned" in str(scored)
+
+
+class Viewing(nn.Module):
+    """A convolutional network as it is written in many a tutorial."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().view(len(x), -1))
+
+
+@pytest.mark.parametrize("augment", ["none", "flip-crop"])
+@pytest.mark.parametrize("method", ["snip", "lth"])
+def test_a_network_that_flattens_by_view(method, augment, tmp_path):
+    x = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    recipe = dataclasses.replace(RECIPE, augment=augment)
+    own_loss = {"loss": lambda out, y: F.cross_entropy(out, y), "score": lambda net: 0.5}
+    for more in ({}, own_loss):
+        net = Viewing()
+        found = lottery.prune(net, (x, torch.arange(20) % 4), method, 0.5, recipe=recipe, progress=False, **more)
+        assert found.density == 0.5
+        assert found.layers["MACs"].min() > 0
+        assert found.model(found.example).shape == (1, 4)
+
+
+@pytest.mark.parametrize("method", own.METHODS)
+def test_what_is_parametrised_and_left_alone_keeps_its_parametrization(method):
+    net = convnet().float()
+    nn.utils.parametrizations.spectral_norm(net[4])
+    keys, options = net.state_dict().keys(), {"tolerance": 0.9} if method in ("cs", "str") else {}
+    found = pruned(method, net, skip=("4",), **options)
+    assert found.model.state_dict().keys() == keys
+    assert type(found.model[4].parametrizations.weight[0]) is type(net[4].parametrizations.weight[0])
+    assert list(found.masks) == ["0", "8"]
+
+
+@pytest.mark.parametrize("method", own.LEARNED)
+def test_what_is_parametrised_is_refused_where_it_could_not_be_kept(method):
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 5))
+    text = f"Layer '1' carries a _SpectralNorm, which {method} cannot keep: leave it alone by `skip`, or call lottery."
+    with pytest.raises(ValueError, match=message(text)):
+        pruned(method, nn.Sequential(nn.Flatten(), net), train=never)
+
+
+class Counted(nn.Linear):
+    """What quantisers do: numbers that are no tensors, in the state dict."""
+
+    def get_extra_state(self):
+        return {"bits": 8}
+
+    def set_extra_state(self, state):
+        self.given = state
+
+
+def test_extra_state_that_is_no_tensor_is_told_in_the_report(tmp_path):
+    net = nn.Sequential(nn.Flatten(), Counted(16, 5))
+    found = pruned("random", net)
+    folder = found.save(tmp_path)
+    assert json.loads((folder / "report.json").read_text())["extra state"] == {"1._extra_state": "{'bits': 8}"}
+    assert torch.equal(own.load(net, folder / "model.safetensors")[1].weight, found.model[1].weight)
+    torch.save(found.model.state_dict(), tmp_path / "c.pt")
+    assert own.load(net, tmp_path / "c.pt")[1].given == {"bits": 8}
+
+
+def test_extra_state_that_is_a_tensor_is_loaded_again(tmp_path):
+    class Scaled(Counted):
+        def get_extra_state(self):
+            return torch.tensor([8])
+
+    net = nn.Sequential(nn.Flatten(), Scaled(16, 5))
+    pruned("random", net).save(tmp_path)
+    assert "extra state" not in json.loads((tmp_path / "report.json").read_text())
+    assert own.load(net, tmp_path / "model.safetensors")[1].given == torch.tensor([8])
+
+
+class Beside(nn.Module):
+    """A network beside which there are other parameters, the first of the model."""
+
+    def __init__(self, *others):
+        super().__init__()
+        self.others = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in others)
+        self.net = convnet().float()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("method", ["lth", "snip", "rigl"])
+def test_a_first_parameter_of_integers_or_complex_numbers_says_nothing_of_the_examples(method, tmp_path):
+    net = Beside(torch.arange(3), torch.zeros(2, dtype=torch.complex64))
+    found = pruned(method, net)
+    assert same(found.model.net.state_dict(), pruned(method).model.state_dict())
+    found.save(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_complex_parameters_are_trained(optimizer):
+    class Wave(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.phase, self.fc = nn.Parameter(torch.ones(16, dtype=torch.complex64)), nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.fc((x.flatten(1) * self.phase).real)
+
+    net = Wave()
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer, momentum=0.0)
+    found = pruned("gmp", net, recipe=recipe)
+    assert found.density == pytest.approx(0.3)
+    assert not torch.equal(found.model.phase, net.phase)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_weights_is_not_pruned():
+    class Wide(nn.Module):
+        def __init__(self, extra=0):
+            super().__init__()
+            self.extra, self.body, self.head = nn.Linear(extra, 8), nn.Linear(16, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.head(self.body(x).relu() + self.extra(x[:, :0]))
+
+    for method in own.METHODS:
+        options = {"tolerance": 0.9} if method in ("cs", "str") else {}
+        if method != "synflow":
+            found = pruned(method, Wide(), **options)
+            assert list(found.masks) == ["body", "head"]
+            assert "left alone" not in str(found)
+    with pytest.raises(ValueError, match=message("Nothing prunable: the weights of 0 are empty.")):
+        M.attach(nn.Sequential(nn.Linear(0, 5)))
 
 
 def test_a_loop_of_ones_own_that_ends_early():
@@ -598,8 +787,10 @@ def test_export_is_refused_when_onnxruntime_disagrees(tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Other)
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    (tmp_path / "m.onnx").write_bytes(b"an older one")
     with pytest.raises(RuntimeError, match=message("onnxruntime computes logits that differ by up to ")):
         export.onnx(nn.Linear(3, 2), torch.randn(4, 3), tmp_path / "m.onnx")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"an older one"]
 
 
 @pytest.mark.parametrize("inputs", ["unit", "standard"])
@@ -764,6 +955,12 @@ def test_bad_checkpoints(tmp_path):
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
+class Locked(nn.Sequential):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.lock = threading.Lock()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -843,6 +1040,15 @@ def test_bad_checkpoints(tmp_path):
             "Invalid model: '1.weight' is lazy, without a",
         ),
         (lambda: pruned(net=mlp().to("meta")), "Invalid model: '1.weight' is on the meta device, without values"),
+        (
+            lambda: pruned("grasp", loss=F.cross_entropy),
+            "Invalid loss with grasp, which scores by the cross-entropy of logits that its temperature divides: leave ",
+        ),
+        (lambda: pruned(net=Locked(nn.Flatten(), nn.Linear(16, 5))), "The model cannot be copied (cannot pickle"),
+        (
+            lambda: pruned(net=nn.Sequential(nn.Flatten(), nn.Linear(16, 5, dtype=torch.complex64))),
+            "Invalid model: it has no parameter of floating-point numbers (torch.complex64), in whose dtype it would",
+        ),
     ],
 )
 def test_refused_in_one_line(make, text):

@@ -163,6 +163,8 @@ def test_pruned(name):
     weights = {layer: module.weight.detach() for layer, module in M.prunable(found.model).items()}
     assert not any(weights[layer][~m].any() for layer, m in found.masks.items())
     assert found.layers["MACs"].min() > 0
+    if name == "spectral_norm":  # which a method that learns its mask cannot keep
+        return
     moved = lottery.prune(net, examples(), "dnw", 0.5, recipe=ONE_STEP, progress=False)
     assert moved.density == pytest.approx(0.5, abs=layers / n)
 
