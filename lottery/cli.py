@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from lottery import __version__
+from lottery import __version__, files, names
 from lottery.experiments import PAPERS
 
 WATCH = 10  # seconds between two looks of `status --watch`
@@ -54,6 +54,7 @@ def kind_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
+        kwargs = {name: files.path_of(v) if isinstance(v, Path) else v for name, v in kwargs.items()}  # no shell has
         try:
             return command(*args, **kwargs)
         except BrokenPipeError:  # the reader, head or less, has seen enough
@@ -249,7 +250,7 @@ def merge(
 @app.command()
 @kind_errors
 def scorecard(
-    paper: Annotated[str | None, typer.Option(help=f"One of {', '.join(PAPERS)}; default: all.")] = None,
+    paper: Annotated[str | None, typer.Option(help=f"One of {', '.join(names.PAPERS)}; default: all.")] = None,
     as_json: Json = False,
     results_dir: ResultsDir = None,
 ) -> None:
@@ -291,8 +292,8 @@ def audit(
             raise ValueError(f"Invalid {name} {value}: give a whole number from 1.")
     if key and n:
         raise ValueError(f"Invalid runs {n} with a key: that run alone is trained, nothing is drawn; leave one out.")
-    if json_file and not json_file.parent.is_dir():
-        raise FileNotFoundError(f"No folder {json_file.parent}: make it first, or name another file.")
+    if json_file:
+        _check_file(json_file)
     store = _stored(results_dir)
     known, by = audits.declared(store), by or ("" if key else audits.commit())
     if key and key not in known:
@@ -328,7 +329,6 @@ def bench(
     small: Annotated[bool, typer.Option("--small", help="Minutes in all: to see that everything runs.")] = False,
 ) -> None:
     """Time everything beside plain reference loops, in the same run: 10 minutes in which the machine is left alone."""
-    from lottery import files
     from lottery.experiments import engine
 
     tests = Path(__file__).parents[1] / "tests"
@@ -337,8 +337,8 @@ def bench(
     engine.check(device)
     if repeats < 1:
         raise ValueError(f"Invalid repeats {repeats}: give a whole number from 1.")
-    if json_file and not json_file.parent.is_dir():
-        raise FileNotFoundError(f"No folder {json_file.parent}: make it first, or name another file.")
+    if json_file:
+        _check_file(json_file)
     sys.path.insert(0, str(tests))
     from benchmarks import workloads
 
@@ -356,7 +356,9 @@ def prune(
     data: Annotated[str, typer.Option(help="A folder of images by class, a parquet file or folder, or a set: digits.")],
     method: Annotated[str, typer.Option(help="lth, gmp, str, …; an unknown one is answered with the list.")] = "lth",
     density: Annotated[float, typer.Option(help="Fraction of the weights to keep.")] = 0.1,
-    out: Annotated[Path, typer.Option(help="Folder for the model, the ticket and the report.")] = Path("pruned"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the model, the ticket and the report, in the place of earlier ones.")
+    ] = Path("pruned"),
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to start from: a state dict or safetensors.")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels that images of a folder are resized to.")] = None,
     grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
@@ -372,7 +374,7 @@ def prune(
     import dataclasses
 
     from lottery import data as sets
-    from lottery import export, own
+    from lottery import export, own, training
     from lottery.experiments import engine
 
     engine.check(device)
@@ -389,6 +391,7 @@ def prune(
     _check_folder(out)
     examples = sets.of(data, **pictures)
     net = _model(model, examples)
+    training.check_tensors(net)
     if checkpoint:
         own.load(net, checkpoint)
     default = own.default_recipe(examples)
@@ -396,11 +399,16 @@ def prune(
     found = own.prune(
         net.to(device), examples, method, density, recipe=recipe, skip=tuple(skip or ()), seed=seed, **chosen
     )
+    written = ["model.safetensors", "report.json", "ticket.safetensors"]
     found.save(out)
-    typer.echo(found)
+    (out / "model.onnx").unlink(missing_ok=True)  # it is of an earlier network
     if onnx:
-        found.export(out / "model.onnx")
-    typer.echo(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+        try:
+            written.insert(0, found.export(out / "model.onnx").name)
+        except Exception as error:  # the exporter raises whatever it likes
+            raise ValueError(f"No {out / 'model.onnx'} ({_said(error)}); {', '.join(written)} are there.") from error
+    typer.echo(found)
+    typer.echo(f"written: {', '.join(written)} in {out}")
 
 
 def _model(name, examples):
@@ -438,10 +446,18 @@ def _named(text, kind, what, hint):
     return found
 
 
+def _check_file(path):
+    """Raise ValueError or OSError where a file cannot be written; nothing is left there."""
+    if path.is_dir():
+        raise ValueError(f"Invalid json {path}: it is a folder; name a file.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"No folder {path.parent}: make it first, or name another file.")
+    with files.temporary(path):
+        pass
+
+
 def _check_folder(out):
     """Raise `files.CannotWrite` where a folder cannot be made or written into; nothing is left there."""
-    from lottery import files
-
     there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     with files.temporary(there / "model.safetensors"):
         pass
@@ -475,8 +491,6 @@ def _declared():
 
     A process of its own finds them in the user's cache while the code is the same: declaring imports PyTorch.
     """
-    from lottery import files
-
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
     cache = files.of_user("cache") / "declared.json"
     if "torch" in sys.modules:

@@ -1,7 +1,9 @@
 """The command line as its users meet it: what it prints, what it refuses, and what an interrupt leaves behind."""
 
 import concurrent.futures as futures
+import errno
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -9,17 +11,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from torch import nn
 from typer.testing import CliRunner
 
 import lottery
-from lottery import cli, experiments, training
+from lottery import cli, experiments, export, names, scorecard, training
 from lottery.cli import app
 from lottery.experiments import PAPERS, Store, engine, lth, pace, papers
 
@@ -596,6 +602,75 @@ def test_prune(tmp_path, monkeypatch):
     assert (tmp_path / "pruned/model.safetensors").is_file()
 
 
+def meta():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).to("meta")
+
+
+def locked():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    net.lock = threading.Lock()
+    return net
+
+
+def test_prune_lists_what_it_has_written_and_nothing_of_an_earlier_network(tmp_path, monkeypatch):
+    """`~` in `--out=~/x`, which no shell expands, is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("model.onnx", "notes.txt"):
+        (out / name).write_text("mine")
+    words = ["prune", "lenet_300_100", "--data", "digits", "--method", "random", "--epochs", "1", "--out=~/out"]
+    told = call(*words)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.endswith(f"written: model.safetensors, report.json, ticket.safetensors in {out}\n")
+    there = {"model.safetensors", "report.json", "ticket.safetensors", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == there
+    assert not (tmp_path / "~").exists()
+
+    (out / "model.onnx").write_text("of an earlier network")
+    monkeypatch.setattr(export, "runtime", lambda: None)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None.no_such_thing)
+    told = call(*words, "--onnx")
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert told.stderr.startswith(f"lottery: No {out / 'model.onnx'} (AttributeError: ")
+    assert told.stderr.endswith("); model.safetensors, report.json, ticket.safetensors are there.\n")
+    assert {path.name for path in out.iterdir()} == there
+
+
+@pytest.mark.parametrize("command", ["audit", "bench"])
+def test_a_json_that_cannot_be_written_is_refused_before_any_work(command, tmp_path, monkeypatch):
+    from lottery.experiments import audit
+
+    monkeypatch.setattr(audit, "declared", lambda store: pytest.fail("looked"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = ["--results-dir", tmp_path] if command == "audit" else []
+    (tmp_path / "file").touch()
+    for given, text in (
+        (tmp_path, f"Invalid json {tmp_path}: it is a folder; name a file."),
+        ("~", f"Invalid json {tmp_path}: it is a folder; name a file."),
+        (tmp_path / "none" / "x.json", f"No folder {tmp_path / 'none'}: make it first, or name another file."),
+        (tmp_path / "file" / "x.json", f"No folder {tmp_path / 'file'}: make it first, or name another file."),
+    ):
+        told = call(command, f"--json={given}", *store)
+        assert (told.exit_code, told.stdout, told.stderr) == (2, "", f"lottery: {text}\n")
+    monkeypatch.setattr(tempfile, "mkstemp", unwritable)
+    told = call(command, "--json", tmp_path / "x.json", *store)
+    assert told.stderr.startswith(f"lottery: Cannot write {tmp_path / 'x.json'}: Permission denied. Name ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def unwritable(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_only_papers_with_claims_are_offered_a_scorecard():
+    [line] = [p for p in app.registered_commands if p.callback.__name__ == "scorecard"]
+    offered = inspect.get_annotations(line.callback)["paper"].__metadata__[0].help
+    assert re.findall(r"\w+", offered.removeprefix("One of ").partition(";")[0]) == list(names.PAPERS)
+    assert set(names.PAPERS) == set(scorecard.papers(ROOT / "results" / "reported"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -618,6 +693,8 @@ def test_prune(tmp_path, monkeypatch):
         (["lenet_300_100", "--data", "digits", "--grey"], "Invalid grey: the pictures of digits stay as they are; "),
         (["lenet_300_100", "--data", "digits", "--out", __file__], f"Cannot write {__file__}/model.safetensors: "),
         (["lenet_300_100", "--data", "digits", "--out", f"{__file__}/new"], f"Cannot write {__file__}/model."),
+        (["small_cli:meta", "--data", "digits"], "Invalid model: '1.weight' is on the meta device, without values"),
+        (["small_cli:locked", "--data", "digits"], "The model cannot be copied (cannot pickle"),
         (
             ["lenet_300_100", "--data", "digits", "--onnx"],
             "ONNX needs onnxruntime: pip install onnxscript onnxruntime.",
@@ -628,6 +705,7 @@ def test_prune_refuses_in_one_line_before_any_training(tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "fit", lambda *args, **options: pytest.fail("trained"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "small_cli", types.SimpleNamespace(meta=meta, locked=locked))
     result = call("prune", *arguments)
     assert not list(tmp_path.iterdir())
     assert result.exit_code == 2
