@@ -321,8 +321,8 @@ class Pool(nn.MaxPool2d):
     Its gather by index is not vectorised there; comparisons are, and find the same entry of finite numbers, the first
     of those that are largest. Outside of a compiled training, and for an odd number of pixels, it is torch's.
 
-    Two things only torch's does when compiled: `torch.func.vmap` of a gradient, which fails here, and a gradient where
-    all of a square is NaN, which is 0 here. For these put `nn.MaxPool2d(2)` in its place, which has no weights either.
+    Two things only torch's does when compiled: `torch.func.vmap` of a gradient, which fails here, and the gradient of a
+    square with NaN in it, which is 0 here. For these put `nn.MaxPool2d(2)` in its place, which has no weights either.
     """
 
     def __init__(self):
