@@ -54,7 +54,8 @@ def kind_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
-        kwargs = {name: files.path_of(v) if isinstance(v, Path) else v for name, v in kwargs.items()}  # no shell has
+        # Of --out=~/x a shell does not make the home folder.
+        kwargs = {name: files.path_of(v) if isinstance(v, Path) else v for name, v in kwargs.items()}
         try:
             return command(*args, **kwargs)
         except BrokenPipeError:  # the reader, head or less, has seen enough

@@ -115,7 +115,9 @@ def prune(
     if not train and recipe.batch_size > len(examples.train):
         raise ValueError(f"Invalid batch_size {recipe.batch_size}: the training set has {len(examples.train)} images.")
     net, layers, left = _checked(model, skip)
-    examples = _fed(net, examples, recipe, check=not (score and (train or loss)))
+    examples, output = _fed(net, examples, recipe, optional=bool(train and score))
+    if not (score and (train or loss)):
+        _check_output(output, examples.classes)
     if method in ("gmp", "set", "rigl") and (fixed := [name for name in M.masked(net) if name in left]):
         raise ValueError(
             f"Layer {fixed[0]!r} is left alone but carries a mask, which {method} would move: call "
@@ -663,30 +665,26 @@ def _checked(model, skip):
 
 
 @torch.no_grad()
-def _fed(net, examples, recipe, check):
-    """The examples as the model takes them: images are contiguous where it flattens what it has made by `.view`.
+def _fed(net, examples, recipe, optional):
+    """The examples as the model takes them, and its output on two: contiguous images where it has `.view` in it.
 
-    check: refuse a model whose output on two examples is not [2, classes].
+    optional: it need not take them, as a training loop and a score of one's own may feed something else.
     """
     given, first = first_float(net), examples.train.x[:2].to(first_float(net).device)
     for fed in (examples, replace(examples, channels_last=False)):
         try:
-            with training.modes_kept(net):
-                out = net.eval()(normaliser(fed, recipe, given)(first))
-            break
+            with training.modes_kept(net), grasp.same_rng(given):
+                return fed, net.eval()(normaliser(fed, recipe, given)(first))
         except Exception as error:  # whatever a model raises
             failed = error
-    else:
-        if not check:  # what a training loop of one's own feeds may be something else
-            return examples
-        kind = f"{tuple(first.shape[1:])}, {given.dtype}"
-        raise ValueError(f"The model does not take examples of shape {kind}: {said(failed)}") from failed
-    if check:
-        _check_output(out, examples.classes)
-    return fed
+    if optional:
+        return examples, None
+    kind = f"{tuple(first.shape[1:])}, {given.dtype}"
+    raise ValueError(f"The model does not take examples of shape {kind}: {said(failed)}") from failed
 
 
 def _check_output(out, classes):
+    """Refuse a model whose output on two examples is not [2, classes]."""
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or out.shape[1] < classes:
         found = f"shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise ValueError(

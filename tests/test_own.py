@@ -391,6 +391,14 @@ def test_a_loss_of_ones_own_of_several_outputs():
         pruned("synflow", Two(), **given)
 
 
+def test_a_model_that_does_not_take_the_examples_is_refused_but_with_a_loop_and_a_score_of_ones_own():
+    """With these it may be fed anything."""
+    net, given = nn.Sequential(nn.Linear(7, 5)), {"score": lambda net: 0.5}
+    with pytest.raises(ValueError, match=message("The model does not take examples of shape (1, 4, 4), torch.float32")):
+        pruned("random", net, loss=lambda out, y: out.sum(), **given)
+    assert pruned("random", net, train=lambda model, hook: None, **given).measures["pruned"] == 0.5
+
+
 def test_snip_scores_by_the_loss_of_ones_own():
     def loss(logits, y):
         return F.mse_loss(logits, F.one_hot(y.flip(0), 5).to(logits))
