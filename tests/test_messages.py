@@ -57,11 +57,13 @@ def come_back():
     masks.top_k({"0": torch.arange(4.0)}, 0.75, within={"0": torch.tensor([True, True, False, False])})
 
 
-def pruned(outputs=3, lr=0.1):
+def pruned(outputs=3, lr=0.1, method="random", wrapped=False, **options):
     recipe = training.Recipe(optimizer="sgd", lr=lr, batch_size=5, iterations=6, eval_every=6)
     x = torch.rand(20, 6, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, outputs))
-    own.prune(model, (x, torch.arange(20) % 3), "random", 0.5, recipe=recipe, progress=False)
+    if wrapped:
+        nn.utils.parametrizations.spectral_norm(model[0])
+    own.prune(model, (x, torch.arange(20) % 3), method, 0.5, recipe=recipe, progress=False, **options)
 
 
 def by_torch():
@@ -83,6 +85,8 @@ def bent(act):
 
 SITUATIONS = {
     "The model gives … for two examples": [lambda: pruned(outputs=2)],
+    "Layer … carries a": [lambda: pruned(method="l0", wrapped=True)],
+    "Invalid loss with grasp": [lambda: pruned(method="grasp", loss=nn.functional.cross_entropy)],
     "The training diverged": [lambda: pruned(lr=1e38)],
     "Nothing prunable": [
         lambda: masks.attach(nn.ReLU()),
