@@ -93,8 +93,11 @@ def test_runs_are_taken_out_of_shards_and_spool_and_can_be_stored_anew(tmp_path,
     Store(tmp_path).put(fake(runs[3], wall_s=1.0))
     before = load([runs[0]], Store(tmp_path))
     gone = {runs[1].key, runs[2].key, runs[3].key, "of no run"}
-    assert Store(tmp_path).remove(gone) == 3
-    assert Store(tmp_path).keys() == {runs[0].key}
+    opened = Store(tmp_path)
+    assert opened.get(runs[1])["wall_s"] == 1.0
+    assert opened.remove(gone) == 3
+    assert opened.get(runs[1]) is None
+    assert opened.keys() == Store(tmp_path).keys() == {runs[0].key}
     pd.testing.assert_frame_equal(load([runs[0]], Store(tmp_path)), before)
     assert not spool(tmp_path)
     left = tree(tmp_path)

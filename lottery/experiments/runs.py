@@ -36,8 +36,8 @@ class Run:
     rate, rate_conv, rate_output: fraction of survivors removed from Linear, Conv and the last layer
         (None: as Linear). scope: "layer" | "global" (one rate for all).
     init: the survivors' values: "reset" θ₀ | "rewind" θ_k | "reinit" a fresh θ₀′ | "random" a fresh θ₀′ under the
-        mask shuffled layer by layer | "continue" the parent's final weights | "effective" the same, times what its
-        method multiplies them by in evaluation mode (L0: z ⊙ w) | "survivors" drawn from the survivors' own θ₀,
+        mask shuffled layer by layer | "continue" the parent's final weights | "effective" the weights that the
+        parent computes with in evaluation mode (L0: z ⊙ w) | "survivors" drawn from the survivors' own θ₀,
         layer by layer | "noise" θ₀ + N(0, (noise · σ)²), σ of the layer's θ₀.
     rewind_to: k, for init="rewind". rewind_schedule: "continue" trains iterations k…J, "restart" the whole schedule.
     shuffled: the mask is shuffled layer by layer, under the values that `init` says.

@@ -88,6 +88,10 @@ class Store:
         for folder in (self.dir, *self.dir.parents, *(self.dir / name for name in PARTS)):
             if folder.is_file():  # the null device is none: who has no home has results in no folder
                 raise NotADirectoryError(f"Invalid results folder {folder}: it is a file; name a folder.")
+        self._forget()
+
+    def _forget(self):
+        """Nothing has been read yet."""
         self._folders, self._tables, self._places, self._rows, self._from, self._compared = {}, {}, {}, {}, {}, {}
 
     def keys(self) -> KeysView[str]:
@@ -325,6 +329,7 @@ class Store:
                 self._pack(left := [row for row in rows if row["key"] not in keys])
                 path.unlink()
                 gone += len(rows) - len(left)
+        self._forget()
         return gone
 
     def _pack(self, rows):
