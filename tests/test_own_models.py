@@ -164,7 +164,7 @@ def test_pruned(name):
     assert not any(weights[layer][~m].any() for layer, m in found.masks.items())
     assert found.layers["MACs"].min() > 0
     if name == "spectral_norm":  # which a method that learns its mask cannot keep
-        with pytest.raises(ValueError, match="^Layer '[^']+' carries a _SpectralNorm, which dnw cannot keep: "):
+        with pytest.raises(ValueError, match=r"^Layer '[^']+' carries a _SpectralNorm, which dnw cannot keep: "):
             lottery.prune(net, examples(), "dnw", 0.5, recipe=ONE_STEP, progress=False)
         return
     moved = lottery.prune(net, examples(), "dnw", 0.5, recipe=ONE_STEP, progress=False)
