@@ -23,6 +23,7 @@ from numbers import Integral
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lottery import grasp
 from lottery import masks as M
@@ -44,20 +45,23 @@ def magnitude_scores(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: w.abs() for name, w in _weights(model).items()}
 
 
-def snip_scores(model: nn.Module, batches: grasp.Batches) -> dict[str, torch.Tensor]:
+def snip_scores(
+    model: nn.Module, batches: grasp.Batches, loss: grasp.Loss = F.cross_entropy
+) -> dict[str, torch.Tensor]:
     """SNIP's connection sensitivity |w ⊙ g| / Σ|w ⊙ g|: higher = keep, the sum over all layers is 1.
 
     Args:
         model: scored in training mode as `grasp.scores` does, no weight drawn anew; left as it was (mode, buffers,
             gradients, random state).
         batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]; g is summed over chunks.
+        loss: L, `loss(logits, y)`, one number, in the place of the cross-entropy.
 
     Returns `{layer: tensor}` of the weights' shapes, dtype and device.
 
-    Raises ValueError: nothing prunable, NaN in the batch or one that does not fit the model, all-zero or non-finite
-    gradients.
+    Raises ValueError: nothing prunable, NaN in the batch or one that does not fit the model, a loss that is no number,
+    all-zero or non-finite gradients.
     """
-    w, g = grasp.summed_gradient(model, batches)
+    w, g = grasp.summed_gradient(model, batches, loss=loss)
     s = {name: (w[name] * g[name]).abs() for name in w}
     total = sum(v.sum() for v in s.values())
     if not total > 0:

@@ -40,7 +40,7 @@ from torch import nn
 
 from lottery import baselines, grasp
 from lottery import masks as M
-from lottery.methods import Method, densities, forget, need, number, shares
+from lottery.methods import Method, check_loss, densities, forget, need, number, shares
 
 if TYPE_CHECKING:
     from lottery.training import Recipe, Step
@@ -329,7 +329,7 @@ def dense_gradient(
     net, theta = grasp.scored_copy(model)
     w = list(theta.values())
     with grasp.same_rng(x), torch.enable_grad():
-        error = loss(net(grasp.fed(x, w[0])), y)
+        error = check_loss(loss(net(grasp.fed(x, w[0])), y))
         return dict(zip(theta, torch.autograd.grad(error, w, materialize_grads=True), strict=True))
 
 

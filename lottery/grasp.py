@@ -25,8 +25,9 @@ Differs from the authors' code in:
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,14 +36,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lottery import masks as M
 from lottery.data import Data, flip_crop, moves
-from lottery.methods import number, said
+from lottery.methods import check_loss, number, said
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]  # chunks (x, y); a generator is refused
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]  # of what the model gives and y, one number
 
 
-def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> dict[str, torch.Tensor]:
+def scores(
+    model: nn.Module, batches: Batches, temperature: float = 200.0, loss: Loss = F.cross_entropy
+) -> dict[str, torch.Tensor]:
     """GraSP scores θ ⊙ Hg, the negative of the authors' S: higher = keep.
 
     Two passes over the chunks, with memory for one chunk's double backward whatever their number. What is scored
@@ -56,18 +60,20 @@ def scores(model: nn.Module, batches: Batches, temperature: float = 200.0) -> di
         batches: chunks `[(x, y), ...]`, x float [B, ...], y int64 [B]. Used twice: what is no list, such as a
             DataLoader, is drawn once and kept; a generator is refused.
         temperature: T > 0, divides the logits.
+        loss: `loss(logits / T, y)`, one number, in the place of the cross-entropy; y and, where T = 1, what the model
+            gives are then as this loss takes them.
 
     Returns `{layer: tensor}` of the weights' shapes and device and the copy's dtype, summed over chunks (not averaged).
 
     Raises ValueError: nothing prunable, NaN in the batch or one that does not fit the model, all-zero or non-finite
-    gradients or scores, a bad temperature, an operation without a second derivative.
+    gradients or scores, a bad temperature or loss, an operation without a second derivative.
     """
     net, theta = scored_copy(model)
     w, batches, T = list(theta.values()), _drawn(batches), temperature
     with same_rng(w[0]), _twice_differentiable():
-        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, T))
+        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, T, loss))
         _check_gradients(g)
-        Hg = _sum(batches, w, lambda x, y: _times_hessian(g, net, w, x, y, T))
+        Hg = _sum(batches, w, lambda x, y: _times_hessian(g, net, w, x, y, T, loss))
     theta_Hg = [v.detach() * h for v, h in zip(w, Hg, strict=True)]
     found = dict(zip(theta, theta_Hg, strict=True))
     if not all(v.isfinite().all() for v in found.values()):
@@ -201,13 +207,13 @@ def ntk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def summed_gradient(
-    model: nn.Module, batches: Batches, temperature: float = 1.0
+    model: nn.Module, batches: Batches, temperature: float = 1.0, loss: Loss = F.cross_entropy
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(θ, g): the effective weights and Σ_c ∇CE(f(x_c)/T, y_c), as `{layer: tensor}`; see `scores`."""
     net, theta = scored_copy(model)
     w, batches = list(theta.values()), _drawn(batches)
     with same_rng(w[0]):
-        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature))
+        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, temperature, loss))
     _check_gradients(g)
     return {name: v.detach() for name, v in theta.items()}, dict(zip(theta, g, strict=True))
 
@@ -228,38 +234,45 @@ def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
 
 
-def _gradient(net, w, x, y, T, create_graph=False):
+def _gradient(net, w, x, y, T, loss=F.cross_entropy, create_graph=False):
     if not (M.is_number(T) and 0 < T < math.inf):
         raise ValueError(f"Invalid temperature {T!r}: give a number above 0.")
     with torch.enable_grad():
-        z = outputs(net, x)
-        classes = z.shape[1] if z.dim() > 1 and z.shape[2:] == y.shape[1:] else 0
-        if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
-            raise ValueError(
-                f"Invalid batches: labels are {y.dtype} from {y.min()} to {y.max()}, the model's classes {classes}; "
-                "give int64 labels from 0, and a model of logits [B, classes]."
-            )
-        loss = F.cross_entropy(z / T, y)
-        return torch.autograd.grad(loss, w, create_graph=create_graph, materialize_grads=True)
+        z = outputs(net, x, alone=T != 1 or loss is F.cross_entropy)
+        if loss is F.cross_entropy:
+            _check_labels(y, z)
+        error = check_loss(loss(z if T == 1 else z / T, y))
+        return torch.autograd.grad(error, w, create_graph=create_graph, materialize_grads=True)
 
 
-def outputs(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """net(x), one tensor. Raises ValueError where the model does not take x, or gives something else."""
+def _check_labels(y, z):
+    classes = z.shape[1] if z.dim() > 1 and z.shape[2:] == y.shape[1:] else 0
+    if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
+        raise ValueError(
+            f"Invalid batches: labels are {y.dtype} from {y.min()} to {y.max()}, the model's classes {classes}; "
+            "give int64 labels from 0, and a model of logits [B, classes]."
+        )
+
+
+def outputs(net: nn.Module, x: torch.Tensor, alone: bool = True) -> Any:
+    """net(x). Raises ValueError where the model does not take x, or, `alone`, gives something else than a tensor."""
     try:
         z = net(x)
     except Exception as error:  # whatever a model raises
         shape = tuple(x.shape)
         raise ValueError(f"The model does not take inputs of shape {shape}, {x.dtype}: {said(error)}") from error
-    if not isinstance(z, torch.Tensor):
+    if alone and not isinstance(z, torch.Tensor):
         raise ValueError(f"The model gives a {type(z).__name__}, which cannot be scored: it has to give logits alone.")
     return z
 
 
-def _times_hessian(g, net, w, x, y, T):
+def _times_hessian(g, net, w, x, y, T, loss):
     """H_c g = ∇(gᵀ g_c), g a constant. A function of its own: the chunk's graph is gone before the next is built."""
     with torch.enable_grad():
-        g_c = _gradient(net, w, x, y, T, create_graph=True)
+        g_c = _gradient(net, w, x, y, T, loss, create_graph=True)
         z = sum(a.flatten() @ b.flatten() for a, b in zip(g, g_c, strict=True))
+        if not z.requires_grad:  # a loss that is linear in the weights has no curvature
+            return [torch.zeros_like(v) for v in w]
         return torch.autograd.grad(z, w, materialize_grads=True)
 
 

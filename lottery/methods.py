@@ -129,6 +129,13 @@ def shares(density: Any) -> bool:
     )
 
 
+def check_loss(loss: Any) -> torch.Tensor:
+    """The loss, if it is one number that can be minimised. Raises ValueError."""
+    if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
+        raise ValueError("Invalid loss: it has to be one number, a tensor with a gradient to what is trained.")
+    return loss
+
+
 def forget(memory: Mapping, parameter: torch.Tensor, gone: torch.Tensor) -> None:
     """Momentum, and Adam's moments, of some entries of a parameter become 0; memory: the optimiser's `state`."""
     for moment in memory.get(parameter, {}).values():

@@ -39,13 +39,13 @@ from lottery import baselines, cs, data, dynamic, export, grasp, macs, soft_thre
 from lottery import masks as M
 from lottery.batches import first_float, normaliser
 from lottery.files import path_of, publish, temporary
+from lottery.grasp import Loss
 from lottery.methods import NOTHING, Method, said, whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Masks = dict[str, torch.Tensor]
 
 
@@ -79,8 +79,8 @@ def prune(
         recipe: of one training; default: SGD with momentum on a cosine, ten epochs.
         skip: names of layers to leave alone, or patterns such as "head*". Frozen layers are left alone anyway.
         train: a training loop of one's own, `train(model, hook)`, which trains the model in place; see `Hook`.
-        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy; beside `train`, what RigL grows by and
-            SNIP scores by.
+        loss: `loss(logits, y)` → a scalar, in the place of the cross-entropy; beside `train`, what RigL grows by, and
+            SNIP and GraSP score by.
         score: `score(model)` → a number, in the place of the accuracy; it gets the model in evaluation mode.
         seed: of the order of examples, of all that a method draws, and of torch's random state for as long, from which
             dropout draws; afterwards that is as it was.
@@ -95,11 +95,6 @@ def prune(
     training.check_tensors(model)
     if method in LEARNED and M.read(model):
         raise ValueError(f"The model carries masks, {method} learns its own: call lottery.masks.bake(model) first.")
-    if method == "grasp" and loss:
-        raise ValueError(
-            "Invalid loss with grasp, which scores by the cross-entropy of logits that its temperature divides: leave "
-            "the loss out, or choose another method, such as snip."
-        )
     for name, function in (("train", train), ("loss", loss), ("score", score)):
         if not (function is None or callable(function)):
             raise ValueError(f"Invalid {name} {function!r}: give a function, or None.")
@@ -296,6 +291,11 @@ class _Job:
         return net
 
     @property
+    def loss(self):
+        """What SNIP and GraSP score by."""
+        return self.own_loss or nn.functional.cross_entropy
+
+    @property
     def measured(self):
         """What `measure` gives, in words, and the examples that it is of."""
         if self.own_score:
@@ -384,24 +384,18 @@ def random(job: _Job) -> Masks:
 
 
 def snip(job: _Job, per_class: int = 10) -> Masks:
-    """SNIP at initialisation, on a batch with so many examples of each class (`baselines.snip_scores`).
+    """SNIP at initialisation, on a batch with so many examples of each class (`baselines.snip_scores`)."""
+    return job.pruned_at_once(baselines.snip_scores(job.net, job.chunks(per_class), job.loss))
 
-    Of a `loss` of one's own it takes that loss's gradient.
+
+def grasp_(job: _Job, per_class: int = 10, temperature: float | None = None) -> Masks:
+    """GraSP at initialisation, on a batch with so many examples of each class (`grasp.scores`).
+
+    temperature: divides the logits; None: 200, but 1 with a loss of one's own, which may not be of logits.
     """
-    batches = job.chunks(per_class)
-    if not job.own_loss:
-        return job.pruned_at_once(baselines.snip_scores(job.net, batches))
-    [batch] = batches
-    gradient = dynamic.dense_gradient(job.net, *batch, lambda *pair: training.check_loss(job.own_loss(*pair)))
-    scores = {name: size * gradient[name].abs() for name, size in baselines.magnitude_scores(job.net).items()}
-    if not any(score.any() for score in scores.values()):
-        raise ValueError("All SNIP scores are zero, so no weight ranks above another: has the loss a gradient?")
-    return job.pruned_at_once(scores)
-
-
-def grasp_(job: _Job, per_class: int = 10, temperature: float = 200.0) -> Masks:
-    """GraSP at initialisation, on a batch with so many examples of each class (`grasp.scores`)."""
-    return job.pruned_at_once(grasp.scores(job.net, job.chunks(per_class), temperature))
+    if temperature is None:
+        temperature = 1.0 if job.own_loss else 200.0
+    return job.pruned_at_once(grasp.scores(job.net, job.chunks(per_class), temperature, job.loss))
 
 
 def synflow(job: _Job, rounds: int = 100) -> Masks:

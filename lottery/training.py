@@ -27,7 +27,7 @@ from lottery import masks as M
 from lottery import perceptron, tensorfile
 from lottery.batches import Batches, first_float
 from lottery.data import Data, Split, check_seed
-from lottery.methods import NOTHING, Method, need, number, own_numbers
+from lottery.methods import NOTHING, Method, check_loss, need, number, own_numbers
 
 VERSION = 1  # raise when a result of this file changes beyond the tolerance in book/development.md
 
@@ -272,13 +272,6 @@ def check_tensors(model: torch.nn.Module) -> None:
             )
         if p.is_meta:
             raise ValueError(f"Invalid model: {name!r} is on the meta device, without values; materialise it first.")
-
-
-def check_loss(loss: Any) -> torch.Tensor:
-    """The loss, if it is one number that can be minimised. Raises ValueError."""
-    if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.requires_grad):
-        raise ValueError("Invalid loss: it has to be one number, a tensor with a gradient to what is trained.")
-    return loss
 
 
 def own_memory(model: torch.nn.Module) -> None:

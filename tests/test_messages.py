@@ -86,7 +86,6 @@ def bent(act):
 SITUATIONS = {
     "The model gives … for two examples": [lambda: pruned(outputs=2)],
     "Layer … carries a": [lambda: pruned(method="l0", wrapped=True)],
-    "Invalid loss with grasp": [lambda: pruned(method="grasp", loss=nn.functional.cross_entropy)],
     "The training diverged": [lambda: pruned(lr=1e38)],
     "Nothing prunable": [
         lambda: masks.attach(nn.ReLU()),
@@ -115,7 +114,10 @@ SITUATIONS = {
     "Layer … is on the meta device": [lambda: masks.attach(net().to("meta")), lambda: lth.prune(net().to("meta"), 0.2)],
     "Invalid mask for layer": [lambda: lth.prune(net(), 0.2, masks={"0": torch.ones(6, 5, dtype=torch.bool)})],
     "NaN or infinity in the weights": [diverged],
-    "All GraSP scores are zero": [lambda: grasp.scores(net(), batch(), 1e30)],
+    "All GraSP scores are zero": [
+        lambda: grasp.scores(net(), batch(), 1e30),
+        lambda: grasp.scores(nn.Linear(6, 3), batch(), 1.0, lambda out, y: out.mean()),
+    ],
     "SynFlow needs a network that is linear": [lambda: baselines.synflow(bent(nn.Sigmoid), (6,), 0.5)],
     "The model cannot be scored": [lambda: grasp.scores(bent(nn.Hardsigmoid), batch())],
     "Nothing told … of a step": [

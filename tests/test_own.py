@@ -385,6 +385,9 @@ def test_a_loss_of_ones_own_of_several_outputs():
     given = {"loss": lambda out, y: F.cross_entropy(out[0], y) + out[1].mean(), "score": lambda net: 0.5}
     assert pruned("gmp", Two(), **given).measures == {"as given": 0.5, "pruned": 0.5}
     assert pruned("snip", Two(), **given).measures == {"as given": 0.5, "pruned": 0.5}
+    assert pruned("grasp", Two(), **given).measures == {"as given": 0.5, "pruned": 0.5}
+    with pytest.raises(ValueError, match=message("The model gives a tuple, which cannot be scored")):
+        pruned("grasp", Two(), temperature=2.0, **given)  # which it would divide
     with pytest.raises(
         ValueError, match=message("The model gives a tuple, which cannot be scored: it has to give log")
     ):
@@ -412,10 +415,28 @@ def test_snip_scores_by_the_loss_of_ones_own():
     assert same(found.masks, pruned("snip", loss=loss, train=loop(loss)).masks)
 
 
+@pytest.mark.parametrize(("given", "T"), [({}, 1.0), ({"temperature": 3.0}, 3.0)])
+def test_grasp_scores_by_the_loss_of_ones_own(given, T):
+    def loss(out, y):
+        return F.mse_loss(out, F.one_hot(y.flip(0), 5).to(out))
+
+    found, net = pruned("grasp", loss=loss, **given), convnet().float()
+    [(x, y)] = own._Job(net, images(), RECIPE, 0.3, ["0"]).chunks(10)
+    layers = M.prunable(net)
+    w = [layer.weight for layer in layers.values()]
+    g = torch.autograd.grad(loss(net.train()(x) / T, y), w, create_graph=True)
+    Hg = torch.autograd.grad(sum((v * v.detach()).sum() for v in g), w)
+    by_hand = M.top_k({name: (v * h).detach() for name, v, h in zip(layers, w, Hg, strict=True)}, 0.3)
+    assert same(found.masks, by_hand)
+    assert not same(found.masks, pruned("grasp", temperature=T).masks)
+    assert same(found.masks, pruned("grasp", loss=loss, train=loop(loss), **given).masks)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
 @pytest.mark.parametrize("value", [lambda out, y: (out.argmax(1) == y).sum(), lambda out, y: out.sum(1)])
-def test_a_loss_that_cannot_be_minimised_is_refused_before_snip_scores(value):
+def test_a_loss_that_cannot_be_minimised_is_refused_before_anything_is_scored(method, value):
     with pytest.raises(ValueError, match=message("Invalid loss: it has to be one number, a tensor with a gradient")):
-        pruned("snip", loss=value, train=never)
+        pruned(method, loss=value, train=never)
 
 
 def test_a_score_is_taken_in_evaluation_mode_and_changes_no_mode():
@@ -1048,10 +1069,6 @@ class Locked(nn.Sequential):
             "Invalid model: '1.weight' is lazy, without a",
         ),
         (lambda: pruned(net=mlp().to("meta")), "Invalid model: '1.weight' is on the meta device, without values"),
-        (
-            lambda: pruned("grasp", loss=F.cross_entropy),
-            "Invalid loss with grasp, which scores by the cross-entropy of logits that its temperature divides: leave ",
-        ),
         (lambda: pruned(net=Locked(nn.Flatten(), nn.Linear(16, 5))), "The model cannot be copied (cannot pickle"),
         (
             lambda: pruned(net=nn.Sequential(nn.Flatten(), nn.Linear(16, 5, dtype=torch.complex64))),
