@@ -332,7 +332,7 @@ def _twice_differentiable():
         if "is not implemented" not in str(error):
             raise
         raise ValueError(
-            f"The model cannot be scored, it has an operation without second derivative: {error}."
+            f"The model cannot be scored, it or its loss has an operation without second derivative: {error}."
         ) from None
 
 
