@@ -68,12 +68,12 @@ def scores(
     Raises ValueError: nothing prunable, NaN in the batch or one that does not fit the model, all-zero or non-finite
     gradients or scores, a bad temperature or loss, an operation without a second derivative.
     """
-    net, theta = scored_copy(model)
-    w, batches, T = list(theta.values()), _drawn(batches), temperature
+    f, theta = scored_copy(model)
+    w, batches, T, L = list(theta.values()), _drawn(batches), temperature, loss
     with same_rng(w[0]), _twice_differentiable():
-        g = _sum(batches, w, lambda x, y: _gradient(net, w, x, y, T, loss))
+        g = _sum(batches, w, lambda x, y: _gradient(f, w, x, y, T, L))
         _check_gradients(g)
-        Hg = _sum(batches, w, lambda x, y: _times_hessian(g, net, w, x, y, T, loss))
+        Hg = _sum(batches, w, lambda x, y: _times_hessian(g, f, w, x, y, T, L))
     theta_Hg = [v.detach() * h for v, h in zip(w, Hg, strict=True)]
     found = dict(zip(theta, theta_Hg, strict=True))
     if not all(v.isfinite().all() for v in found.values()):
@@ -234,14 +234,14 @@ def scored_copy(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return net, {name: layer.weight.requires_grad_() for name, layer in layers.items()}
 
 
-def _gradient(net, w, x, y, T, loss=F.cross_entropy, create_graph=False):
+def _gradient(f, w, x, y, T, L=F.cross_entropy, create_graph=False):
     if not (M.is_number(T) and 0 < T < math.inf):
         raise ValueError(f"Invalid temperature {T!r}: give a number above 0.")
     with torch.enable_grad():
-        z = outputs(net, x, alone=T != 1 or loss is F.cross_entropy)
-        if loss is F.cross_entropy:
+        z = outputs(f, x, alone=T != 1 or L is F.cross_entropy)
+        if L is F.cross_entropy:
             _check_labels(y, z)
-        error = check_loss(loss(z if T == 1 else z / T, y))
+        error = check_loss(L(z if T == 1 else z / T, y))
         return torch.autograd.grad(error, w, create_graph=create_graph, materialize_grads=True)
 
 
@@ -266,12 +266,12 @@ def outputs(net: nn.Module, x: torch.Tensor, alone: bool = True) -> Any:
     return z
 
 
-def _times_hessian(g, net, w, x, y, T, loss):
+def _times_hessian(g, f, w, x, y, T, L):
     """H_c g = ∇(gᵀ g_c), g a constant. A function of its own: the chunk's graph is gone before the next is built."""
     with torch.enable_grad():
-        g_c = _gradient(net, w, x, y, T, loss, create_graph=True)
+        g_c = _gradient(f, w, x, y, T, L, create_graph=True)
         z = sum(a.flatten() @ b.flatten() for a, b in zip(g, g_c, strict=True))
-        if not z.requires_grad:  # a loss that is linear in the weights has no curvature
+        if not z.requires_grad:  # linear in the weights: no curvature
             return [torch.zeros_like(v) for v in w]
         return torch.autograd.grad(z, w, materialize_grads=True)
 
