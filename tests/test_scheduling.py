@@ -56,6 +56,23 @@ def test_a_parent_without_its_weights_is_trained_again_and_keeps_its_row(tmp_pat
     assert sorted(pd.read_parquet(tmp_path)["key"]) == sorted(r.key for r in (DENSE, child(DENSE), new))
 
 
+def test_weights_that_are_trained_again_and_come_out_others_are_told(tmp_path, monkeypatch):
+    train([child(DENSE)], tmp_path)
+    opened, save = Store(tmp_path), Store.save_artifact
+    opened.artifact(DENSE.key).unlink()
+    train([child(DENSE, rate=0.5)], tmp_path)  # the same weights: no warning, which would be an error
+    opened.artifact(DENSE.key).unlink()
+
+    def rounded(self, key, tensors):
+        """As on a processor that adds in another order."""
+        return save(self, key, {name: t * (1 + 1e-6) if t.is_floating_point() else t for name, t in tensors.items()})
+
+    monkeypatch.setattr(Store, "save_artifact", rounded)
+    monkeypatch.setattr(work, "processor", lambda: "another")
+    with pytest.warns(UserWarning, match="^Other weights than the stored run's: .*, with processor another and not .*"):
+        train([child(DENSE, rate=0.3)], tmp_path)
+
+
 def test_a_parent_of_the_committed_store_is_trained_again_beside_it_and_keeps_its_row(tmp_path):
     committed, mine = tmp_path / "committed", tmp_path / "mine"
     train([child(DENSE)], committed)

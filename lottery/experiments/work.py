@@ -10,6 +10,7 @@ import platform
 import re
 import threading
 import time
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,9 +67,26 @@ def execute(
         certificate = certify(algorithms_of(spent), started, history.wall_s, kept.conditions)
         certificate |= {"group": [r.key for r in runs], "weights": weights, **net.hashes, **kept.said()}
         moves = json.dumps(tickets.moves(*dense, M.read(net.model))) if dense else None
-        store.put({**row_of(r, images, net.model, history, certificate), "moves": moves})
+        row = {**row_of(r, images, net.model, history, certificate), "moves": moves}
+        if not store.put(row) and weights:
+            _compare(r, certificate, json.loads(next(store.find(r.key))["certificate"]))
         store.checkpoint(r.key).unlink(missing_ok=True)
     return sum(history.wall_s for history in histories)
+
+
+def _compare(r, now, stored):
+    """Warn where weights that were trained again are not those of the stored run: a chain would go on from others."""
+    if stored.get("weights") not in (None, now["weights"]):
+        names = ("threads", "compile", "device", "processor", "packages", "versions")
+        other = ", ".join(
+            f"{name} {now.get(name)} and not {stored.get(name)}" for name in names if now.get(name) != stored.get(name)
+        )
+        warnings.warn(
+            f"Other weights than the stored run's: {r!r}, trained again for what starts from it"
+            + f", with {other}" * bool(other)
+            + ". Its children then go on from another training than the one that is shown.",
+            stacklevel=2,
+        )
 
 
 class _Beside:
