@@ -209,7 +209,7 @@ def ntk(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def summed_gradient(
     model: nn.Module, batches: Batches, temperature: float = 1.0, loss: Loss = F.cross_entropy
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(θ, g): the effective weights and Σ_c ∇CE(f(x_c)/T, y_c), as `{layer: tensor}`; see `scores`."""
+    """(θ, g): the effective weights and Σ_c ∇L(f(x_c)/T, y_c), L the loss, as `{layer: tensor}`; see `scores`."""
     net, theta = scored_copy(model)
     w, batches = list(theta.values()), _drawn(batches)
     with same_rng(w[0]):

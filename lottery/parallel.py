@@ -286,7 +286,7 @@ def train(
         certificate = work.certify(work.algorithms_of(given), started, history.wall_s, conditions)
         certificate |= {"group": [r.key], **net.hashes, **kept.said()}
         certificate["weights"] = store.save_artifact(r.key, work.artifact_of(r, net))
-        store.put({**work.row_of(r, shown, net.model, history, certificate), "moves": None})
+        work.keep_row(r, {**work.row_of(r, shown, net.model, history, certificate), "moves": None}, store)
         store.checkpoint(r.key).unlink(missing_ok=True)
     dist.barrier()
     return history

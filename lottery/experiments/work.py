@@ -67,26 +67,31 @@ def execute(
         certificate = certify(algorithms_of(spent), started, history.wall_s, kept.conditions)
         certificate |= {"group": [r.key for r in runs], "weights": weights, **net.hashes, **kept.said()}
         moves = json.dumps(tickets.moves(*dense, M.read(net.model))) if dense else None
-        row = {**row_of(r, images, net.model, history, certificate), "moves": moves}
-        if not store.put(row) and weights:
-            _compare(r, certificate, json.loads(next(store.find(r.key))["certificate"]))
+        keep_row(r, {**row_of(r, images, net.model, history, certificate), "moves": moves}, store)
         store.checkpoint(r.key).unlink(missing_ok=True)
     return sum(history.wall_s for history in histories)
 
 
-def _compare(r, now, stored):
-    """Warn where weights that were trained again are not those of the stored run: a chain would go on from others."""
-    if stored.get("weights") not in (None, now["weights"]):
-        names = ("threads", "compile", "device", "processor", "packages", "versions")
-        other = ", ".join(
-            f"{name} {now.get(name)} and not {stored.get(name)}" for name in names if now.get(name) != stored.get(name)
-        )
-        warnings.warn(
-            f"Other weights than the stored run's: {r!r}, trained again for what starts from it"
-            + f", with {other}" * bool(other)
-            + ". Its children then go on from another training than the one that is shown.",
-            stacklevel=2,
-        )
+def keep_row(r: Run, row: dict[str, Any], store: Store) -> None:
+    """Store a run's row, or leave the one that is stored already.
+
+    Warns (UserWarning) where that one is of other weights than were trained now: its children start from these.
+    """
+    if store.put(row):
+        return
+    mine, stored = (json.loads(one["certificate"]) for one in (row, next(store.find(r.key))))
+    if None in (mine["weights"], stored.get("weights")) or mine["weights"] == stored["weights"]:
+        return
+    names = ("threads", "compile", "device", "processor", "packages", "versions")
+    differ = [
+        f"{name} {mine.get(name)} and not {stored.get(name)}" for name in names if mine.get(name) != stored.get(name)
+    ]
+    warnings.warn(
+        f"Other weights than the stored run's: {r!r}, trained again for what starts from it"
+        + f", with {', '.join(differ)}" * bool(differ)
+        + ". Its children then go on from another training than the one that is shown.",
+        stacklevel=2,
+    )
 
 
 class _Beside:
